@@ -1,0 +1,338 @@
+"""Images in and out: finding, decoding, cropping and sampling pictures; normalisation; saving and grids."""
+
+import os
+import random
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
+
+from utils import UserError, note, write_atomically
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Any suffix that names a picture file to write (reading goes by content, not by suffix).
+OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
+                  ".tiff": "TIFF"}
+MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
+MAX_FAILED_SHARE = 0.10
+MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
+STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
+
+# Pillow's own limit (89 and 179 million pixels) is below real paintings; --max_pixels stands in for it.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class PictureError(Exception):
+    """A picture that cannot be used; the message names the file and the reason."""
+
+
+# ------------------------------------------------------------------------------------------- one picture
+
+
+def load_picture(path: Path, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture of any common kind to upright 8-bit RGB.
+
+    Transparent pixels are laid on white. With `shorter_side`, a JPEG may be decoded at 1/2, 1/4 or 1/8
+    of its size, never below `shorter_side` (far faster; resize it afterwards).
+    Raises PictureError for a missing, empty, truncated or non-image file, or one above `max_pixels`.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise PictureError(f"{path}: the file is empty")
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise PictureError(f"{path}: {width} x {height} pixels are more than --max_pixels {max_pixels}")
+            if shorter_side is not None and image.format == "JPEG":
+                shrink = shorter_side / min(width, height)
+                image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image), path)
+    except PictureError:
+        raise
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise PictureError(f"{path}: no permission to read it") from error
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damage.
+    except Exception as error:
+        raise PictureError(f"{path}: not a readable picture ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode == "F":
+        raise PictureError(f"{path}: floating-point pixels have no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey; 65535 / 257 = 255
+        values = np.asarray(image, dtype=np.float64) / 257.0
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_resized(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`load_picture` with its shorter side brought to `size` pixels, in proportion (bicubic, antialiased)."""
+    image = load_picture(path, size, max_pixels)
+    width, height = image.size
+    if min(width, height) == size:
+        return image
+    scale = size / min(width, height)
+    target = (max(size, round(width * scale)), max(size, round(height * scale)))
+    if target[0] * target[1] > max_pixels:
+        raise PictureError(
+            f"{path}: with its shorter side at {size} it would have {target[0]} x {target[1]} pixels, "
+            f"more than --max_pixels {max_pixels}"
+        )
+    return image.resize(target, Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def prepare_picture(
+    path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """A picture for inference: shorter side to `imsize`, centre crop of `cropsize`, each only when given.
+
+    A picture smaller than the crop is enlarged to it. Returns (1, 3, H, W), uint8, 0..255.
+    """
+    if imsize is not None:
+        image = load_resized(path, max(imsize, cropsize or 0), max_pixels)
+    else:
+        image = load_picture(path, max_pixels=max_pixels)
+        if cropsize is not None and min(image.size) < cropsize:
+            image = load_resized(path, cropsize, max_pixels)
+    if cropsize is not None:
+        image = center_crop(image, cropsize)
+    return pil_to_tensor(image)[None]
+
+
+def normalize(image: Tensor) -> Tensor:
+    """(B, 3, H, W), uint8, 0..255, to float32, ImageNet-normalised, on the same device."""
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    return (image.float() / 255.0 - mean) / std
+
+
+def denormalize(image: Tensor) -> Tensor:
+    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1."""
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    return (image.float() * std + mean).clamp(0.0, 1.0)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One picture, (3, H, W) or (1, 3, H, W), 0..1, to a Pillow image."""
+    image = image.reshape(image.shape[-3:])
+    return Image.fromarray((image * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture in the format of `path`'s suffix, atomically. Raises UserError when it does not fit."""
+    options = {"quality": 95, "subsampling": 0} if OUTPUT_FORMATS[path.suffix.lower()] == "JPEG" else {}
+    try:
+        write_atomically(path, lambda file: image.save(file, OUTPUT_FORMATS[path.suffix.lower()], **options))
+    except (OSError, ValueError) as error:  # a full disk, or a side that the format cannot hold
+        raise UserError(f"{path}: the picture ({image.width} x {image.height}) cannot be written ({error})") from error
+
+
+def picture_grid(rows: list[Tensor]) -> Image.Image:
+    """Rows of pictures, each row (n, 3, H, W), ImageNet-normalised, all of one size, to one picture."""
+    return to_pil(make_grid(denormalize(torch.cat(rows)), nrow=len(rows[0]), padding=4, pad_value=1.0))
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def find_pictures(folder: Path, flag: str) -> list[Path]:
+    """Every picture file below `folder`, sorted; links are followed, hidden files are not pictures.
+
+    Raises UserError, naming `flag`, when there is no such folder or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(root, name) for name in files
+                  if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
+    if not found:
+        raise UserError(f"{flag} {folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)}, in any case)")
+    return sorted(found)
+
+
+class FailedPictures:
+    """Counts a folder's unusable pictures, logs each path once, stops the run when they are too many."""
+
+    def __init__(self, folder: Path, flag: str, total: int, log=note) -> None:
+        self.folder, self.flag, self.total, self.log = folder, flag, total, log
+        self.paths: set[str] = set()
+
+    def add(self, path: Path, reason: str) -> None:
+        """Raises UserError when more than a tenth of the folder's pictures have failed."""
+        if str(path) in self.paths:
+            return
+        self.paths.add(str(path))
+        self.log(f"skipped {reason}")
+        if len(self.paths) > MAX_FAILED_SHARE * self.total:
+            raise UserError(
+                f"{self.flag} {self.folder}: {len(self.paths)} of {self.total} pictures cannot be used "
+                f"(the last: {reason}); mend or remove them, at most 10% may fail"
+            )
+
+    def summary(self) -> str:
+        return f"{self.flag} {self.folder}: {self.total} pictures, {len(self.paths)} skipped"
+
+
+def open_folder(folder: Path, flag: str, max_pixels: int, log=note) -> tuple[list[Path], FailedPictures]:
+    """The pictures of a folder and the tally of its failures.
+
+    Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts;
+    the rest are met as they are drawn. Raises UserError as `find_pictures` and `FailedPictures.add` do.
+    """
+    paths = find_pictures(folder, flag)
+    failed = FailedPictures(folder, flag, len(paths), log)
+    sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
+
+    def reason(path: Path) -> str | None:
+        try:
+            load_picture(path, shorter_side=1, max_pixels=max_pixels)
+        except PictureError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = dict(zip(sample, pool.map(reason, sample)))
+    broken = {path: text for path, text in reasons.items() if text is not None}
+    if len(broken) == len(sample):
+        raise UserError(f"{flag} {folder}: none of {len(sample)} pictures can be used ({next(iter(broken.values()))})")
+    # Over a tenth of a sample says the same of the folder; of a small folder the sample is all of it.
+    if len(broken) > MAX_FAILED_SHARE * len(sample):
+        raise UserError(
+            f"{flag} {folder}: {len(broken)} of {len(sample)} pictures cannot be used "
+            f"(the first: {next(iter(broken.values()))}); mend or remove them, at most 10% may fail"
+        )
+    for path, text in broken.items():
+        failed.add(path, text)
+    return [path for path in paths if path not in broken], failed
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """How a training picture is cut: shorter side to `imsize`, then a square of `cropsize` pixels."""
+
+    imsize: int
+    cropsize: int
+    centered: bool
+    max_pixels: int
+
+
+class TrainingPictures(Dataset):
+    """Content and style crops by position: what position n shows depends on seed and n alone.
+
+    So workers share no state and repeat nothing, any number of them gives the same run, and a resumed
+    run goes on by counting. Every epoch goes through each folder once, in an order of its own.
+    A picture that fails is replaced by another, drawn by the same position.
+    """
+
+    def __init__(self, content: list[Path], style: list[Path], crop: CropConfig, seed: int) -> None:
+        self.folders = (content, style)
+        self.crop = crop
+        self.seed = seed
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
+        """Returns content and style, each (3, cropsize, cropsize), uint8, and the failures met on the way,
+        as (folder number, path, reason)."""
+        failures = []
+        content, style = (self._draw(number, position, failures) for number in range(2))
+        return content, style, failures
+
+    def _draw(self, number: int, position: int, failures: list) -> Tensor:
+        paths = self.folders[number]
+        epoch, place = divmod(position, len(paths))
+        generator = np.random.default_rng((self.seed, number, 1, position))
+        index = self._order(number, epoch)[place]
+        for _ in range(MAX_DRAWS):
+            path = paths[index]
+            try:
+                return self._cut(path, generator)
+            except PictureError as error:
+                failures.append((number, str(path), str(error)))
+            index = generator.integers(len(paths))
+        # Never learned from: `check_failures` stops the run in the main process, where one line can be said.
+        return torch.zeros(3, self.crop.cropsize, self.crop.cropsize, dtype=torch.uint8)
+
+    def _order(self, number: int, epoch: int) -> np.ndarray:
+        cached = self._orders.get(number)
+        if cached is None or cached[0] != epoch:
+            generator = np.random.default_rng((self.seed, number, 0, epoch))
+            cached = self._orders[number] = (epoch, generator.permutation(len(self.folders[number])))
+        return cached[1]
+
+    def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
+        crop = self.crop
+        size = max(crop.imsize, crop.cropsize)  # a picture smaller than the crop is enlarged
+        image = load_resized(path, size, crop.max_pixels)
+        if crop.centered:
+            image = center_crop(image, crop.cropsize)
+        else:
+            left, top = (int(generator.integers(side - crop.cropsize + 1)) for side in image.size)
+            image = image.crop((left, top, left + crop.cropsize, top + crop.cropsize))
+        return pil_to_tensor(image)
+
+
+def check_failures(failures: list[tuple[int, str, str]], tallies: tuple[FailedPictures, FailedPictures]) -> None:
+    """Log and count the failures of a batch. Raises UserError when a folder has become unusable."""
+    for number, path, reason in failures:
+        tallies[number].add(path, reason)
+    if len(failures) >= MAX_DRAWS:
+        raise UserError(f"{len(failures)} pictures in a row cannot be used (the last: {failures[-1][2]})")
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, list]:
+    """Stack the pictures of a batch: (B, 3, H, W), uint8, twice, and all failures in one list."""
+    contents, styles, failures = zip(*samples)
+    return torch.stack(contents), torch.stack(styles), sum(failures, [])
+
+
+def _ignore_stop_signals(_worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process finishes its step
+    # and needs its workers alive until then.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def training_loader(
+    pictures: TrainingPictures, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """Batches of the given positions, in order. `positions` must hold whole batches."""
+    return DataLoader(
+        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=collate,
+        pin_memory=pin_memory, worker_init_fn=_ignore_stop_signals, prefetch_factor=4 if num_workers else None,
+        # Its own generator: drawing the workers' base seed must not move the run's random state.
+        generator=torch.Generator(),
+    )

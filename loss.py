@@ -1,0 +1,109 @@
+"""The losses: pure functions, tensors in, scalar out; the caller weights them.
+
+Every one computes in float32, whatever the features' type: a variance, a correlation or an epsilon of
+1e-5 does not survive bfloat16.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+L0_EPS = 1e-5
+CORRELATION_EPS = 1e-5
+STYLE_LOSSES = ("meanstd", "gram")
+
+
+def content_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Mean squared error at the deepest tap. features, targets: lists of (B, C, H, W), shallow to deep."""
+    return F.mse_loss(features[-1].float(), targets[-1].float())
+
+
+def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "meanstd") -> Tensor:
+    """Distance of the features' statistics, averaged over the taps and divided by their number again.
+
+    features, targets: lists of (B, C, H, W), shallow to deep; H and W may differ between the two.
+    kind: "meanstd" compares channel means and unbiased standard deviations (Huang & Belongie, eq. 13),
+    "gram" the Gram matrices. The published weight of 100 counts on the second division.
+    """
+    distance = _meanstd_distance if kind == "meanstd" else _gram_distance
+    layers = len(features)
+    return sum(distance(feature, target) for feature, target in zip(features, targets)) / layers / layers
+
+
+def _meanstd_distance(feature: Tensor, target: Tensor) -> Tensor:
+    feature, target = feature.float().flatten(2), target.float().flatten(2)  # (B, C, H*W)
+    return F.mse_loss(feature.std(dim=2), target.std(dim=2)) + F.mse_loss(feature.mean(dim=2), target.mean(dim=2))
+
+
+def _gram_distance(feature: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(gram_matrix(feature), gram_matrix(target))
+
+
+def gram_matrix(feature: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, C): f f^T / (H * W)."""
+    flat = feature.float().flatten(2)  # (B, C, H*W)
+    return flat @ flat.transpose(1, 2) / flat.shape[2]
+
+
+def uncorrelation_loss(feature: Tensor) -> Tensor:
+    """Mean absolute correlation between different channels, summed over the batch (Kim et al., Neural
+    Networks 2021, arXiv 1807.01493; the published weight of 50 counts on the sum).
+
+    feature: (B, C, H, W), C >= 2. A channel that is constant correlates with nothing: 0, gradient 0.
+    """
+    flat = feature.float().flatten(2)  # (B, C, H*W)
+    centred = flat - flat.mean(dim=2, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=2)  # (B, C)
+    covariance = centred @ centred.transpose(1, 2)  # (B, C, C)
+    correlation = covariance / (norm[:, :, None] * norm[:, None, :] + CORRELATION_EPS)
+    channels = feature.shape[1]
+    diagonal = correlation.diagonal(dim1=1, dim2=2).abs().sum()
+    return (correlation.abs().sum() - diagonal) / (channels * (channels - 1))
+
+
+def channel_norm(feature: Tensor) -> Tensor:
+    """The l2 norm of every channel over its positions: (B, C, H, W) to (B, C), >= 0, in float32.
+
+    Its gradient at an all-zero channel is 0: a channel that is off stays off.
+    """
+    return torch.linalg.vector_norm(feature.float().flatten(2), dim=2)
+
+
+def l0_norm(norm: Tensor, eps: float = L0_EPS) -> Tensor:
+    """l0 = norm / (norm + eps), 0 for a channel that is off, near 1 for one that is on (Kim & Choi, eq. 3).
+
+    norm: (..., C) from `channel_norm`. Written as 1 - eps / (norm + eps): in float32 the quotient's
+    gradient is round-off for norms above about 75.
+    """
+    return 1.0 - eps / (norm + eps)
+
+
+def channel_loss(norm: Tensor, eps: float = L0_EPS) -> Tensor:
+    """Mean of l0 over pictures and channels: the share of channels that are on (Kim & Choi, eq. 4).
+
+    norm: (n, C), the `channel_norm` of content and style features together.
+    """
+    return l0_norm(norm, eps).mean()
+
+
+def xor_loss(norm: Tensor, eps: float = L0_EPS) -> Tensor:
+    """Mean of |l0_i - l0_j| over channels and pairs of pictures: 0 when the same channels are on for every
+    picture (Kim & Choi, eq. 5).
+
+    norm: (n, C), n >= 2. No n x n table: sum_{i<j} |x_i - x_j| = sum_i (#{x < x_i} - #{x > x_i}) x_i, the
+    counts read off the sorted values. Equal values cancel exactly, so that saturated channels get no
+    gradient. x is eps / (norm + eps) = 1 - l0, which keeps its digits where l0 rounds to 1.
+    """
+    pictures, channels = norm.shape
+    off = (eps / (norm + eps)).t().contiguous()  # (C, n)
+    with torch.no_grad():
+        ordered = off.sort(dim=1).values
+        smaller = torch.searchsorted(ordered, off)
+        larger = pictures - torch.searchsorted(ordered, off, right=True)
+        sign_sum = (smaller - larger).to(off.dtype)  # (C, n)
+    return (sign_sum * off).sum() / (channels * pictures * (pictures - 1) / 2)
+
+
+def nonzero_channels(norm: Tensor) -> Tensor:
+    """Number of channels with any response, averaged over pictures. norm: (n, C) from `channel_norm`."""
+    return (norm > 0).sum(dim=1).float().mean()

@@ -1,0 +1,196 @@
+"""The command line: `python main.py --mode {train,test,prune} ...`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from data import PICTURE_SUFFIXES
+from evaluate import TestConfig, test
+from loss import STYLE_LOSSES
+from network import BACKBONES, VGG_SOURCES
+from prune import PruneConfig, prune
+from train import TrainConfig, train
+from utils import UserError, note
+
+MODES = {"train": (TrainConfig, train), "test": (TestConfig, test), "prune": (PruneConfig, prune)}
+OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original implementation calls them
+
+
+# -------------------------------------------------------------------------------------------- value types
+
+
+def _number(kind: Callable, low: float, high: float, needed: str, exclude_low: bool = False) -> Callable:
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, {needed} is needed") from None
+        if not math.isfinite(value) or not low <= value <= high or (exclude_low and value == low):
+            raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
+        return value
+
+    return parse
+
+
+count = _number(int, 1, math.inf, "a whole number, 1 or more,")
+count_or_zero = _number(int, 0, math.inf, "a whole number, 0 or more,")
+count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
+amount = _number(float, 0, math.inf, "a number, 0 or more,")
+positive = _number(float, 0, math.inf, "a number above 0", exclude_low=True)
+fraction = _number(float, 0, 1, "a number from 0 to 1")
+
+
+# -------------------------------------------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: its help text (with the unit) and argparse's own options. Its default lives in the configs."""
+
+    name: str
+    help: str
+    options: dict = field(default_factory=dict)
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes whose configuration has a field of this name."""
+        return [mode for mode, (config, _) in MODES.items() if self.name in _defaults(config)]
+
+    @property
+    def full_help(self) -> str:
+        defaults = {mode: _show(_defaults(MODES[mode][0])[self.name]) for mode in self.modes}
+        if "default" in self.help:
+            text = self.help
+        elif len(set(defaults.values())) == 1:
+            text = f"{self.help} (default: {next(iter(defaults.values()))})"
+        else:
+            each = ", ".join(f"{value} in {mode}" for mode, value in defaults.items())
+            text = f"{self.help} (default: {each})"
+        return text.replace("%", "%%")
+
+
+def _defaults(config: type) -> dict:
+    return {each.name: each.default for each in fields(config)}
+
+
+def _show(value) -> str:
+    if value is None:
+        return "none"
+    if value is False:
+        return "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+_SWITCH = {"action": "store_true"}
+FLAGS = (
+    Flag("gpu_no", "device: -1 is the CPU, n that GPU (default: GPU 0 when there is one, else the CPU)", {"type": int}),
+    Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from"),
+    Flag("save_path", "train, prune: the folder to write to; test: a picture file, or a folder"),
+    Flag("content_dir", f"folder of photographs, searched recursively for {' '.join(PICTURE_SUFFIXES)} in any case"),
+    Flag("style_dir", "folder of paintings, likewise"),
+    Flag("content", "content picture (test: or a folder of them; prune: for the picture grid, "
+         "default there: a bundled one)"),
+    Flag("style", "style picture (test: or a folder of them; prune: for the picture grid, default there: a bundled one)"),
+    Flag("backbone", "VGG of encoder and loss network; in test and prune the file says which, and another is refused",
+         {"choices": BACKBONES}),
+    Flag("swap_max_pool", "average pooling in place of max pooling in the encoder", _SWITCH),
+    Flag("style_strength", "0 gives the content picture back, 1 the full style", {"type": fraction}),
+    Flag("imsize", "bring the shorter side of every picture to this many pixels", {"type": count}),
+    Flag("cropsize", "side of the square cut from every picture, pixels (train: at random, a multiple of 8; "
+         "test, prune: from the centre)", {"type": count}),
+    Flag("cencrop", "cut training crops from the centre, not at random", _SWITCH),
+    Flag("max_pixels", "refuse pictures of more pixels than this", {"type": count}),
+    Flag("vgg_weights", f"where encoder and loss network start: {', '.join(VGG_SOURCES)}, or the path of a .pth or "
+         ".safetensors file with torchvision's keys"),
+    Flag("lr", "learning rate of encoder and decoder where theirs is not given", {"type": amount}),
+    Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
+    Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
+    Flag("max_iter", "iterations to train for", {"type": count}),
+    Flag("batch_size", "content and style pictures per iteration, each", {"type": count}),
+    Flag("style_loss", "statistics that the style loss compares", {"choices": STYLE_LOSSES}),
+    Flag("style_loss_weight", "weight of the style loss (the content loss has 1)", {"type": amount}),
+    Flag("uncorrelation_loss_weight", "weight of the uncorrelation loss", {"type": amount}),
+    Flag("channel_loss_weight", "weight of the channel loss", {"type": amount}),
+    Flag("xor_loss_weight", "weight of the xor loss", {"type": amount}),
+    Flag("l0_eps", "epsilon of the channel and xor losses, in units of a channel's l2 norm; larger switches off "
+         "stronger channels", {"type": positive}),
+    Flag("check_iter", "iterations between checks (metrics, picture grid, checkpoint)", {"type": count}),
+    Flag("keep_checkpoints", "numbered checkpoints to keep beside the newest; -1 keeps all", {"type": count_or_all}),
+    Flag("resume", "go on with the run in --save_path; flags not given are as that run had them", _SWITCH),
+    Flag("amp", "mixed precision: auto is bf16 on GPUs of compute capability 8.0 and CPUs with AMX, else off",
+         {"choices": ("auto", "off", "bf16")}),
+    Flag("seed", "seed of weights, pictures and crops", {"type": count_or_zero}),
+    Flag("num_workers", "processes that decode pictures (default: one a core, at most 8)", {"type": count_or_zero}),
+    Flag("wb_mode", "wandb: auto is online when a key is configured, else offline; it never asks",
+         {"choices": ("auto", "online", "offline", "disabled")}),
+    Flag("wb_project", "wandb project"),
+    Flag("wb_name", "name of the wandb run (default: wandb makes one up)"),
+    Flag("wb_notes", "notes on the wandb run"),
+    Flag("wb_tags", "tags of the wandb run", {"nargs": "+"}),
+    Flag("prune_images", "pictures of each folder to measure", {"type": count}),
+    Flag("prune_num", "cut this many channels, weakest first (default: those that are zero for every measured picture)",
+         {"type": count_or_zero}),
+    Flag("prune_channels", "cut these channels, by index (default: see --prune_num)", {"type": int, "nargs": "+"}),
+    Flag("prune_nums", "numbers of channels cut in the picture grid", {"type": count_or_zero, "nargs": "+"}),
+    Flag("responses", "responses.npz of an earlier pruning of the same model: nothing is measured again"),
+    Flag("latency_runs", "timed runs behind each median latency", {"type": count}),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, no usage text: bad input gets one clear line."""
+        raise UserError(f"{message} (see python main.py --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, its flags grouped by mode. Flags that are not given leave no attribute behind."""
+    parser = _Parser(
+        prog="main.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+    )
+    parser.add_argument("--mode", choices=(*MODES, *OTHER_NAMES), default="train",
+                        help="train a network, stylise pictures, or cut channels; eval and prune_eval are other "
+                        "names of test and prune (default: train)")
+    groups = {}
+    for flag in FLAGS:
+        title = " and ".join(", ".join(flag.modes).rsplit(", ", 1)) + (" mode" if len(flag.modes) == 1 else " modes")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(f"--{flag.name}", help=flag.full_help, **flag.options)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
+    try:
+        given = vars(build_parser().parse_args(arguments))
+        mode = given.pop("mode")
+        mode = OTHER_NAMES.get(mode, mode)
+        config, run = MODES[mode]
+        used = {name: tuple(value) if isinstance(value, list) else value
+                for name, value in given.items() if name in _defaults(config)}
+        for name in given.keys() - used.keys():
+            note(f"--{name} has no effect in {mode} mode")
+        return run(used)
+    except UserError as error:
+        note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except torch.OutOfMemoryError:
+        note("error: the GPU's memory is too small for this; a smaller --batch_size, --cropsize or --imsize helps")
+        return 2
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        note("error: this machine's memory is too small for this; a smaller --batch_size, --cropsize or --imsize helps")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,424 @@
+"""The networks and their configuration: encoder, AdaIN, decoder, the loss network, VGG weights, model files."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
+
+ADAIN_EPS = 1e-5
+BUNDLED_VGG19 = Path(__file__).parent / "model-store" / "vgg19_features.pth"
+VGG_SOURCES = ("imagenet", "bundled", "random")
+
+_POOL = "pool"
+# The encoder of each backbone: the width of every conv (each followed by a ReLU), and the poolings between.
+_ENCODERS = {
+    "vgg19": (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, 256, _POOL, 512),  # to relu4_1
+    "vgg16": (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256),  # to relu3_3
+}
+# The loss network goes on to the deepest tap; taps are indices in torchvision's `vgg.features`.
+_LOSS_NETWORKS = {
+    "vgg19": _ENCODERS["vgg19"],
+    "vgg16": (*_ENCODERS["vgg16"], _POOL, 512, 512, 512),
+}
+_LOSS_TAPS = {
+    "vgg19": {"relu1_1": 1, "relu2_1": 6, "relu3_1": 11, "relu4_1": 20},
+    # relu2_2 as the paper has it; the original implementation taps relu2_1 in its place.
+    "vgg16": {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22},
+}
+BACKBONES = tuple(_ENCODERS)
+
+
+def _conv_widths(layout) -> tuple[int, ...]:
+    return tuple(entry for entry in layout if entry != _POOL)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Everything that describes a style-transfer network: a pruned one only has smaller widths.
+
+    backbone: "vgg19" or "vgg16"; pooling: "max" or "avg", in the encoder.
+    encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder
+    width is the bottleneck; the last decoder width is 3 (RGB). Raises ValueError when they do not fit.
+    """
+
+    backbone: str
+    pooling: str
+    encoder_widths: tuple[int, ...]
+    decoder_widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.backbone not in _ENCODERS:
+            raise ValueError(f"backbone {self.backbone!r} is none of {', '.join(BACKBONES)}")
+        if self.pooling not in ("max", "avg"):
+            raise ValueError(f"pooling {self.pooling!r} is neither 'max' nor 'avg'")
+        convs = len(_conv_widths(_ENCODERS[self.backbone]))
+        for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
+            if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
+                raise ValueError(f"{name} widths {list(widths)}: {self.backbone} needs {convs} whole numbers >= 1")
+        if self.decoder_widths[-1] != 3:
+            raise ValueError(f"the last decoder width is {self.decoder_widths[-1]}, 3 is needed")
+
+    @classmethod
+    def full(cls, backbone: str = "vgg19", pooling: str = "max") -> "NetworkConfig":
+        """The unpruned network: the backbone's own widths, and the decoder as their mirror image."""
+        widths = _conv_widths(_ENCODERS[backbone])
+        return cls(backbone, pooling, widths, (*reversed(widths[:-1]), 3))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "NetworkConfig":
+        return cls(
+            values["backbone"], values["pooling"], tuple(values["encoder_widths"]), tuple(values["decoder_widths"])
+        )
+
+    def to_dict(self) -> dict:
+        """Plain types, for a checkpoint or a JSON file."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @property
+    def bottleneck_width(self) -> int:
+        return self.encoder_widths[-1]
+
+    @property
+    def stride(self) -> int:
+        """Side of the square of pixels that one bottleneck position covers: 8 (vgg19) or 4 (vgg16)."""
+        return 2 ** _ENCODERS[self.backbone].count(_POOL)
+
+
+def _encoder_layers(layout, widths: tuple[int, ...], pooling: str) -> nn.Sequential:
+    """VGG layers numbered as in torchvision's `vgg.features`: conv, ReLU, ..., pooling."""
+    pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
+    remaining = iter(widths)
+    layers, width_in = [], 3
+    for entry in layout:
+        if entry == _POOL:
+            layers.append(pool(2, 2))
+        else:
+            width = next(remaining)
+            layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.ReLU()]
+            width_in = width
+    return nn.Sequential(*layers)
+
+
+def _decoder_layers(layout, width_in: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """The encoder mirrored: convs in reverse order, each pooling a nearest x2 upsampling."""
+    remaining = iter(widths)
+    layers = []
+    for entry in reversed(layout):
+        if entry == _POOL:
+            layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
+        else:
+            width = next(remaining)
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(width_in, width, 3), nn.ReLU()]
+            width_in = width
+    return nn.Sequential(*layers[:-1])  # pictures are not clipped at zero: no ReLU at the end
+
+
+def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of every channel over its positions, in float32.
+
+    feature: (B, C, H, W), H * W >= 2. Returns mean and std, each (B, C, 1, 1), std >= 0.
+    """
+    flat = feature.float().flatten(2)  # (B, C, H*W)
+    mean, std = flat.mean(dim=2), flat.std(dim=2)
+    return mean[:, :, None, None], std[:, :, None, None]
+
+
+def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float = 1.0) -> Tensor:
+    """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32.
+
+    content_feature: (B, C, H, W); style_mean, style_std: (B, C, 1, 1), see `channel_statistics`.
+    strength: 0 gives the content feature back, 1 the aligned one, linear between.
+    """
+    content_mean, content_std = channel_statistics(content_feature)
+    content_feature = content_feature.float()
+    aligned = (content_feature - content_mean) / (content_std + ADAIN_EPS) * style_std + style_mean
+    if strength == 1.0:
+        return aligned
+    return (1.0 - strength) * content_feature + strength * aligned
+
+
+class Encoder(nn.Module):
+    """VGG up to the bottleneck: (B, 3, H, W), ImageNet-normalised, to (B, C, H/stride, W/stride), >= 0."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        # One block in a list: the original implementation's key names are `layers.0.<index>`.
+        layout = _ENCODERS[config.backbone]
+        self.layers = nn.ModuleList([_encoder_layers(layout, config.encoder_widths, config.pooling)])
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers[0](image)
+
+
+class Decoder(nn.Module):
+    """The mirrored encoder: (B, C, H/stride, W/stride) to (B, 3, H, W), ImageNet-normalised."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        layout = _ENCODERS[config.backbone]
+        self.layers = nn.ModuleList([_decoder_layers(layout, config.bottleneck_width, config.decoder_widths)])
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.layers[0](feature)
+
+
+class StyleTransferNetwork(nn.Module):
+    """Encoder, AdaIN and decoder (Kim & Choi, Sensors 2022, fig. 1), of the widths in `config`."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def forward(self, content: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
+        """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, sides multiples of the
+        stride and at least twice it. Returns (B, 3, H, W) in normalised space. See `stylize` for any size.
+        """
+        content_feature = self.encoder(content)  # (B, C, H/stride, W/stride)
+        style_feature = self.encoder(style)  # (B, C, H'/stride, W'/stride)
+        aligned = adain(content_feature, *channel_statistics(style_feature), strength)
+        return self.decoder(aligned)
+
+    def style_code(self, style: Tensor) -> tuple[Tensor, Tensor]:
+        """All that stylising takes from a style picture of any size: its bottleneck mean and std."""
+        return channel_statistics(self.encoder(self._pad(style)))
+
+    def stylize(self, content: Tensor, style_code: tuple[Tensor, Tensor], strength: float = 1.0) -> Tensor:
+        """content: (B, 3, H, W), any size; style_code from `style_code`. Returns (B, 3, H, W)."""
+        height, width = content.shape[2:]
+        aligned = adain(self.encoder(self._pad(content)), *style_code, strength)
+        return self.decoder(aligned)[:, :, :height, :width]
+
+    def _pad(self, image: Tensor) -> Tensor:
+        """Repeat the right and lower edge up to the next multiple of the stride.
+
+        Poolings would else drop the remainder, and statistics and reflection need 2 x 2 positions.
+        """
+        stride = self.config.stride
+        height, width = (max(2, -(-side // stride)) * stride for side in image.shape[2:])
+        if (height, width) == tuple(image.shape[2:]):
+            return image
+        return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]), mode="replicate")
+
+
+class LossNetwork(nn.Module):
+    """A frozen VGG, tapped at four ReLUs; its poolings stay max poolings."""
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__()
+        layout = _LOSS_NETWORKS[backbone]
+        self.layers = _encoder_layers(layout, _conv_widths(layout), "max")
+        self.taps = _LOSS_TAPS[backbone]
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """image: (B, 3, H, W), ImageNet-normalised. Returns the four features, shallow to deep."""
+        features = []
+        for index, layer in enumerate(self.layers):
+            image = layer(image)
+            if index in self.taps.values():
+                features.append(image)
+        return features
+
+
+# ---------------------------------------------------------------------------------------- VGG weights
+
+
+def conv_indices(backbone: str) -> list[int]:
+    """Index in torchvision's `vgg.features` of each conv that training needs, in order."""
+    layers = _encoder_layers(_LOSS_NETWORKS[backbone], _conv_widths(_LOSS_NETWORKS[backbone]), "max")
+    return [index for index, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+
+
+def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tensor], str]:
+    """VGG weights up to the deepest tap of the loss network, for `--vgg_weights source`.
+
+    source: imagenet, bundled, random, or the path of a .pth or .safetensors file with torchvision's
+    keys (`features.N.weight`). Returns the float32 tensors keyed `<N>.weight`, `<N>.bias`, and a line
+    that says where they are from. Raises UserError when they cannot be had; nothing is ever replaced.
+    """
+    if source == "random":
+        return _random_vgg(backbone, seed), f"random (He initialisation, seed {seed})"
+    if source == "imagenet":
+        weights, origin = _imagenet_vgg(backbone)
+    else:
+        path = BUNDLED_VGG19 if source == "bundled" else Path(source)
+        if source == "bundled" and backbone != "vgg19":
+            raise UserError(f"--vgg_weights bundled: there are bundled weights for vgg19, not for {backbone}")
+        if source == "bundled" and not path.exists():
+            raise UserError(f"--vgg_weights bundled: {path} is not there; use imagenet, random or a path")
+        weights = _read_vgg_file(path)
+        origin = f"{source} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
+    return _select_vgg(backbone, source, weights), origin
+
+
+def _random_vgg(backbone: str, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in LossNetwork(backbone).layers.state_dict().items():
+        if tensor.dim() == 4:
+            fan_in = tensor[0].numel()
+            weights[name] = torch.randn(tensor.shape, generator=generator) * (2.0 / fan_in) ** 0.5
+        else:
+            weights[name] = torch.zeros_like(tensor)
+    return weights
+
+
+def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
+    import torchvision.models
+
+    entry = getattr(torchvision.models, f"{backbone.upper()}_Weights").IMAGENET1K_V1
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    try:
+        weights = entry.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
+        raise UserError(
+            f"--vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
+            f"({error}); put the file there, or use --vgg_weights bundled, random or a path"
+        ) from error
+    return weights, f"imagenet (torchvision {entry})"
+
+
+def _read_vgg_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return load_checkpoint(path, flag="--vgg_weights")
+    if not path.is_file():
+        raise UserError(f"--vgg_weights {path}: no such file")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--vgg_weights {path}: not a safetensors file ({error})") from error
+
+
+def _select_vgg(backbone: str, source: str, weights: dict) -> dict[str, Tensor]:
+    """The tensors that the loss network needs, checked for presence, shape and finiteness."""
+    selected = {}
+    for name, wanted in LossNetwork(backbone).layers.state_dict().items():
+        key = f"features.{name}"
+        tensor = weights.get(key)
+        if not isinstance(tensor, Tensor):
+            raise UserError(
+                f"--vgg_weights {source}: no tensor {key}; a {backbone} file with torchvision's keys up to "
+                f"features.{conv_indices(backbone)[-1]} is needed, this one has {len(weights)} entries"
+            )
+        if tensor.shape != wanted.shape:
+            raise UserError(
+                f"--vgg_weights {source}: {key} has shape {tuple(tensor.shape)}, "
+                f"{backbone} needs {tuple(wanted.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"--vgg_weights {source}: {key} holds values that are not finite")
+        selected[name] = tensor.float()
+    return selected
+
+
+def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[StyleTransferNetwork, LossNetwork]:
+    """A full network with the VGG's weights in its encoder (the decoder as torch initialises it), and the
+    loss network. vgg: from `load_vgg`."""
+    loss_network = LossNetwork(config.backbone)
+    loss_network.layers.load_state_dict(vgg)
+    network = StyleTransferNetwork(config)
+    encoder = network.encoder.layers[0]
+    encoder.load_state_dict({name: vgg[name] for name in encoder.state_dict()})
+    return network, loss_network
+
+
+# ---------------------------------------------------------------------------------------- model files
+
+
+def model_checkpoint(network: StyleTransferNetwork, **more) -> dict:
+    """The checkpoint dictionary of a network: plain types and tensors, enough to rebuild it."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return {"format": CHECKPOINT_FORMAT, "config": network.config.to_dict(), "state_dict": tensors, **more}
+
+
+def find_model_file(path: Path) -> Path:
+    """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
+    path = Path(path)
+    if path.is_dir():
+        for name in (CHECKPOINT_NAME, "pruned.pth"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"--load_path {path}: the folder holds neither {CHECKPOINT_NAME} nor pruned.pth")
+    return path
+
+
+def load_network(path: Path, swap_max_pool: bool = False) -> tuple[StyleTransferNetwork, dict]:
+    """Rebuild the network in a model file, full or pruned, on the CPU, in float32 and evaluation mode.
+
+    Files of the original implementation hold only `state_dict`: widths are read off the tensors, and
+    `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
+    Returns the network and the whole checkpoint dictionary. Raises UserError when it is no model.
+    """
+    path = find_model_file(path)
+    checkpoint = load_checkpoint(path)
+    state_dict = checkpoint.get("state_dict")
+    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise UserError(f"--load_path {path}: no model (a dictionary with a state_dict of tensors is needed)")
+    try:
+        if "config" in checkpoint:
+            config = NetworkConfig.from_dict(checkpoint["config"])
+        else:
+            config = _config_from_tensors(state_dict, "avg" if swap_max_pool else "max")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--load_path {path}: no style-transfer network ({error})") from error
+    if swap_max_pool and config.pooling != "avg":
+        raise UserError(f"--swap_max_pool: {path} was made with max pooling; leave the flag out")
+    network = StyleTransferNetwork(config)
+    _check_tensors(path, state_dict, network.state_dict())
+    network.load_state_dict(state_dict)
+    return network.eval(), checkpoint
+
+
+def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> NetworkConfig:
+    """Read backbone and widths off the conv tensors. Raises ValueError when they fit no backbone."""
+    widths = {"encoder": {}, "decoder": {}}
+    for key, tensor in state_dict.items():
+        part, _, index = key.removesuffix(".weight").partition(".layers.0.")
+        if part in widths and index.isdigit() and tensor.dim() == 4:
+            widths[part][int(index)] = tensor.shape[0]
+    for backbone, layout in _ENCODERS.items():
+        config = NetworkConfig.full(backbone, pooling)
+        parts = {
+            "encoder": _encoder_layers(layout, config.encoder_widths, pooling),
+            "decoder": _decoder_layers(layout, config.bottleneck_width, config.decoder_widths),
+        }
+        indices = {
+            part: [index for index, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+            for part, layers in parts.items()
+        }
+        if all(sorted(widths[part]) == indices[part] for part in widths):
+            read = {part: tuple(widths[part][index] for index in indices[part]) for part in widths}
+            return NetworkConfig(backbone, pooling, read["encoder"], read["decoder"])
+    found = ", ".join(f"{len(convs)} {part} convs" for part, convs in widths.items())
+    raise ValueError(f"found {found} under <part>.layers.0.<n>, which is neither {' nor '.join(BACKBONES)}")
+
+
+def _check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for key in wanted.keys() - found.keys():
+        raise UserError(f"--load_path {path}: the tensor {key} is missing")
+    for key in found.keys() - wanted.keys():
+        raise UserError(f"--load_path {path}: the tensor {key} belongs to no layer of this network")
+    for key, tensor in found.items():
+        if tensor.shape != wanted[key].shape:
+            raise UserError(
+                f"--load_path {path}: {key} has shape {tuple(tensor.shape)}, "
+                f"its configuration says {tuple(wanted[key].shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"--load_path {path}: {key} holds values that are not finite")
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

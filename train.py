@@ -1,0 +1,467 @@
+"""`--mode train`: learn style transfer while the channel and xor losses switch encoder channels off."""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import loss as losses
+from data import (
+    MAX_PIXELS,
+    CropConfig,
+    FailedPictures,
+    TrainingPictures,
+    check_failures,
+    collate,
+    normalize,
+    open_folder,
+    picture_grid,
+    save_picture,
+    training_loader,
+)
+from network import (
+    LossNetwork,
+    NetworkConfig,
+    StyleTransferNetwork,
+    adain,
+    build_from_vgg,
+    channel_statistics,
+    load_network,
+    load_vgg,
+    model_checkpoint,
+)
+from utils import (
+    CheckpointFolder,
+    MetricFile,
+    UserError,
+    WandbRun,
+    autocast_dtype,
+    catch_stop_signals,
+    describe_device,
+    load_checkpoint,
+    make_folder,
+    note,
+    random_state,
+    resolve_device,
+    restore_random_state,
+    seed_everything,
+)
+
+TERMS = ("content", "style", "uncorrelation", "channel", "xor")
+METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")
+PREVIEW_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a training run, with its default; `main.py` makes the flags from it."""
+
+    content_dir: str | None = None
+    style_dir: str | None = None
+    save_path: str | None = None
+    load_path: str | None = None
+    resume: bool = False
+    backbone: str = "vgg19"
+    swap_max_pool: bool = False
+    vgg_weights: str = "imagenet"
+    imsize: int = 512
+    cropsize: int = 256
+    cencrop: bool = False
+    max_pixels: int = MAX_PIXELS
+    lr: float = 1e-4
+    encoder_lr: float | None = None  # None: lr
+    decoder_lr: float | None = None  # None: lr
+    max_iter: int = 80_000
+    batch_size: int = 16
+    style_loss: str = "meanstd"
+    style_loss_weight: float = 100.0
+    uncorrelation_loss_weight: float = 0.01
+    channel_loss_weight: float = 1.0
+    xor_loss_weight: float = 1.0
+    l0_eps: float = losses.L0_EPS
+    check_iter: int = 500
+    keep_checkpoints: int = 3
+    amp: str = "auto"
+    seed: int = 0
+    num_workers: int | None = None  # None: one a core, at most 8
+    gpu_no: int | None = None
+    wb_mode: str = "auto"
+    wb_project: str = "compact_image_style_transfer"
+    wb_name: str | None = None
+    wb_notes: str | None = None
+    wb_tags: tuple[str, ...] | None = None
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each part; 0 freezes it."""
+        return {
+            "encoder": self.lr if self.encoder_lr is None else self.encoder_lr,
+            "decoder": self.lr if self.decoder_lr is None else self.decoder_lr,
+        }
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term in the total loss."""
+        return {
+            "content": 1.0,
+            "style": self.style_loss_weight,
+            "uncorrelation": self.uncorrelation_loss_weight,
+            "channel": self.channel_loss_weight,
+            "xor": self.xor_loss_weight,
+        }
+
+    def check(self) -> None:
+        """Raises UserError for settings that make no sense, naming the flag."""
+        for flag in ("save_path",) if self.resume else ("content_dir", "style_dir", "save_path"):
+            if not getattr(self, flag):
+                raise UserError(f"--{flag} is needed in train mode")
+        stride = 8  # of the deepest tap of both loss networks
+        if self.cropsize < 2 * stride or self.cropsize % stride:
+            raise UserError(f"--cropsize {self.cropsize}: a multiple of {stride}, {2 * stride} or more, is needed")
+        if not any(self.learning_rates.values()):
+            raise UserError("--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be learned")
+
+
+# ----------------------------------------------------------------------------------------------- step
+
+
+class Trainer:
+    """The networks, the optimiser and one training step."""
+
+    def __init__(
+        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.amp_dtype = autocast_dtype(config.amp, device)
+        # Measured faster than the default layout in float32 and bfloat16 (README, Speed).
+        self.network = network.to(device, memory_format=torch.channels_last).train()
+        self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
+        groups = []
+        for part, rate in config.learning_rates.items():
+            module = getattr(self.network, part).requires_grad_(rate > 0)
+            if rate > 0:
+                groups.append({"params": list(module.parameters()), "lr": rate})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.encoder_is_loss_network = config.learning_rates["encoder"] == 0 and _same_weights(
+            self.network, self.loss_network
+        )
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def losses(self, content: Tensor, style: Tensor, all_terms: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the loss for one batch (DESIGN: total = content + sum of weight * term).
+
+        content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with
+        `all_terms` measured without a gradient. Returns the terms by name and the channel norms, (2B, C).
+        """
+        config, pictures = self.config, len(content)
+        both = torch.cat([content, style]).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
+        with self.autocast():
+            with torch.no_grad():
+                targets = self.loss_network(both)
+            feature = targets[-1] if self.encoder_is_loss_network else self.network.encoder(both)
+        content_feature, style_feature = feature[:pictures], feature[pictures:]
+        aligned = adain(content_feature, *channel_statistics(style_feature))
+        with self.autocast():
+            output = self.network.decoder(aligned)  # (B, 3, H, W)
+            output_features = self.loss_network(output)
+
+        norm = losses.channel_norm(feature)  # (2B, C)
+        formulas = {
+            "content": lambda: losses.content_loss(output_features, [target[:pictures] for target in targets]),
+            "style": lambda: losses.style_loss(
+                output_features, [target[pictures:] for target in targets], config.style_loss
+            ),
+            # The mean of content and style; both are sums over the batch.
+            "uncorrelation": lambda: 0.5 * losses.uncorrelation_loss(feature),
+            "channel": lambda: losses.channel_loss(norm, config.l0_eps),
+            "xor": lambda: losses.xor_loss(norm, config.l0_eps),
+        }
+        terms = {name: formulas[name]() for name, weight in config.weights.items() if weight}
+        if all_terms:
+            with torch.no_grad():
+                terms |= {name: formula() for name, formula in formulas.items() if name not in terms}
+        return terms, norm.detach()
+
+    def step(self, content: Tensor, style: Tensor, all_terms: bool = False) -> dict[str, Tensor]:
+        """One step of Adam. content, style: (B, 3, H, W), uint8. Returns METRICS as scalars on the device."""
+        content, style = normalize(content), normalize(style)
+        terms, norm = self.losses(content, style, all_terms)
+        total = sum(weight * terms[name] for name, weight in self.config.weights.items() if weight)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        off = norm == 0  # (2B, C)
+        return {name: term.detach() for name, term in terms.items()} | {
+            "total": total.detach(),
+            "nonzero_channels": losses.nonzero_channels(norm),
+            "channels_off_for_all": off.all(dim=0).sum().float(),
+            "channels_off_for_some": off.any(dim=0).sum().float(),
+        }
+
+    @torch.no_grad()
+    def preview(self, content: Tensor, style: Tensor):
+        """A picture with the rows content, style, output. content, style: (n, 3, H, W), uint8."""
+        content, style = normalize(content.to(self.device)), normalize(style.to(self.device))
+        with self.autocast():
+            code = self.network.style_code(style)
+            output = self.network.stylize(content, code)
+        return picture_grid([content, style, output.float()])
+
+
+def _same_weights(network: StyleTransferNetwork, loss_network: LossNetwork) -> bool:
+    """Whether encoder and loss network compute the same: then their features are computed once."""
+    encoder = network.encoder.layers[0].state_dict()
+    vgg = loss_network.layers.state_dict()
+    return (
+        network.config.pooling == "max"
+        and encoder.keys() == vgg.keys()
+        and all(encoder[name].shape == vgg[name].shape and torch.equal(encoder[name], vgg[name]) for name in vgg)
+    )
+
+
+class MetricSums:
+    """Means of METRICS since the last check, and the first iteration at which each was not finite.
+
+    Both stay on the device: reading them costs a synchronisation, so the loop does that seldom.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(METRICS), device=device)
+        self.counts = torch.zeros(len(METRICS), device=device)
+        self.latest = torch.zeros(len(METRICS), device=device)
+        self.first_bad = torch.full((len(METRICS),), -1, device=device, dtype=torch.int64)
+
+    def add(self, metrics: dict[str, Tensor], iteration: int) -> None:
+        indices = [index for index, name in enumerate(METRICS) if name in metrics]
+        values = torch.stack([metrics[METRICS[index]] for index in indices])
+        self.sums[indices] += values
+        self.counts[indices] += 1
+        self.latest[indices] = values
+        bad = ~self.latest.isfinite() & (self.first_bad < 0)
+        self.first_bad.masked_fill_(bad, iteration)
+
+    def raise_if_bad(self, newest: Path) -> None:
+        """Raises UserError naming the first term that was not finite, and its iteration."""
+        bad = {name: at for name, at in zip(METRICS, self.first_bad.tolist()) if at >= 0}
+        if not bad:
+            return
+        name = min(bad, key=bad.get)  # the earliest; of equals the first, and terms stand before their total
+        left = f"the last good checkpoint is {newest}" if newest.exists() else "no checkpoint was written yet"
+        raise UserError(f"iteration {bad[name]}: the {name} loss is not finite; {left}. "
+                        "A lower --lr, --encoder_lr or loss weight may help")
+
+    def means(self) -> dict[str, float]:
+        return dict(zip(METRICS, (self.sums / self.counts).tolist()))
+
+    def clear(self) -> None:
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sums": self.sums.cpu(), "counts": self.counts.cpu()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.sums.copy_(state["sums"])
+        self.counts.copy_(state["counts"])
+
+
+# ------------------------------------------------------------------------------------------ start, resume
+
+
+def resume_config(given: dict) -> tuple[TrainConfig, dict]:
+    """The settings of the run in `--save_path`, changed by the flags given now, and its newest checkpoint.
+
+    Raises UserError when there is none, or when a flag would make it another network.
+    """
+    folder = CheckpointFolder(Path(given.get("save_path") or ""), keep=0)
+    if not given.get("save_path"):
+        raise UserError("--resume: --save_path says which run to resume")
+    if not folder.newest.exists():
+        raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
+    checkpoint = load_checkpoint(folder.newest, flag="--resume")
+    stored = checkpoint.get("train_config")
+    if not isinstance(stored, dict) or "optimizer" not in checkpoint:
+        raise UserError(f"--resume: {folder.newest} holds a network but no training run; use --load_path")
+    known = {field.name for field in fields(TrainConfig)}
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known}
+    for name, value in given.items():
+        if name in ("backbone", "swap_max_pool", "vgg_weights", "load_path") and value != stored[name]:
+            raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
+        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
+            note(f"resuming with --{name} {value} (it was {stored[name]})")
+    return TrainConfig(**{**stored, **given, "resume": True}), checkpoint
+
+
+def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | None) -> tuple[Trainer, str]:
+    """The trainer at its start, or as the checkpoint left it, and where its VGG weights are from."""
+    seed_everything(config.seed)
+    vgg, origin = load_vgg(config.backbone, config.vgg_weights, config.seed)
+    if checkpoint is not None and checkpoint.get("vgg_weights") != origin:
+        raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
+                        f"now they are {origin}")
+    pooling = "avg" if config.swap_max_pool else "max"
+    network, loss_network = build_from_vgg(NetworkConfig.full(config.backbone, pooling), vgg)
+    if checkpoint is not None:
+        network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["config"]))
+        network.load_state_dict(checkpoint["state_dict"])
+    elif config.load_path:
+        network, _ = load_network(config.load_path, config.swap_max_pool)
+        if network.config.backbone != config.backbone:
+            raise UserError(f"--load_path {config.load_path} is a {network.config.backbone} network, "
+                            f"--backbone says {config.backbone}")
+    trainer = Trainer(network, loss_network, config, device)
+    if checkpoint is not None:
+        try:
+            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
+                            "start a new run with --load_path for that") from error
+        for group, rate in zip(trainer.optimizer.param_groups, filter(None, config.learning_rates.values())):
+            group["lr"] = rate  # load_state_dict put the old rate back
+    return trainer, origin
+
+
+# ------------------------------------------------------------------------------------------------ loop
+
+
+def train(given: dict) -> int:
+    """Run `--mode train` with the flags given on the command line. Returns the exit code."""
+    checkpoint = None
+    config = TrainConfig(**given)
+    if config.resume:
+        config, checkpoint = resume_config(given)
+    config.check()
+    device = resolve_device(config.gpu_no)
+    folder = CheckpointFolder(make_folder(config.save_path, "--save_path"), config.keep_checkpoints)
+    if checkpoint is None and folder.newest.exists():
+        raise UserError(f"--save_path {config.save_path}: holds a run already; "
+                        "--resume goes on with it, another --save_path starts a new one")
+    start = checkpoint["iteration"] if checkpoint else 0
+    if start >= config.max_iter:
+        note(f"the run in {config.save_path} has done its {start} iterations; a larger --max_iter goes on")
+        return 0
+
+    content, content_failed = open_folder(config.content_dir, "--content_dir", config.max_pixels, tqdm.write)
+    style, style_failed = open_folder(config.style_dir, "--style_dir", config.max_pixels, tqdm.write)
+    tallies = (content_failed, style_failed)
+    trainer, origin = build_trainer(config, device, checkpoint)
+    crop = CropConfig(config.imsize, config.cropsize, config.cencrop, config.max_pixels)
+    pictures = TrainingPictures(content, style, crop, config.seed)
+    counts = [len(content), len(style)]
+    if checkpoint and checkpoint["picture_counts"] != counts:
+        note(f"the folders changed: {counts} usable pictures, {checkpoint['picture_counts']} before; "
+             "other pictures will be drawn than without the interruption")
+    note(f"training on {describe_device(device)}, {'float32' if trainer.amp_dtype is None else 'bfloat16'}; "
+         f"VGG weights: {origin}; {counts[0]} content and {counts[1]} style pictures")
+    wandb_run = WandbRun(
+        config.wb_mode, config.wb_project, config.wb_name, config.wb_notes, config.wb_tags, asdict(config),
+        config.save_path, checkpoint["wandb_id"] if checkpoint else None,
+    )
+    run = _Run(config, trainer, folder, pictures, tallies, wandb_run, origin, counts)
+    if checkpoint:
+        run.sums.restore(checkpoint["metric_sums"])
+        restore_random_state(checkpoint["random_state"])
+    run.metrics.truncate_after(start)
+    try:
+        exit_code = run.loop(start)
+    finally:
+        wandb_run.finish()
+        for tally in tallies:
+            note(tally.summary())
+    return exit_code
+
+
+@dataclass
+class _Run:
+    """What a running training holds; `loop` is the training."""
+
+    config: TrainConfig
+    trainer: Trainer
+    folder: CheckpointFolder
+    pictures: TrainingPictures
+    tallies: tuple[FailedPictures, FailedPictures]
+    wandb_run: WandbRun
+    vgg_origin: str
+    picture_counts: list[int]
+
+    def __post_init__(self) -> None:
+        save_path = Path(self.config.save_path)
+        self.metrics = MetricFile(save_path / "metrics.jsonl")
+        self.samples = make_folder(save_path / "samples", "--save_path")
+        self.sums = MetricSums(self.trainer.device)
+
+    def loop(self, start: int) -> int:
+        """Iterations start + 1 to max_iter. Returns the exit code: 0, or 128 + the signal that stopped it."""
+        config, device = self.config, self.trainer.device
+        workers = config.num_workers if config.num_workers is not None else min(8, torch.get_num_threads())
+        positions = range(start * config.batch_size, config.max_iter * config.batch_size)
+        loader = training_loader(self.pictures, positions, config.batch_size, workers, device.type == "cuda")
+        first = collate([self.pictures[position] for position in range(min(PREVIEW_PICTURES, config.batch_size))])
+        check_failures(first[2], self.tallies)
+        bar = tqdm(total=config.max_iter, initial=start, desc="train", unit="it", dynamic_ncols=True,
+                   mininterval=0.5 if sys.stderr.isatty() else 30.0)
+        shown = time.perf_counter()
+        with bar, catch_stop_signals() as stop:
+            for iteration, (content, style, failures) in enumerate(loader, start + 1):
+                check_failures(failures, self.tallies)
+                content, style = (batch.to(device, non_blocking=True) for batch in (content, style))
+                is_check = iteration % config.check_iter == 0 or iteration == config.max_iter
+                self.sums.add(self.trainer.step(content, style, all_terms=is_check), iteration)
+                if device.type == "cpu" or is_check or stop or time.perf_counter() - shown > 1.0:
+                    self.sums.raise_if_bad(self.folder.newest)
+                    shown = time.perf_counter()
+                    bar.set_postfix_str(self._progress(), refresh=False)
+                if is_check:
+                    self.check(iteration, first)
+                elif stop:
+                    self.save(iteration)
+                bar.update()
+                if stop and iteration < config.max_iter:
+                    break
+            else:
+                return 0
+        note(f"stopped after iteration {iteration}, saved; go on with: "
+             f"python main.py --mode train --resume --save_path {config.save_path}")
+        return stop.exit_code
+
+    def _progress(self) -> str:
+        values = dict(zip(METRICS, self.sums.latest.tolist()))
+        shown = [f"{name} {values[name]:.4g}" for name in (*TERMS, "total") if self.config.weights.get(name, 1)]
+        return ", ".join([*shown, f"nonzero {values['nonzero_channels']:.0f}"])
+
+    def check(self, iteration: int, first: tuple[Tensor, Tensor, list]) -> None:
+        """Every `check_iter`: metrics, a picture grid, a checkpoint."""
+        means = self.sums.means()
+        self.metrics.append({"iteration": iteration, **means})
+        path = self.samples / f"iteration_{iteration:07d}.png"
+        save_picture(self.trainer.preview(*first[:2]), path)
+        self.wandb_run.log(means, iteration, path)
+        self.sums.clear()
+        self.save(iteration)
+
+    def save(self, iteration: int) -> None:
+        """Write the checkpoint. Raises UserError, and writes nothing, when a weight is not finite."""
+        network = self.trainer.network
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise UserError(f"iteration {iteration}: a weight is not finite; the checkpoint was not written, "
+                            f"{self.folder.newest} is untouched. A lower learning rate may help")
+        checkpoint = model_checkpoint(
+            network,
+            iteration=iteration,
+            train_config={name: list(value) if isinstance(value, tuple) else value
+                          for name, value in asdict(self.config).items()},
+            vgg_weights=self.vgg_origin,
+            optimizer=self.trainer.optimizer.state_dict(),
+            random_state=random_state(),
+            metric_sums=self.sums.state(),
+            picture_counts=self.picture_counts,
+            wandb_id=self.wandb_run.id,
+        )
+        self.folder.save(checkpoint, iteration)

@@ -1,0 +1,385 @@
+"""Process plumbing: bad-input errors, device, seed, signals, checkpoint files, metric logging."""
+
+import importlib.util
+import json
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CHECKPOINT_NAME = "check_point.pth"
+CHECKPOINT_FORMAT = 1
+
+
+class UserError(Exception):
+    """Something the user can put right: one line with what was got, what is needed, which flag or path.
+
+    `main.py` prints the message on stderr and exits with code 2.
+    """
+
+
+def note(message: str) -> None:
+    """Print one line on stderr, where it disturbs neither a progress bar's stdout nor a pipe."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------- device
+
+
+def resolve_device(gpu_no: int | None) -> torch.device:
+    """The device of `--gpu_no`: None picks GPU 0 when there is one, else the CPU; -1 is the CPU.
+
+    Raises UserError when a GPU is asked for that is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu_no is None:
+        gpu_no = 0 if count else -1
+    if gpu_no == -1:
+        return torch.device("cpu")
+    if gpu_no < -1:
+        raise UserError(f"--gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
+    if gpu_no >= count:
+        raise UserError(f"--gpu_no {gpu_no}: this machine has {count} usable GPU(s); use -1 for the CPU")
+    return torch.device("cuda", gpu_no)
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The data type of mixed precision for `--amp`, or None for float32 throughout.
+
+    `auto` is bfloat16 where the device has matrix units for it: GPUs of compute capability 8.0 or
+    newer, CPUs with AMX. A CPU without them runs bfloat16 convolutions 10 to 60 times slower than
+    float32, so `auto` leaves it off there.
+    """
+    if amp == "off":
+        return None
+    if amp == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return torch.bfloat16 if has_amx is not None and has_amx() else None
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name as a person would write it beside a measurement."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = "CPU"
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+# ------------------------------------------------------------------------------- seed and random state
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict:
+    """The random state of torch, as plain tensors for a checkpoint.
+
+    Pictures are drawn by position (see `data.TrainingPictures`), so torch's generators are the only
+    random state that a run carries along.
+    """
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict) -> None:
+    """Put back what `random_state` took."""
+    torch.set_rng_state(state["torch"])
+    cuda_states = state.get("cuda", [])
+    if torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda_states)
+
+
+# -------------------------------------------------------------------------------------------- signals
+
+
+class StopRequest:
+    """Remembers that SIGINT or SIGTERM came, so that a loop can finish its step and save."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM, as a shell reports them."""
+        return 128 + self.signal_number
+
+
+@contextmanager
+def catch_stop_signals():
+    """Within the block SIGINT and SIGTERM only set the yielded StopRequest; a second one acts at once."""
+    request = StopRequest()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number, _frame):
+        request.signal_number = number
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, remember)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    A kill at any moment leaves either the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename itself is only durable once the folder's entry is on the disk.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for a text."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def make_folder(path: Path, flag: str) -> Path:
+    """Create `path` as a folder, parents included. Raises UserError naming `flag` when that cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{flag} {path}: a file is in the way, a folder is needed") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: the folder cannot be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path}: the folder cannot be written to")
+    return path
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write a dictionary of plain types and tensors to `path` atomically. Raises UserError when it cannot."""
+    try:
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        raise UserError(f"{path}: the checkpoint cannot be written ({error}); the last one is untouched") from error
+
+
+def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
+    """Read a checkpoint to the CPU. Code pickled in the file is refused, never run.
+
+    Raises UserError, naming `flag`, when the file is missing, unreadable, no checkpoint, or holds code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{flag} {path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder, a model file (.pth) is needed")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) and "GLOBAL" in str(error):
+            raise UserError(
+                f"{flag} {path}: the file carries pickled code or objects other than tensors and plain "
+                "types; it was refused and nothing in it was run"
+            ) from error
+        raise UserError(f"{flag} {path}: not a model file (torch cannot read it)") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+    # torch.load passes on whatever the zip reader, the unpickler or a tensor constructor met in a
+    # damaged file, and documents no closed list of it.
+    except Exception as error:
+        kind = "a damaged model file" if zipfile.is_zipfile(path) else "not a model file"
+        raise UserError(f"{flag} {path}: {kind} (torch cannot read it: {type(error).__name__})") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, a dictionary is needed")
+    return checkpoint
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: `check_point.pth` is the newest, numbered ones lie beside it.
+
+    keep: how many numbered checkpoints stay (0: none, -1: all).
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+
+    @property
+    def newest(self) -> Path:
+        return self.folder / CHECKPOINT_NAME
+
+    def numbered(self) -> list[Path]:
+        """The numbered checkpoints, oldest first."""
+        return sorted(self.folder.glob("check_point_[0-9]*.pth"))
+
+    def save(self, checkpoint: dict, iteration: int) -> Path:
+        """Write the checkpoint, make it the newest, drop numbered ones beyond `keep`."""
+        if self.keep == 0:
+            save_checkpoint(checkpoint, self.newest)
+            return self.newest
+        path = self.folder / f"check_point_{iteration:07d}.pth"
+        save_checkpoint(checkpoint, path)
+        temporary = self.folder / f".{CHECKPOINT_NAME}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)  # one file under two names: half the disk, half the writing
+            os.replace(temporary, self.newest)
+        except OSError:  # a file system without hard links
+            save_checkpoint(checkpoint, self.newest)
+        if self.keep > 0:
+            for old in self.numbered()[: -self.keep]:
+                old.unlink()
+        return self.newest
+
+
+# --------------------------------------------------------------------------------------------- metrics
+
+
+class MetricFile:
+    """`metrics.jsonl`: one JSON object a line, one line a check."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def truncate_after(self, iteration: int) -> None:
+        """Drop lines past `iteration`: a killed run may have logged what its last checkpoint lacks."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue  # the half-written last line of a killed run
+        write_text_atomically(self.path, "".join(kept))
+
+    def append(self, row: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def wandb_key_is_configured() -> bool:
+    """Whether wandb would find an API key without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+    from urllib.parse import urlparse
+
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        if not name or not Path(name).expanduser().is_file():
+            continue
+        try:
+            return netrc.netrc(Path(name).expanduser()).authenticators(host) is not None
+        except (netrc.NetrcParseError, OSError):
+            return False
+    return False
+
+
+class WandbRun:
+    """A wandb run that is never in the way: no prompt, and training goes on without the package."""
+
+    def __init__(self, mode, project, name, notes, tags, config, folder, run_id=None) -> None:
+        """mode: auto, online, offline or disabled. Raises UserError when `online` cannot be had."""
+        self.run = None
+        if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled" and mode == "auto":
+            return
+        if importlib.util.find_spec("wandb") is None:
+            if mode == "online":
+                raise UserError("--wb_mode online: the package wandb is not installed (pip install wandb)")
+            note("wandb is not installed: metrics go to metrics.jsonl only")
+            return
+        import wandb
+
+        if mode == "auto":
+            wants_online = wandb_key_is_configured() and os.environ.get("WANDB_MODE") != "offline"
+        else:
+            wants_online = mode == "online"
+            if wants_online and not wandb_key_is_configured():
+                raise UserError("--wb_mode online: no wandb key is configured (wandb login, or WANDB_API_KEY)")
+        arguments = dict(
+            project=project, name=name, notes=notes, tags=tags, config=config, dir=str(folder), id=run_id,
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        try:
+            # resume="allow" makes a resumed training go on in the same online run.
+            online = {"mode": "online", "resume": "allow"} if wants_online else {"mode": "offline"}
+            self.run = wandb.init(**arguments, **online)
+        except Exception as error:  # wandb passes on its service's, the network's and its server's errors
+            if mode != "auto" or not wants_online:
+                raise UserError(f"--wb_mode {mode}: wandb did not start ({error})") from error
+            note(f"wandb could not go online ({type(error).__name__}): logging offline")
+            self.run = wandb.init(**arguments, mode="offline")
+        where = "online" if wants_online and not self.run.offline else "offline"
+        note(f"wandb: {where}, run {self.run.id} in {self.run.dir}")
+
+    @property
+    def id(self) -> str | None:
+        return self.run.id if self.run else None
+
+    def log(self, values: dict, iteration: int, picture: Path | None = None) -> None:
+        if self.run is None:
+            return
+        if picture is not None:
+            import wandb
+
+            values = {**values, "pictures": wandb.Image(str(picture))}
+        self.run.log(values, step=iteration)
+
+    def finish(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+class Stopwatch:
+    """Seconds since it was made, by a clock that never goes back."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start

@@ -183,8 +183,8 @@ def find_pictures(folder: Path, flag: str) -> list[Path]:
 class FailedPictures:
     """Counts a folder's unusable pictures, logs each path once, stops the run when they are too many."""
 
-    def __init__(self, folder: Path, flag: str, total: int, log=note) -> None:
-        self.folder, self.flag, self.total, self.log = folder, flag, total, log
+    def __init__(self, folder: Path, flag: str, total: int) -> None:
+        self.folder, self.flag, self.total = folder, flag, total
         self.paths: set[str] = set()
 
     def add(self, path: Path, reason: str) -> None:
@@ -192,7 +192,7 @@ class FailedPictures:
         if str(path) in self.paths:
             return
         self.paths.add(str(path))
-        self.log(f"skipped {reason}")
+        note(f"skipped {reason}")
         if len(self.paths) > MAX_FAILED_SHARE * self.total:
             raise UserError(
                 f"{self.flag} {self.folder}: {len(self.paths)} of {self.total} pictures cannot be used "
@@ -203,14 +203,14 @@ class FailedPictures:
         return f"{self.flag} {self.folder}: {self.total} pictures, {len(self.paths)} skipped"
 
 
-def open_folder(folder: Path, flag: str, max_pixels: int, log=note) -> tuple[list[Path], FailedPictures]:
+def open_folder(folder: Path, flag: str, max_pixels: int) -> tuple[list[Path], FailedPictures]:
     """The pictures of a folder and the tally of its failures.
 
     Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts;
     the rest are met as they are drawn. Raises UserError as `find_pictures` and `FailedPictures.add` do.
     """
     paths = find_pictures(folder, flag)
-    failed = FailedPictures(folder, flag, len(paths), log)
+    failed = FailedPictures(folder, flag, len(paths))
     sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
 
     def reason(path: Path) -> str | None:

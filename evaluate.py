@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from data import (
     MAX_PIXELS,
@@ -19,7 +18,7 @@ from data import (
     to_pil,
 )
 from network import StyleTransferNetwork, load_network
-from utils import UserError, make_folder, note, resolve_device
+from utils import UserError, make_folder, note, progress_bar, resolve_device
 
 CELL = 256  # pixels: side of a picture in the contact sheet
 SHEET_SIDE = 8192  # pixels: no contact sheet is larger; its cells shrink instead
@@ -132,7 +131,7 @@ def test(given: dict) -> int:
     for column, thumbnail in enumerate(thumbnails, 1):
         sheet.place(thumbnail, 0, column)
     content_names, style_names = _names(content_root, contents), _names(style_root, styles)
-    with tqdm(total=len(contents) * len(styles), desc="stylise", unit="picture", dynamic_ncols=True) as bar:
+    with progress_bar(len(contents) * len(styles), "stylise", "picture") as bar:
         for row, (path, content_name) in enumerate(zip(contents, content_names), 1):
             picture = load_input(path, config, "content")
             sheet.place(to_pil(picture[0].float() / 255.0), row, 0)

@@ -94,7 +94,8 @@ FLAGS = (
     Flag("style_dir", "folder of paintings, likewise"),
     Flag("content", "content picture (test: or a folder of them; prune: for the picture grid, "
          "default there: a bundled one)"),
-    Flag("style", "style picture (test: or a folder of them; prune: for the picture grid, default there: a bundled one)"),
+    Flag("style", "style picture (test: or a folder of them; prune: for the picture grid, "
+         "default there: a bundled one)"),
     Flag("backbone", "VGG of encoder and loss network; in test and prune the file says which, and another is refused",
          {"choices": BACKBONES}),
     Flag("swap_max_pool", "average pooling in place of max pooling in the encoder", _SWITCH),

@@ -8,6 +8,7 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
 
@@ -189,15 +190,15 @@ class StyleTransferNetwork(nn.Module):
 
     def style_code(self, style: Tensor) -> tuple[Tensor, Tensor]:
         """All that stylising takes from a style picture of any size: its bottleneck mean and std."""
-        return channel_statistics(self.encoder(self._pad(style)))
+        return channel_statistics(self.encoder(self.pad(style)))
 
     def stylize(self, content: Tensor, style_code: tuple[Tensor, Tensor], strength: float = 1.0) -> Tensor:
         """content: (B, 3, H, W), any size; style_code from `style_code`. Returns (B, 3, H, W)."""
         height, width = content.shape[2:]
-        aligned = adain(self.encoder(self._pad(content)), *style_code, strength)
+        aligned = adain(self.encoder(self.pad(content)), *style_code, strength)
         return self.decoder(aligned)[:, :, :height, :width]
 
-    def _pad(self, image: Tensor) -> Tensor:
+    def pad(self, image: Tensor) -> Tensor:
         """Repeat the right and lower edge up to the next multiple of the stride.
 
         Poolings would else drop the remainder, and statistics and reflection need 2 x 2 positions.
@@ -422,3 +423,14 @@ def _check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
 
 def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_macs(config: NetworkConfig, size: int) -> int:
+    """Multiply-adds of stylising one pair of `size` x `size` pictures (content and style through the encoder,
+    one through the decoder), by torch's own FLOP counter; nothing is computed."""
+    with torch.device("meta"):
+        network = StyleTransferNetwork(config)
+        image = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image, image)
+    return counter.get_total_flops() // 2  # the counter takes a multiply-add for two operations

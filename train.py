@@ -1,13 +1,11 @@
 """`--mode train`: learn style transfer while the channel and xor losses switch encoder channels off."""
 
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import loss as losses
 from data import (
@@ -45,6 +43,7 @@ from utils import (
     load_checkpoint,
     make_folder,
     note,
+    progress_bar,
     random_state,
     resolve_device,
     restore_random_state,
@@ -290,7 +289,9 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
     if not isinstance(stored, dict) or "optimizer" not in checkpoint:
         raise UserError(f"--resume: {folder.newest} holds a network but no training run; use --load_path")
     known = {field.name for field in fields(TrainConfig)}
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known}
+    stored = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
+    }
     for name, value in given.items():
         if name in ("backbone", "swap_max_pool", "vgg_weights", "load_path") and value != stored[name]:
             raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
@@ -348,8 +349,8 @@ def train(given: dict) -> int:
         note(f"the run in {config.save_path} has done its {start} iterations; a larger --max_iter goes on")
         return 0
 
-    content, content_failed = open_folder(config.content_dir, "--content_dir", config.max_pixels, tqdm.write)
-    style, style_failed = open_folder(config.style_dir, "--style_dir", config.max_pixels, tqdm.write)
+    content, content_failed = open_folder(config.content_dir, "--content_dir", config.max_pixels)
+    style, style_failed = open_folder(config.style_dir, "--style_dir", config.max_pixels)
     tallies = (content_failed, style_failed)
     trainer, origin = build_trainer(config, device, checkpoint)
     crop = CropConfig(config.imsize, config.cropsize, config.cencrop, config.max_pixels)
@@ -405,8 +406,7 @@ class _Run:
         loader = training_loader(self.pictures, positions, config.batch_size, workers, device.type == "cuda")
         first = collate([self.pictures[position] for position in range(min(PREVIEW_PICTURES, config.batch_size))])
         check_failures(first[2], self.tallies)
-        bar = tqdm(total=config.max_iter, initial=start, desc="train", unit="it", dynamic_ncols=True,
-                   mininterval=0.5 if sys.stderr.isatty() else 30.0)
+        bar = progress_bar(config.max_iter, "train", "it", initial=start)
         shown = time.perf_counter()
         with bar, catch_stop_signals() as stop:
             for iteration, (content, style, failures) in enumerate(loader, start + 1):

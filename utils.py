@@ -7,13 +7,13 @@ import pickle
 import random
 import signal
 import sys
-import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 CHECKPOINT_NAME = "check_point.pth"
 CHECKPOINT_FORMAT = 1
@@ -27,8 +27,14 @@ class UserError(Exception):
 
 
 def note(message: str) -> None:
-    """Print one line on stderr, where it disturbs neither a progress bar's stdout nor a pipe."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line on stderr, above a progress bar where there is one."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def progress_bar(total: int, description: str, unit: str, **more) -> tqdm:
+    """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval, **more)
 
 
 # --------------------------------------------------------------------------------------------- device
@@ -372,14 +378,3 @@ class WandbRun:
     def finish(self) -> None:
         if self.run is not None:
             self.run.finish()
-
-
-class Stopwatch:
-    """Seconds since it was made, by a clock that never goes back."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start

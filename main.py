@@ -138,6 +138,7 @@ FLAGS = (
     Flag("prune_channels", "cut these channels, by index (default: see --prune_num)", {"type": int, "nargs": "+"}),
     Flag("prune_nums", "numbers of channels cut in the picture grid", {"type": count_or_zero, "nargs": "+"}),
     Flag("responses", "responses.npz of an earlier pruning of the same model: nothing is measured again"),
+    Flag("half", "write the pruned weights in half precision: half the file, converted on load", _SWITCH),
     Flag("latency_runs", "timed runs behind each median latency", {"type": count}),
 )
 

@@ -338,9 +338,9 @@ def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[Style
 # ---------------------------------------------------------------------------------------- model files
 
 
-def model_checkpoint(network: StyleTransferNetwork, **more) -> dict:
-    """The checkpoint dictionary of a network: plain types and tensors, enough to rebuild it."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+def model_checkpoint(network: StyleTransferNetwork, dtype: torch.dtype = torch.float32, **more) -> dict:
+    """The checkpoint dictionary of a network: plain types and tensors of `dtype`, enough to rebuild it."""
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
     return {"format": CHECKPOINT_FORMAT, "config": network.config.to_dict(), "state_dict": tensors, **more}
 
 

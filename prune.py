@@ -73,6 +73,7 @@ class PruneConfig:
     prune_channels: tuple[int, ...] | None = None
     prune_nums: tuple[int, ...] = (0, 100, 200, 300, 400, 470, 490, 500)
     responses: str | None = None
+    half: bool = False
     latency_runs: int = 9
     gpu_no: int | None = None
 
@@ -246,10 +247,10 @@ def grid_numbers(config: PruneConfig, width: int, is_given: bool) -> list[int]:
 # ------------------------------------------------------------------------------------------------ report
 
 
-def _serialized_bytes(network: StyleTransferNetwork) -> int:
+def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype = torch.float32) -> int:
     """Size of the network's model file, without a training run's optimiser state."""
     buffer = io.BytesIO()
-    torch.save(model_checkpoint(network), buffer)
+    torch.save(model_checkpoint(network, dtype), buffer)
     return buffer.tell()
 
 
@@ -315,7 +316,7 @@ def build_report(
         "macs_before": count_macs(before.config, REPORT_SIZE),
         "macs_after": count_macs(after.config, REPORT_SIZE),
         "file_bytes_before": _serialized_bytes(before),
-        "file_bytes_after": _serialized_bytes(after),
+        "file_bytes_after": _serialized_bytes(after, torch.float16 if config.half else torch.float32),
         "latency_ms_before": latency[0],
         "latency_ms_after": latency[1],
         "max_pixel_difference": largest_pixel_difference(before, after, pairs, config.style_strength),
@@ -458,9 +459,13 @@ def prune(given: dict) -> int:
     if not channels:
         note("no channel is zero for every picture, so none is cut; --prune_num N cuts the N weakest")
     pruned = cut_bottleneck(network, channels)
+    dtype = torch.float16 if config.half else torch.float32
+    for parameter in pruned.parameters():  # the report is of the weights as they are written
+        parameter.data = parameter.data.to(dtype).float()
     save_checkpoint(
         model_checkpoint(
             pruned,
+            dtype=dtype,
             iteration=checkpoint.get("iteration"),
             vgg_weights=checkpoint.get("vgg_weights"),
             train_config=checkpoint.get("train_config"),

@@ -7,6 +7,7 @@ import pickle
 import random
 import signal
 import sys
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,7 +223,9 @@ def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder, a model file (.pth) is needed")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) and "GLOBAL" in str(error):
             raise UserError(

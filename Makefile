@@ -1,0 +1,38 @@
+# make demo   train, prune and stylise on the bundled pictures (CPU, a few minutes)
+# make test   run all tests
+# make lint   check the code with ruff
+# make clean  remove what the three made
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test lint clean
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: $(PYTHON) is too old, Python 3.10 or newer is needed (make PYTHON=python3.11 ...)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.made
+	@echo "installing requirements.txt into $(VENV) (torch is large: a few minutes)"
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.requirements
+	PYTHON=$(RUN) bash demo.sh
+
+test: $(VENV)/.requirements-dev
+	$(RUN) -m pytest -q tests
+
+lint: $(VENV)/.requirements-dev
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) demo

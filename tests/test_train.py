@@ -1,0 +1,363 @@
+"""Training: resume, refusals, signals, wandb, metrics. Small crops, random VGG, CPU."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import loss as losses
+import train as train_module
+from data import normalize
+from network import (
+    NetworkConfig,
+    adain,
+    build_from_vgg,
+    channel_statistics,
+    load_network,
+    load_vgg,
+    model_checkpoint,
+)
+from prune import cut_bottleneck
+from train import METRICS, MetricSums, TrainConfig, Trainer, train
+from utils import UserError, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(
+    content_dir=str(ROOT / "imgs" / "content"), style_dir=str(ROOT / "imgs" / "style"), vgg_weights="random",
+    imsize=40, cropsize=32, batch_size=2, num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off",
+    encoder_lr=5e-5, decoder_lr=1e-3, channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
+)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def flags(settings: dict) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def start_training(folder: Path, **changes) -> subprocess.Popen:
+    settings = SMALL | {"save_path": folder, "max_iter": 5000} | changes
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), "--mode", "train", *flags(settings)], stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_iteration(folder: Path, iteration: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= iteration:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no iteration {iteration} within two minutes")
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("check_iter", [1, 4])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, check_iter):
+    """3 + 3 iterations give the losses and weights of 6, also when a check spans the interruption."""
+    settings = SMALL | {"check_iter": check_iter}
+    train(settings | {"save_path": str(tmp_path / "whole"), "max_iter": 6})
+    train(settings | {"save_path": str(tmp_path / "halves"), "max_iter": 3, "num_workers": 1})
+    train({"save_path": str(tmp_path / "halves"), "resume": True, "max_iter": 6})
+
+    whole, halves = load_network(tmp_path / "whole")[0], load_network(tmp_path / "halves")[0]
+    for (name, desired), actual in zip(whole.state_dict().items(), halves.state_dict().values()):
+        assert_close(actual, desired, rtol=0, atol=0, msg=name)
+    desired = {row["iteration"]: row for row in read_metrics(tmp_path / "whole")}
+    actual = {row["iteration"]: row for row in read_metrics(tmp_path / "halves")}
+    if check_iter == 1:
+        assert actual == desired
+        assert [row["iteration"] for row in read_metrics(tmp_path / "halves")] == [1, 2, 3, 4, 5, 6]
+    assert actual[6]["iteration"] == desired[6]["iteration"] == 6
+
+
+def test_interruption_inside_a_check_interval_keeps_its_sums(tmp_path, monkeypatch):
+    """A stop after iteration 3 of a check interval of 6: the mean over all 6 is that of the whole run."""
+    settings = SMALL | {"check_iter": 6, "max_iter": 6}
+    train(settings | {"save_path": str(tmp_path / "whole")})
+
+    class StopAtThree(MetricSums):
+        def add(self, metrics, iteration):
+            super().add(metrics, iteration)
+            if iteration == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "MetricSums", StopAtThree)
+    assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "halves" / "check_point.pth", weights_only=True)["iteration"] == 3
+    assert train({"save_path": str(tmp_path / "halves"), "resume": True}) == 0
+    assert read_metrics(tmp_path / "halves") == read_metrics(tmp_path / "whole")
+
+
+def test_resume_drops_metrics_past_the_checkpoint(tmp_path):
+    train(SMALL | {"save_path": str(tmp_path), "max_iter": 2})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"iteration": 3, "content": 99.0}) + "\n" + '{"iteration": 4, "con')
+    train({"save_path": str(tmp_path), "resume": True, "max_iter": 3})
+    rows = read_metrics(tmp_path)
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert rows[2]["content"] != 99.0
+
+
+def test_resume_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="check_point.pth is not there"):
+        train({"save_path": str(tmp_path), "resume": True})
+
+
+def test_resume_with_another_network_is_refused(tmp_path):
+    train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+    with pytest.raises(UserError, match="--backbone vgg19, not vgg16"):
+        train({"save_path": str(tmp_path), "resume": True, "backbone": "vgg16"})
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+    before = (tmp_path / "check_point.pth").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+    assert (tmp_path / "check_point.pth").read_bytes() == before
+
+
+def test_pruned_network_trains_on(tmp_path):
+    """A pruned file is a start like any other; its widths stay."""
+    network, _ = build_from_vgg(NetworkConfig.full(), load_vgg("vgg19", "random")[0])
+    save_checkpoint(model_checkpoint(cut_bottleneck(network, range(400))), tmp_path / "pruned.pth")
+    train(SMALL | {"load_path": str(tmp_path / "pruned.pth"), "save_path": str(tmp_path / "on"), "max_iter": 2})
+    assert load_network(tmp_path / "on")[0].config.bottleneck_width == 112
+
+
+# --------------------------------------------------------------------------------- signals, kill, bad losses
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_says_how_to_resume(tmp_path, number, code):
+    folder = tmp_path / "run"
+    process = start_training(folder, num_workers=1)
+    wait_for_iteration(folder, 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert f"python main.py --mode train --resume --save_path {folder}" in errors
+    assert "Traceback" not in errors
+    iteration = torch.load(folder / "check_point.pth", weights_only=True)["iteration"]
+    assert iteration >= 2
+    assert train({"save_path": str(folder), "resume": True, "max_iter": iteration + 1}) == 0
+
+
+def test_kill_leaves_a_good_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    process = start_training(folder)
+    wait_for_iteration(folder, 3, process)
+    process.kill()
+    process.communicate(timeout=60)
+    network, checkpoint = load_network(folder)
+    assert checkpoint["iteration"] >= 2
+    assert train({"save_path": str(folder), "resume": True, "max_iter": checkpoint["iteration"] + 1}) == 0
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+    good = (tmp_path / "check_point.pth").read_bytes()
+    # A rate this large makes iteration 2's weights, and so iteration 3's losses, overflow.
+    with pytest.raises(UserError, match=r"iteration \d+: (the \w+ loss|a weight) is not finite"):
+        train({"save_path": str(tmp_path), "resume": True, "max_iter": 9, "check_iter": 9, "decoder_lr": 1e30})
+    assert (tmp_path / "check_point.pth").read_bytes() == good
+
+
+def test_first_term_that_is_not_finite_is_named():
+    sums = MetricSums(torch.device("cpu"))
+    good = {name: torch.tensor(1.0) for name in METRICS}
+    sums.add(good, 6)
+    sums.raise_if_bad(Path("none"))
+    sums.add(good | {"style": torch.tensor(float("nan")), "total": torch.tensor(float("nan"))}, 7)
+    sums.add({name: torch.tensor(float("inf")) for name in METRICS}, 8)
+    with pytest.raises(UserError, match="iteration 7: the style loss is not finite"):
+        sums.raise_if_bad(Path("none"))
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+def make_trainer(**changes) -> Trainer:
+    config = TrainConfig(**(SMALL | changes))
+    torch.manual_seed(0)
+    network, loss_network = build_from_vgg(NetworkConfig.full(config.backbone), load_vgg(config.backbone, "random")[0])
+    return Trainer(network, loss_network, config, torch.device("cpu"))
+
+
+def random_batch(seed: int = 0, pictures: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (pictures, 3, 32, 32)
+    return tuple(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(2))
+
+
+def test_frozen_encoder_does_not_change():
+    trainer = make_trainer(encoder_lr=0.0)
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    trainer.step(*random_batch())
+    for name, tensor in trainer.network.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("encoder"), name
+
+
+def test_shared_features_give_the_same_losses():
+    """A frozen encoder that equals the loss network is computed once; the terms stay what they were."""
+    shared, separate = make_trainer(encoder_lr=0.0), make_trainer(encoder_lr=0.0)
+    assert shared.encoder_is_loss_network
+    separate.encoder_is_loss_network = False
+    desired, actual = separate.step(*random_batch(), all_terms=True), shared.step(*random_batch(), all_terms=True)
+    for name in METRICS:
+        assert_close(actual[name], desired[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_trained_encoder_is_not_taken_for_the_loss_network():
+    assert not make_trainer().encoder_is_loss_network
+
+
+def test_step_matches_the_definition():
+    """Total and gradients against the formulas of the method, written out with separate passes."""
+    weights = dict(uncorrelation_loss_weight=50.0, channel_loss_weight=100.0, xor_loss_weight=5.0)
+    trainer, plain = make_trainer(**weights), make_trainer(**weights)
+    content, style = random_batch()
+    terms, _ = trainer.losses(normalize(content), normalize(style), all_terms=False)
+    sum(trainer.config.weights[name] * term for name, term in terms.items()).backward()
+
+    content, style = normalize(content), normalize(style)
+    encoder, decoder, vgg = plain.network.encoder, plain.network.decoder, plain.loss_network
+    content_feature, style_feature = encoder(content), encoder(style)
+    output_features = vgg(decoder(adain(content_feature, *channel_statistics(style_feature))))
+    norm = losses.channel_norm(torch.cat([content_feature, style_feature]))
+    desired = {
+        "content": losses.content_loss(output_features, vgg(content)),
+        "style": losses.style_loss(output_features, vgg(style)),
+        "uncorrelation": 0.5 * (losses.uncorrelation_loss(content_feature) + losses.uncorrelation_loss(style_feature)),
+        "channel": losses.channel_loss(norm),
+        "xor": losses.xor_loss(norm),
+    }
+    for name, term in desired.items():
+        assert_close(terms[name], term, rtol=1e-4, atol=1e-7, msg=name)
+    total = desired["content"] + 100 * desired["style"] + 50 * desired["uncorrelation"]
+    (total + 100 * desired["channel"] + 5 * desired["xor"]).backward()
+    for (name, actual), wanted in zip(trainer.network.named_parameters(), plain.network.parameters()):
+        error = (actual.grad - wanted.grad).norm() / wanted.grad.norm()
+        assert error < 1e-4, (name, error)
+
+
+def test_weight_zero_is_logged_but_gives_no_gradient():
+    trainer = make_trainer(channel_loss_weight=0.0, xor_loss_weight=0.0, uncorrelation_loss_weight=0.0)
+    step = trainer.step(*random_batch())
+    assert not {"channel", "xor", "uncorrelation"} & step.keys() and step["nonzero_channels"] > 0
+    check = trainer.step(*random_batch(), all_terms=True)
+    assert_close(check["total"], check["content"] + 100 * check["style"])
+    assert check["channel"] > 0
+
+
+def test_channel_and_xor_losses_switch_channels_off():
+    """A few dozen steps on one batch: channels go off, and for all pictures alike."""
+    trainer = make_trainer(channel_loss_weight=1e4, xor_loss_weight=500.0, encoder_lr=1e-4)
+    start = trainer.step(*random_batch())
+    for _ in range(25):
+        end = trainer.step(*random_batch())
+    assert end["nonzero_channels"] < start["nonzero_channels"] - 20
+    assert end["channels_off_for_all"] > start["channels_off_for_all"] + 10
+
+
+def test_vgg16_and_average_pooling_train(tmp_path):
+    settings = {"backbone": "vgg16", "swap_max_pool": True, "style_loss": "gram", "max_iter": 2}
+    train(SMALL | settings | {"save_path": str(tmp_path)})
+    network, _ = load_network(tmp_path)
+    assert (network.config.backbone, network.config.pooling) == ("vgg16", "avg")
+
+
+# ------------------------------------------------------------------------------------------- what is written
+
+
+def test_every_check_writes_metrics_grid_and_checkpoint(tmp_path):
+    train(SMALL | {"save_path": str(tmp_path), "max_iter": 5, "check_iter": 2, "keep_checkpoints": 2})
+    rows = read_metrics(tmp_path)
+    assert [row["iteration"] for row in rows] == [2, 4, 5]
+    assert all(set(METRICS) <= row.keys() for row in rows)
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["iteration_0000002.png", "iteration_0000004.png", "iteration_0000005.png"]
+    models = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert models == ["check_point.pth", "check_point_0000004.pth", "check_point_0000005.pth"]
+
+
+def read_wandb_records(path: Path) -> list:
+    """Records of a .wandb file: a 7-byte header, then a LevelDB log of 32 KiB blocks."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts, records = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb_offline_holds_the_logged_values(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs the tests: auto is offline
+    train(SMALL | {"save_path": str(tmp_path / "run"), "max_iter": 2, "wb_mode": "auto", "wb_name": "trial",
+                   "wb_tags": ("channel loss", "xor loss"), "wb_notes": "a note"})
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    records = read_wandb_records(file)
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert run.display_name == "trial" and list(run.tags) == ["channel loss", "xor loss"] and run.notes == "a note"
+    history = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+    rows = read_metrics(tmp_path / "run")
+    assert [row["_step"] for row in history] == [1, 2]
+    for actual, desired in zip(history, rows):
+        for name in METRICS:
+            assert actual[name] == pytest.approx(desired[name]), name
+        assert actual["pictures._type"] == "image-file"
+
+
+def test_training_without_wandb_says_so_once(tmp_path, monkeypatch, capsys):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
+    assert train(SMALL | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "auto"}) == 0
+    assert capsys.readouterr().err.count("wandb is not installed") == 1
+    with pytest.raises(UserError, match="wandb is not installed"):
+        train(SMALL | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "online"})
+
+
+def test_broken_pictures_are_skipped_logged_once_and_counted(tmp_path, capsys):
+    folder = tmp_path / "content"
+    folder.mkdir()
+    source = ROOT / "imgs" / "content" / "balloon.jpg"
+    for number in range(11):
+        (folder / f"{number}.jpg").write_bytes(source.read_bytes())
+    (folder / "broken.jpg").write_bytes(source.read_bytes()[:2000])
+    train(SMALL | {"content_dir": str(folder), "save_path": str(tmp_path / "run"), "max_iter": 8})
+    errors = capsys.readouterr().err
+    assert errors.count("broken.jpg") == 1
+    assert f"--content_dir {folder}: 12 pictures, 1 skipped" in errors

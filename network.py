@@ -1,6 +1,7 @@
 """The networks and their configuration: encoder, AdaIN, decoder, the loss network, VGG weights, model files."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -262,14 +263,24 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
 
 
 def _random_vgg(backbone: str, seed: int) -> dict[str, Tensor]:
+    """He initialisation with filters that sum to zero over their input channels, after the first conv.
+
+    ReLU outputs are positive, so plain He filters pass on mostly a constant: nine layers deep, all pictures
+    look alike and the zero padding's border stands out most. Zero-sum filters see what differs. The gain
+    keeps activations of order one: the variance of a rectified unit normal is 1/2 - 1/(2 pi).
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, tensor in LossNetwork(backbone).layers.state_dict().items():
-        if tensor.dim() == 4:
-            fan_in = tensor[0].numel()
-            weights[name] = torch.randn(tensor.shape, generator=generator) * (2.0 / fan_in) ** 0.5
-        else:
+        if tensor.dim() == 1:
             weights[name] = torch.zeros_like(tensor)
+            continue
+        weight = torch.randn(tensor.shape, generator=generator)
+        is_first = tensor.shape[1] == 3
+        if not is_first:
+            weight -= weight.mean(dim=1, keepdim=True)
+        variance = 0.5 if is_first else 0.5 - 0.5 / math.pi
+        weights[name] = weight / (variance * tensor[0].numel()) ** 0.5
     return weights
 
 
@@ -325,13 +336,20 @@ def _select_vgg(backbone: str, source: str, weights: dict) -> dict[str, Tensor]:
 
 
 def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[StyleTransferNetwork, LossNetwork]:
-    """A full network with the VGG's weights in its encoder (the decoder as torch initialises it), and the
-    loss network. vgg: from `load_vgg`."""
+    """A full network with the VGG's weights in its encoder and a new decoder, and the loss network.
+
+    vgg: from `load_vgg`. The decoder gets He initialisation from torch's global generator: torch's own
+    shrinks the signal by half at every layer, and the first thousand iterations go into undoing that.
+    """
     loss_network = LossNetwork(config.backbone)
     loss_network.layers.load_state_dict(vgg)
     network = StyleTransferNetwork(config)
     encoder = network.encoder.layers[0]
     encoder.load_state_dict({name: vgg[name] for name in encoder.state_dict()})
+    convs = [layer for layer in network.decoder.layers[0] if isinstance(layer, nn.Conv2d)]
+    for conv in convs:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is convs[-1] else "relu")
+        nn.init.zeros_(conv.bias)
     return network, loss_network
 
 

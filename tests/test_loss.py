@@ -1,0 +1,329 @@
+"""The losses, against reference values and explicit loops."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from loss import (
+    L0_EPS,
+    channel_loss,
+    channel_norm,
+    content_loss,
+    gram_matrix,
+    l0_norm,
+    nonzero_channels,
+    style_loss,
+    uncorrelation_loss,
+    xor_loss,
+)
+from network import adain, channel_statistics
+
+
+def wave(shape, k: float, scale: float, relu: bool = True) -> torch.Tensor:
+    values = (np.sin(np.arange(np.prod(shape), dtype=np.float64) * k) * scale).astype(np.float32).reshape(shape)
+    return torch.from_numpy(values).relu() if relu else torch.from_numpy(values)
+
+
+@pytest.fixture(scope="module")
+def layers(reference) -> dict[str, torch.Tensor]:
+    """The features of reference_values.json, as its `how` builds them."""
+    values = reference["loss"]
+    batch, channels, height, width = values["shape"]
+    k_feature, k_target = values["k_feature"], values["k_target"]
+    feature = wave(values["shape"], k_feature, 3.0)
+    for picture, channel in values["dead"]:
+        feature[picture, channel] = 0
+    deeper = (batch, channels + 2, 2 * height, 2 * width)
+    return {
+        "feature": feature,
+        "target": wave(values["shape"], k_target, 3.0),
+        "feature2": wave(deeper, 1.3 * k_target, 2.0),
+        "target2": wave(deeper, 0.7 * k_feature, 2.0),
+    }
+
+
+REFERENCE_LOSSES = {
+    "content": lambda f: content_loss([f["feature"]], [f["target"]]),
+    "style_two_layers": lambda f: style_loss([f["feature"], f["feature2"]], [f["target"], f["target2"]]),
+    "uncorrelation": lambda f: uncorrelation_loss(f["feature"]),
+    "channel": lambda f: channel_loss(channel_norm(f["feature"])),
+    "xor": lambda f: xor_loss(channel_norm(f["feature"])),
+    "channel_eps1": lambda f: channel_loss(channel_norm(f["feature"]), eps=1.0),
+    "xor_eps1": lambda f: xor_loss(channel_norm(f["feature"]), eps=1.0),
+    "nonzero": lambda f: nonzero_channels(channel_norm(f["feature"])),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE_LOSSES)
+def test_reference_values(layers, reference, name):
+    actual = REFERENCE_LOSSES[name](layers)
+    desired = torch.tensor(reference["loss"][name])
+    assert actual.shape == ()
+    assert_close(actual, desired, rtol=1e-5, atol=0)
+
+
+# ----------------------------------------------------------------------------------------- content, style
+
+
+def test_content_loss_takes_the_deepest_tap_only():
+    deep, target = torch.tensor([1.0, 5.0]).reshape(1, 1, 1, 2), torch.tensor([0.0, 2.0]).reshape(1, 1, 1, 2)
+    actual = content_loss([torch.full((1, 3, 4, 4), 100.0), deep], [torch.zeros(1, 3, 4, 4), target])
+    assert_close(actual, torch.tensor(5.0))  # (1^2 + 3^2) / 2
+
+
+def test_meanstd_by_hand():
+    """Means 2 and 0, unbiased deviations 2 and 0: (4 + 4) for one layer; of two layers, one alike, 8 / 2 / 2."""
+    feature = torch.tensor([0.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
+    target = torch.zeros(1, 1, 2, 4)
+    alike = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert_close(style_loss([feature], [target]), torch.tensor(8.0))
+    assert_close(style_loss([alike, feature], [alike, target]), torch.tensor(2.0))
+
+
+def test_gram_against_explicit_loop(layers):
+    feature = layers["feature"]
+    batch, channels, height, width = feature.shape
+    desired = torch.zeros(batch, channels, channels, dtype=torch.float64)
+    for picture in range(batch):
+        for i in range(channels):
+            for j in range(channels):
+                for y in range(height):
+                    for x in range(width):
+                        desired[picture, i, j] += float(feature[picture, i, y, x]) * float(feature[picture, j, y, x])
+    desired /= height * width
+    assert_close(gram_matrix(feature).double(), desired, rtol=1e-5, atol=1e-6)
+
+
+def test_style_gram_against_explicit_sum(layers):
+    desired = 0.0
+    for feature, target in (("feature", "target"), ("feature2", "target2")):
+        f, t = (layers[name].double().numpy().reshape(*layers[name].shape[:2], -1) for name in (feature, target))
+        gram = [np.einsum("bip,bjp->bij", each, each) / each.shape[2] for each in (f, t)]
+        desired += ((gram[0] - gram[1]) ** 2).mean()
+    desired = desired / 2 / 2
+    actual = style_loss([layers["feature"], layers["feature2"]], [layers["target"], layers["target2"]], "gram")
+    assert_close(actual, torch.tensor(desired, dtype=torch.float32), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["meanstd", "gram"])
+def test_style_loss_takes_pictures_of_different_sizes(kind):
+    """A feature repeated side by side has the same mean and Gram matrix, and nearly the same deviation."""
+    feature = wave((2, 3, 8, 8), 0.37, 3.0)
+    actual = style_loss([torch.cat([feature, feature], dim=3)], [feature], kind)
+    assert_close(actual, torch.tensor(0.0), rtol=0, atol=1e-3)
+    assert style_loss([2 * feature], [feature], kind) > 0.1
+
+
+# ------------------------------------------------------------------------------------------ uncorrelation
+
+
+PATTERNS = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])  # mean-free, orthogonal
+
+
+def as_feature(channels: torch.Tensor, pictures: int = 1) -> torch.Tensor:
+    return channels[None].repeat(pictures, 1, 1).reshape(pictures, len(channels), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "share"),
+    [
+        (torch.stack([PATTERNS[0], 2 * PATTERNS[0] + 3]), 1.0),  # correlated
+        (torch.stack([PATTERNS[0], 5 - 0.5 * PATTERNS[0]]), 1.0),  # anti-correlated counts alike
+        (PATTERNS + 2, 0.0),
+        (torch.stack([PATTERNS[0], PATTERNS[1], -PATTERNS[0] + 1]), 2 / 6),  # 1 of 3 pairs
+        (torch.stack([PATTERNS[0], PATTERNS[0], torch.zeros(4)]), 2 / 6),  # a dead channel correlates with nothing
+        (torch.stack([PATTERNS[0], PATTERNS[0], torch.full((4,), 0.5)]), 2 / 6),  # nor does a constant one
+    ],
+)
+def test_uncorrelation_of_planted_channels(channels, share):
+    for pictures in (1, 3):
+        actual = uncorrelation_loss(as_feature(channels, pictures))
+        desired = torch.tensor(share * pictures)  # a sum over the batch
+        assert_close(actual, desired, rtol=1e-4, atol=1e-6)
+
+
+def test_uncorrelation_of_two_constant_channels_with_rounded_mean():
+    """The mean of 35 times 0.1 or 3.3 is not exact in float32; that must not look like a correlation."""
+    feature = torch.stack([torch.full((5, 7), 0.1), torch.full((5, 7), 3.3)])[None]
+    assert_close(uncorrelation_loss(feature), torch.tensor(0.0), rtol=0, atol=1e-4)
+
+
+def test_uncorrelation_against_numpy(layers):
+    feature = layers["target2"]
+    desired = 0.0
+    for picture in feature.double().numpy():
+        rho = np.corrcoef(picture.reshape(len(picture), -1))
+        desired += np.abs(rho[~np.eye(len(rho), dtype=bool)]).mean()
+    assert_close(uncorrelation_loss(feature).item(), desired, rtol=1e-4, atol=0)
+
+
+# ------------------------------------------------------------------------------------------ channel, xor
+
+
+def test_channel_norm_by_hand():
+    feature = torch.tensor([3.0, 4.0, 0, 0, 0, 0, 0, 0]).reshape(1, 2, 2, 2)
+    assert_close(channel_norm(feature), torch.tensor([[5.0, 0.0]]))
+    assert_close(l0_norm(torch.tensor([0.0, 1.0, 3.0]), eps=1.0), torch.tensor([0.0, 0.5, 0.75]))
+
+
+def test_channel_loss_gradient_is_exact_up_to_large_norms():
+    norms = torch.tensor([[1e-6, 1e-5, 1e-3, 0.1, 1.0, 10.0, 74.0, 76.0, 300.0, 1e3, 3e3, 1e4]])
+    norm = norms.clone().requires_grad_()
+    channel_loss(norm).backward()
+    exact = norms.double()
+    desired = L0_EPS / (exact + L0_EPS) ** 2 / norms.numel()
+    assert_close(norm.grad.double(), desired, rtol=1e-5, atol=0)
+
+
+def test_channel_loss_gradient_reaches_the_feature():
+    """d l0 / d f = eps / (norm + eps)^2 * f / norm."""
+    feature = torch.tensor([300.0, 400.0, 0.06, 0.08]).reshape(1, 2, 1, 2).requires_grad_()  # norms 500 and 0.1
+    channel_loss(channel_norm(feature)).backward()
+    slopes = [0.5 * L0_EPS / (norm + L0_EPS) ** 2 for norm in (500.0, 0.1)]
+    desired = torch.tensor([0.6 * slopes[0], 0.8 * slopes[0], 0.6 * slopes[1], 0.8 * slopes[1]]).reshape(1, 2, 1, 2)
+    assert_close(feature.grad, desired, rtol=1e-5, atol=0)
+
+
+def explicit_xor(norm: torch.Tensor, eps: float) -> torch.Tensor:
+    """The definition, over all pairs, in float64. l0_i - l0_j = eps (a_i - a_j) / ((a_i + eps) (a_j + eps)), which
+    keeps the difference of channels whose l0 rounds to 1."""
+    pictures, channels = norm.shape
+    total = norm.new_zeros(())
+    for i in range(pictures):
+        for j in range(i + 1, pictures):
+            for c in range(channels):
+                total = total + (eps * (norm[i, c] - norm[j, c]) / ((norm[i, c] + eps) * (norm[j, c] + eps))).abs()
+    return total / (channels * pictures * (pictures - 1) / 2)
+
+
+def random_norms(pictures: int, seed: int) -> torch.Tensor:
+    return torch.rand(pictures, 5, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+XOR_CASES = {
+    "two pictures": (random_norms(2, 0), 1.0),
+    "odd number": (random_norms(5, 1), 1.0),
+    "published epsilon": (random_norms(6, 2), L0_EPS),
+    "some off": (random_norms(6, 3) * (random_norms(6, 4) > 2), 0.1),
+    "off with published epsilon": (random_norms(6, 3) * (random_norms(6, 4) > 2), L0_EPS),
+    "ties": (random_norms(6, 5).round(), 1.0),
+    "all alike": (torch.full((4, 3), 2.5), 1.0),
+    "saturated": (100.0 + 9900.0 * random_norms(5, 6) / 4, L0_EPS),
+    "saturated ties": (torch.tensor([[1e4, 0.0, 1e4], [1e4, 0.0, 900.0], [1e4, 1e4, 900.0], [1e4, 3.0, 1e4]]), L0_EPS),
+}
+
+
+@pytest.mark.parametrize("case", XOR_CASES)
+def test_xor_against_all_pairs(case):
+    values, eps = XOR_CASES[case]
+    norm, exact = values.clone().requires_grad_(), values.double().requires_grad_()
+    actual, desired = xor_loss(norm, eps), explicit_xor(exact, eps)
+    # The sum cancels equal terms; what it leaves of them is float32 rounding of values up to 1.
+    largest = float((eps / (values + eps)).max())
+    assert_close(actual.double(), desired, rtol=1e-5, atol=1e-7 * largest)
+    actual.backward()
+    desired.backward()
+    # In units of the slope of l0 a gradient is a count of pairs, 0 among equal norms.
+    slope = eps / (values.double() + eps) ** 2
+    assert_close(norm.grad.double() / slope, exact.grad / slope, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_norms_have_no_gradient_at_all():
+    """Saturated channels are equal in l0; a rest of 1e-7 each would be moved along by Adam all the same."""
+    norm = torch.tensor([[1e4, 2.5, 0.0]]).repeat(8, 1).requires_grad_()
+    loss = xor_loss(norm)
+    loss.backward()
+    assert_close(norm.grad, torch.zeros(8, 3), rtol=0, atol=0)
+    assert_close(loss, torch.tensor(0.0), rtol=0, atol=1e-6)
+
+
+def test_xor_by_hand():
+    """Three pictures, one channel on for one of them: 2 of 3 pairs differ; the second channel is alike."""
+    norm = torch.tensor([[1e9, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    assert_close(xor_loss(norm), torch.tensor((2 / 3 + 0) / 2), rtol=1e-5, atol=0)
+
+
+def test_xor_does_not_depend_on_the_order_of_pictures():
+    norm = random_norms(7, 8).round()
+    for shift in range(1, 7):
+        assert_close(xor_loss(norm.roll(shift, dims=0), 1.0), xor_loss(norm, 1.0))
+
+
+def test_channels_that_are_off_stay_off():
+    feature = wave((2, 4, 3, 3), 0.37, 3.0)
+    feature[:, 1] = 0
+    feature.requires_grad_()
+    norm = channel_norm(feature)
+    (channel_loss(norm) + xor_loss(norm)).backward()
+    assert_close(feature.grad[:, 1], torch.zeros(2, 3, 3), rtol=0, atol=0)
+    assert feature.grad[:, 0].abs().max() > 0
+
+
+def test_nonzero_channels_counts_per_picture():
+    norm = torch.tensor([[1e-30, 0.0, 2.0], [0.0, 0.0, 1.0]])
+    assert_close(nonzero_channels(norm), torch.tensor(1.5))
+
+
+# -------------------------------------------------------------------------------- gradients, mixed precision
+
+
+TARGET = wave((3, 4, 6, 6), 0.53, 3.0)
+ALL_LOSSES = {
+    "content": lambda f: content_loss([f], [TARGET]),
+    "style meanstd": lambda f: style_loss([f], [TARGET], "meanstd"),
+    "style gram": lambda f: style_loss([f], [TARGET], "gram"),
+    "uncorrelation": uncorrelation_loss,
+    "channel": lambda f: channel_loss(channel_norm(f)),
+    "xor": lambda f: xor_loss(channel_norm(f)),
+    "adain of content": lambda f: adain(f, *channel_statistics(TARGET)).square().mean(),
+    "adain of style": lambda f: adain(TARGET, *channel_statistics(f)).square().mean(),
+    "adain of both": lambda f: adain(f, *channel_statistics(f.flip(0)), 0.5).square().mean(),
+}
+
+
+def feature_with(kind: str) -> torch.Tensor:
+    feature = wave((3, 4, 6, 6), 0.37, 3.0)
+    if kind == "dead":
+        feature[:, 1] = 0
+    elif kind == "dead for one picture":
+        feature[0, 1] = 0
+    elif kind == "constant":
+        feature[:, 2] = 0.7
+    elif kind == "dead and constant":
+        feature[:, 1], feature[:, 2], feature[1, 3] = 0, 0.7, 0
+    elif kind == "all dead":
+        feature[:] = 0
+    elif kind == "all constant":
+        feature[:] = 0.7
+    return feature
+
+
+@pytest.mark.parametrize("kind", ["dead", "dead for one picture", "constant", "dead and constant", "all dead",
+                                  "all constant"])
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_value_and_gradient_are_finite(name, kind):
+    feature = feature_with(kind).requires_grad_()
+    loss = ALL_LOSSES[name](feature)
+    loss.backward()
+    assert loss.isfinite()
+    assert feature.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_bfloat16_features_give_float32_losses(name):
+    """What bfloat16 cannot hold is in the features; nothing more is lost in the loss."""
+    feature = feature_with("dead")
+    actual = ALL_LOSSES[name](feature.bfloat16())
+    assert actual.dtype == torch.float32
+    assert_close(actual, ALL_LOSSES[name](feature.bfloat16().float()), rtol=1e-6, atol=0)
+    assert_close(actual, ALL_LOSSES[name](feature), rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["meanstd", "gram"])
+def test_bfloat16_targets_too(kind):
+    feature = feature_with("dead")
+    actual = style_loss([feature.bfloat16()], [TARGET.bfloat16()], kind)
+    desired = style_loss([feature], [TARGET], kind)
+    assert actual.dtype == torch.float32
+    assert_close(actual, desired, rtol=3e-2, atol=0)

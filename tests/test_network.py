@@ -1,0 +1,720 @@
+"""The networks against reference values, and every way a model or VGG file is read or refused."""
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from dataclasses import FrozenInstanceError, replace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models
+from conftest import REFERENCE, small_config, small_network, user_error
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+import network as network_module
+from data import normalize
+from network import (
+    LossNetwork,
+    NetworkConfig,
+    StyleTransferNetwork,
+    adain,
+    build_from_vgg,
+    channel_statistics,
+    conv_indices,
+    count_macs,
+    count_parameters,
+    find_model_file,
+    load_network,
+    load_vgg,
+    model_checkpoint,
+)
+from prune import cut_bottleneck
+
+BACKBONES = ("vgg19", "vgg16")
+
+
+# --------------------------------------------------------------------------------------- reference values
+
+
+def reference_network(backbone: str) -> StyleTransferNetwork:
+    """The network of reference_values.json, as its `how` builds it."""
+    random = np.random.RandomState(REFERENCE["network"][backbone]["weight_seed"])
+    network = StyleTransferNetwork(NetworkConfig.full(backbone))
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    state = {}
+    for name in REFERENCE["network"][f"keys_{backbone}"]:
+        values = random.standard_normal(tuple(shapes[name]))
+        values *= np.sqrt(2 / (shapes[name][1] * 9)) if len(shapes[name]) == 4 else 0.1
+        state[name] = torch.from_numpy(values.astype(np.float32))
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def reference_image(seed: int, height: int, width: int) -> torch.Tensor:
+    random = np.random.RandomState(seed)
+    low = random.uniform(0, 255, (height // 8, width // 8, 3))
+    up = np.kron(low, np.ones((8, 8, 1))) + random.uniform(-20, 20, (height, width, 3))
+    return normalize(torch.from_numpy(up.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)[None])
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, StyleTransferNetwork]:
+    return {backbone: reference_network(backbone) for backbone in BACKBONES}
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {backbone: tuple(reference_image(**REFERENCE["network"][backbone][kind]) for kind in ("content", "style"))
+            for backbone in BACKBONES}
+
+
+def assert_matches(output: torch.Tensor, desired: dict) -> None:
+    height, width = output.shape[2:]
+    places = ((0, 0), (height // 2, width // 2), (height - 1, width - 1), (3, width - 5))
+    pixels = torch.stack([output[0, :, y, x] for y, x in places[: len(desired["pixels"])]])
+    assert_close(pixels, torch.tensor(desired["pixels"]), rtol=0, atol=2e-3)
+    assert_close(output.mean().item(), desired["mean"], rtol=0, atol=2e-3)
+    assert_close(output.std().item(), desired["std"], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_state_dict_keys_in_order(networks, backbone):
+    assert list(networks[backbone].state_dict()) == REFERENCE["network"][f"keys_{backbone}"]
+
+
+@pytest.mark.parametrize(("backbone", "desired"), [("vgg19", 7010947), ("vgg16", REFERENCE["parameters_vgg16"])])
+def test_parameter_counts(networks, backbone, desired):
+    assert count_parameters(networks[backbone]) == desired
+
+
+@pytest.mark.parametrize(("pruned", "desired"), REFERENCE["parameters_after_pruning_the_bottleneck_vgg19"].items())
+def test_parameter_counts_after_pruning(networks, pruned, desired):
+    cut = cut_bottleneck(networks["vgg19"], range(int(pruned)))
+    assert count_parameters(cut) == desired
+    with torch.device("meta"):
+        widths = (*networks["vgg19"].config.encoder_widths[:-1], 512 - int(pruned))
+        by_config = StyleTransferNetwork(replace(networks["vgg19"].config, encoder_widths=widths))
+    assert count_parameters(by_config) == desired
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.inference_mode()
+def test_encoder_reference(networks, images, backbone):
+    desired = REFERENCE["network"][backbone]["encoder"]
+    actual = networks[backbone].encoder(images[backbone][0])
+    assert list(actual.shape) == desired["shape"]
+    assert_close(actual.mean().item(), desired["mean"], rtol=0, atol=2e-3)
+    assert_close(actual.std().item(), desired["std"], rtol=0, atol=2e-3)
+    assert actual.min() >= 0
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.inference_mode()
+def test_output_reference(networks, images, backbone, strength):
+    desired = REFERENCE["network"][backbone][f"strength_{strength}"]
+    content, style = images[backbone]
+    actual = networks[backbone](content, style, strength)
+    assert list(actual.shape) == desired["shape"]
+    assert_matches(actual, desired)
+    # Sides are multiples of the stride here, so that any-size stylising is the same computation.
+    stylized = networks[backbone].stylize(content, networks[backbone].style_code(style), strength)
+    assert_close(stylized, actual, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.inference_mode()
+def test_pruned_reference(networks, images, backbone):
+    desired = REFERENCE["network"][backbone]["pruned_even_channels_below_100"]
+    cut = cut_bottleneck(networks[backbone], range(0, 100, 2))
+    assert count_parameters(cut) == desired["params"]
+    assert_matches(cut(*images[backbone]), desired)
+
+
+# ------------------------------------------------------------------------------------------------- adain
+
+
+def random_feature(shape, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+
+
+def test_channel_statistics_by_hand():
+    mean, std = channel_statistics(torch.tensor([0.0, 2.0, 4.0, 5.0, 5.0, 5.0]).reshape(1, 2, 1, 3))
+    assert_close(mean, torch.tensor([2.0, 5.0]).reshape(1, 2, 1, 1))
+    assert_close(std, torch.tensor([2.0, 0.0]).reshape(1, 2, 1, 1))  # unbiased
+
+
+def test_adain_by_hand():
+    content = torch.tensor([0.0, 2.0, 4.0]).reshape(1, 1, 1, 3)  # mean 2, std 2
+    mean, std = torch.full((1, 1, 1, 1), 10.0), torch.full((1, 1, 1, 1), 3.0)
+    assert_close(adain(content, mean, std), torch.tensor([7.0, 10.0, 13.0]).reshape(1, 1, 1, 3))
+    assert_close(adain(content, mean, std, 0.25), torch.tensor([1.75, 4.0, 6.25]).reshape(1, 1, 1, 3))
+
+
+def test_adain_at_strength_0_gives_the_content_back():
+    content, style = random_feature((2, 3, 5, 4), 0), random_feature((2, 3, 6, 6), 1)
+    actual = adain(content, *channel_statistics(style), 0.0)
+    assert_close(actual, content, rtol=0, atol=0)
+
+
+def test_adain_at_strength_1_has_the_statistics_of_the_style():
+    content, style = random_feature((2, 3, 5, 4), 0), 3 * random_feature((2, 3, 6, 6), 1)
+    desired_mean, desired_std = channel_statistics(style)
+    actual_mean, actual_std = channel_statistics(adain(content, desired_mean, desired_std))
+    assert_close(actual_mean, desired_mean, rtol=1e-4, atol=1e-5)
+    assert_close(actual_std, desired_std, rtol=1e-4, atol=1e-5)
+
+
+def test_adain_of_bfloat16_is_computed_in_float32():
+    content, style = random_feature((1, 3, 5, 4), 0).bfloat16(), random_feature((1, 3, 6, 6), 1).bfloat16()
+    actual = adain(content, *channel_statistics(style))
+    assert actual.dtype == torch.float32
+    assert_close(actual, adain(content.float(), *channel_statistics(style.float())), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ any size
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 7), (8, 8), (17, 16), (37, 61), (64, 48)])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.inference_mode()
+def test_output_has_exactly_the_size_of_the_content(backbone, size):
+    network = small_network(backbone)
+    content, style = random_feature((2, 3, *size), 0), random_feature((2, 3, 23, 30), 1)
+    actual = network.stylize(content, network.style_code(style))
+    assert actual.shape == content.shape
+    assert actual.isfinite().all()
+    # As an edge repeated by hand up to the next multiple of the stride, and cut back.
+    stride = {"vgg19": 8, "vgg16": 4}[backbone]
+    rows, columns = (np.arange(max(2 * stride, (side + stride - 1) // stride * stride)).clip(max=side - 1)
+                     for side in size)
+    padded = network.stylize(content[:, :, rows][:, :, :, columns], network.style_code(style))
+    assert padded.shape[2:] == (len(rows), len(columns))
+    assert_close(actual, padded[:, :, : size[0], : size[1]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (37, 61)])
+@torch.inference_mode()
+def test_style_of_any_size(size):
+    network = small_network()
+    mean, std = network.style_code(random_feature((1, 3, *size), 1))
+    assert mean.shape == std.shape == (1, 6, 1, 1)
+    assert mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()
+
+
+# -------------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize(("backbone", "stride", "bottleneck"), [("vgg19", 8, 512), ("vgg16", 4, 256)])
+def test_full_config(backbone, stride, bottleneck):
+    config = NetworkConfig.full(backbone, "avg")
+    assert (config.pooling, config.stride, config.bottleneck_width) == ("avg", stride, bottleneck)
+    assert config.decoder_widths == (*reversed(config.encoder_widths[:-1]), 3)
+
+
+def test_config_round_trip():
+    config = NetworkConfig("vgg16", "avg", (1, 2, 3, 4, 5, 6, 7), (9, 8, 7, 6, 5, 4, 3))
+    actual = NetworkConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert actual == config
+    assert actual.encoder_widths == (1, 2, 3, 4, 5, 6, 7)
+    with pytest.raises(FrozenInstanceError):
+        config.pooling = "max"
+
+
+@pytest.mark.parametrize(
+    ("change", "needed"),
+    [
+        ({"backbone": "resnet50"}, "resnet50"),
+        ({"pooling": "median"}, "median"),
+        ({"encoder_widths": (4,) * 6}, "7 whole numbers"),
+        ({"decoder_widths": (*(4,) * 7, 3)}, "7 whole numbers"),
+        ({"encoder_widths": (0, *(4,) * 6)}, "encoder"),
+        ({"encoder_widths": (-4, *(4,) * 6)}, "encoder"),
+        ({"encoder_widths": (4.0, *(4,) * 6)}, "encoder"),
+        ({"decoder_widths": (4,) * 7}, "3 is needed"),
+    ],
+)
+def test_config_errors(change, needed):
+    with pytest.raises(ValueError, match=needed):
+        replace(small_config("vgg16"), **change)
+
+
+@pytest.mark.parametrize(("pooling", "pool"), [("max", nn.MaxPool2d), ("avg", nn.AvgPool2d)])
+def test_pooling_of_the_encoder(pooling, pool):
+    poolings = [layer for layer in small_network(pooling=pooling).encoder.layers[0] if "Pool" in type(layer).__name__]
+    assert [type(layer) for layer in poolings] == [pool] * 3
+
+
+# --------------------------------------------------------------------------------------------- model files
+
+
+def assert_same_network(actual: StyleTransferNetwork, desired: StyleTransferNetwork) -> None:
+    assert actual.config == desired.config
+    assert not actual.training
+    for name, tensor in desired.state_dict().items():
+        assert_close(actual.state_dict()[name], tensor, rtol=0, atol=0)
+    content, style = random_feature((1, 3, 16, 24), 0), random_feature((1, 3, 16, 16), 1)
+    with torch.inference_mode():
+        assert_close(actual(content, style), desired(content, style))
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_checkpoint_round_trip(tmp_path, backbone, pooling):
+    network = small_network(backbone, pooling)
+    torch.save(model_checkpoint(network, iteration=7), tmp_path / "model.pth")
+    actual, checkpoint = load_network(tmp_path / "model.pth")
+    assert_same_network(actual, network)
+    assert checkpoint["iteration"] == 7
+
+
+def test_half_precision_file_is_loaded_as_float32(tmp_path):
+    network = small_network()
+    torch.save(model_checkpoint(network, torch.float16), tmp_path / "model.pth")
+    actual, _ = load_network(tmp_path / "model.pth")
+    for name, tensor in network.state_dict().items():
+        assert actual.state_dict()[name].dtype == torch.float32
+        assert_close(actual.state_dict()[name], tensor.half().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("swap_max_pool", [False, True])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_file_of_the_original_implementation(tmp_path, networks, backbone, swap_max_pool):
+    torch.save({"state_dict": OrderedDict(networks[backbone].state_dict())}, tmp_path / "original.pth")
+    actual, _ = load_network(tmp_path / "original.pth", swap_max_pool)
+    desired = StyleTransferNetwork(NetworkConfig.full(backbone, "avg" if swap_max_pool else "max")).eval()
+    desired.load_state_dict(networks[backbone].state_dict())
+    assert_same_network(actual, desired)
+
+
+def test_pruned_file_of_the_original_implementation(tmp_path):
+    desired = cut_bottleneck(small_network(pooling="avg"), [1, 4])
+    torch.save({"state_dict": desired.state_dict()}, tmp_path / "original.pth")
+    actual, _ = load_network(tmp_path / "original.pth", swap_max_pool=True)
+    assert actual.config.encoder_widths == (6,) * 8 + (4,)
+    assert_same_network(actual, desired)
+
+
+def test_swap_max_pool_against_the_file_is_refused(tmp_path):
+    torch.save(model_checkpoint(small_network(pooling="max")), tmp_path / "max.pth")
+    torch.save(model_checkpoint(small_network(pooling="avg")), tmp_path / "avg.pth")
+    assert "--swap_max_pool" in user_error(load_network, tmp_path / "max.pth", swap_max_pool=True)
+    assert load_network(tmp_path / "avg.pth", swap_max_pool=True)[0].config.pooling == "avg"
+
+
+def test_model_file_of_a_folder(tmp_path):
+    assert str(tmp_path) in user_error(find_model_file, tmp_path)
+    (tmp_path / "pruned.pth").touch()
+    assert find_model_file(tmp_path) == tmp_path / "pruned.pth"
+    (tmp_path / "check_point.pth").touch()
+    assert find_model_file(tmp_path) == tmp_path / "check_point.pth"
+    assert find_model_file(tmp_path / "other.pth") == tmp_path / "other.pth"
+
+
+FIRST = "encoder.layers.0.0.weight"
+
+
+def drop_tensor(checkpoint):
+    del checkpoint["state_dict"][FIRST]
+
+
+def drop_bias(checkpoint):
+    del checkpoint["state_dict"]["decoder.layers.0.1.bias"]
+
+
+def add_tensor(checkpoint):
+    checkpoint["state_dict"]["encoder.layers.0.99.bias"] = torch.zeros(6)
+
+
+def change_shape(checkpoint):
+    checkpoint["state_dict"]["encoder.layers.0.2.weight"] = torch.zeros(6, 5, 3, 3)
+
+
+def plant_nan(checkpoint):
+    checkpoint["state_dict"][FIRST][2, 1, 0, 0] = float("nan")
+
+
+def plant_infinity(checkpoint):
+    checkpoint["state_dict"]["decoder.layers.0.28.bias"][1] = float("inf")
+
+
+def replace_tensor_by_list(checkpoint):
+    checkpoint["state_dict"][FIRST] = [1.0, 2.0]
+
+
+def key_by_number(checkpoint):
+    checkpoint["state_dict"] = dict(enumerate(checkpoint["state_dict"].values()))
+
+
+def empty_state(checkpoint):
+    checkpoint["state_dict"] = {}
+
+
+def drop_state(checkpoint):
+    del checkpoint["state_dict"]
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (drop_tensor, ""), (drop_bias, "decoder.layers.0.1.bias"), (add_tensor, "encoder.layers.0.99.bias"),
+        (change_shape, "encoder.layers.0.2.weight"), (plant_nan, FIRST), (plant_infinity, "decoder.layers.0.28.bias"),
+        (replace_tensor_by_list, ""), (key_by_number, ""), (empty_state, ""), (drop_state, "state_dict"),
+    ],
+)
+def test_damaged_tensors_are_refused(tmp_path, damage, named, with_config):
+    checkpoint = model_checkpoint(small_network())
+    if not with_config:
+        checkpoint = {"state_dict": checkpoint["state_dict"]}
+    damage(checkpoint)
+    path = tmp_path / "model.pth"
+    torch.save(checkpoint, path)
+    message = user_error(load_network, path)
+    assert str(path) in message and named in message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None, [], "vgg19", {}, {"backbone": "vgg19"},
+        {**small_config().to_dict(), "backbone": "alexnet"},
+        {**small_config().to_dict(), "backbone": ["vgg19"]},
+        {**small_config().to_dict(), "encoder_widths": 7},
+        {**small_config().to_dict(), "encoder_widths": [6] * 3},
+        {**small_config().to_dict(), "encoder_widths": ["6"] * 9},
+        {**small_config().to_dict(), "decoder_widths": None},
+        {**small_config().to_dict(), "encoder_widths": [6] * 8 + [7]},  # not what the tensors say
+    ],
+)
+def test_damaged_configuration_is_refused(tmp_path, config):
+    path = tmp_path / "model.pth"
+    torch.save({**model_checkpoint(small_network()), "config": config}, path)
+    assert str(path) in user_error(load_network, path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "weights", 5])
+def test_file_without_a_dictionary_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    assert str(tmp_path / "model.pth") in user_error(load_network, tmp_path / "model.pth")
+
+
+class Payload:
+    """Pickles to a call of os.system that touches a file."""
+
+    def __init__(self, touched) -> None:
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+def save_zip(content, path):
+    torch.save(content, path)
+
+
+def save_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy, save_pickle])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, save):
+    touched, path = tmp_path / "touched", tmp_path / "model.pth"
+    save({**model_checkpoint(small_network()), "payload": Payload(touched)}, path)
+    message = user_error(load_network, path)
+    assert str(path) in message and "--load_path" in message
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(Payload(touched)))  # the payload does work
+    assert touched.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_file_is_refused(tmp_path, share):
+    whole, path = tmp_path / "whole.pth", tmp_path / "model.pth"
+    torch.save(model_checkpoint(small_network()), whole)
+    data = whole.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert str(path) in user_error(load_network, path)
+
+
+@pytest.mark.parametrize("content", [b"hello, this is a text\n", b"<!DOCTYPE html><html></html>", b"\x00" * 1000,
+                                     b"PK\x03\x04 not really", bytes(range(256)) * 8])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    assert str(path) in user_error(load_network, path)
+
+
+def test_missing_file_is_refused(tmp_path):
+    message = user_error(load_network, tmp_path / "none.pth")
+    assert "--load_path" in message and "no such file" in message
+
+
+# --------------------------------------------------------------------------------------------- VGG weights
+
+
+DEEPEST = {"vgg19": 19, "vgg16": 21}
+
+
+def torchvision_state(vgg: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"features.{name}": tensor.clone() for name, tensor in vgg.items()}
+
+
+@pytest.fixture(scope="module")
+def random_vgg() -> dict[str, dict[str, torch.Tensor]]:
+    return {backbone: load_vgg(backbone, "random", seed=3)[0] for backbone in BACKBONES}
+
+
+def assert_same_tensors(actual: dict, desired: dict) -> None:
+    assert actual.keys() == desired.keys()
+    for name, tensor in desired.items():
+        assert actual[name].dtype == torch.float32
+        assert_close(actual[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_random_vgg_is_seeded_he_initialisation(random_vgg, backbone):
+    again, origin = load_vgg(backbone, "random", seed=3)
+    assert_same_tensors(again, random_vgg[backbone])
+    assert "random" in origin and "3" in origin
+    other, _ = load_vgg(backbone, "random", seed=4)
+    assert not torch.equal(other["0.weight"], again["0.weight"])
+    for index in conv_indices(backbone):
+        weight = again[f"{index}.weight"]
+        desired = (2 / (weight.shape[1] * 9)) ** 0.5
+        assert abs(weight.std().item() / desired - 1) < 0.05
+        assert_close(again[f"{index}.bias"], torch.zeros(weight.shape[0]))
+    assert max(conv_indices(backbone)) == DEEPEST[backbone]
+
+
+def test_random_vgg_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    first = torch.rand(3)
+    torch.manual_seed(5)
+    load_vgg("vgg19", "random", seed=1)
+    # Layers are built, and initialised by torch, before they are filled; only the seeded weights must not vary.
+    again, _ = load_vgg("vgg19", "random", seed=3)
+    torch.manual_seed(6)
+    other, _ = load_vgg("vgg19", "random", seed=3)
+    assert_same_tensors(again, other)
+    assert first.shape == (3,)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_vgg_file_cut_after_the_deepest_layer(tmp_path, random_vgg, suffix, dtype):
+    state = {key: tensor.to(dtype) for key, tensor in torchvision_state(random_vgg["vgg19"]).items()}
+    assert "features.19.bias" in state and "features.21.weight" not in state
+    path = tmp_path / f"vgg{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    actual, origin = load_vgg("vgg19", str(path))
+    assert_same_tensors(actual, {name: tensor.to(dtype).float() for name, tensor in random_vgg["vgg19"].items()})
+    assert str(path) in origin
+
+
+def test_vgg_file_with_more_layers(tmp_path, random_vgg):
+    """A whole torchvision file has layers that are not needed."""
+    state = torchvision_state(random_vgg["vgg16"])
+    state |= {"features.24.weight": torch.zeros(512, 512, 3, 3), "classifier.0.weight": torch.zeros(4, 4)}
+    torch.save(state, tmp_path / "vgg16.pth")
+    assert_same_tensors(load_vgg("vgg16", str(tmp_path / "vgg16.pth"))[0], random_vgg["vgg16"])
+
+
+def test_vgg_file_origin_tells_contents_apart(tmp_path, random_vgg):
+    state, origins = torchvision_state(random_vgg["vgg19"]), []
+    for value in (0.0, 1.0, 0.0):
+        state["features.0.bias"][0] = value
+        torch.save(state, tmp_path / "vgg.pth")
+        origins.append(load_vgg("vgg19", str(tmp_path / "vgg.pth"))[1])
+    assert origins[0] == origins[2] != origins[1]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "vgg16"])
+def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg, suffix, damage):
+    state = torchvision_state(random_vgg["vgg16" if damage == "vgg16" else "vgg19"])
+    key = {"missing": "features.10.bias", "shape": "features.5.weight", "nan": "features.0.bias",
+           "vgg16": "features.16"}[damage]
+    if damage == "missing":
+        del state[key]
+    elif damage == "shape":
+        state[key] = torch.zeros(128, 32, 3, 3)
+    elif damage == "nan":
+        state[key][3] = float("nan")
+    path = tmp_path / f"vgg{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    message = user_error(load_vgg, "vgg19", str(path))
+    assert "--vgg_weights" in message and str(path) in message and key in message
+
+
+def test_vgg16_file_cut_at_the_encoder_is_refused(tmp_path, random_vgg):
+    """Its loss network goes deeper than its encoder."""
+    state = {key: tensor for key, tensor in torchvision_state(random_vgg["vgg16"]).items()
+             if int(key.split(".")[1]) <= 14}
+    torch.save(state, tmp_path / "vgg.pth")
+    message = user_error(load_vgg, "vgg16", str(tmp_path / "vgg.pth"))
+    assert "features.17.weight" in message and "features.21" in message
+
+
+@pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"some text, no weights\n", b"\xff" * 64])
+def test_other_files_are_no_vgg_weights(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = user_error(load_vgg, "vgg19", str(tmp_path / name))
+    assert "--vgg_weights" in message and str(tmp_path / name) in message
+
+
+def test_vgg_file_with_code_is_refused_and_not_run(tmp_path):
+    torch.save({"features.0.weight": Payload(tmp_path / "touched")}, tmp_path / "vgg.pth")
+    assert "code" in user_error(load_vgg, "vgg19", str(tmp_path / "vgg.pth"))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_bundled_weights_are_only_of_vgg19(tmp_path, monkeypatch, random_vgg):
+    assert "vgg19" in user_error(load_vgg, "vgg16", "bundled")
+    monkeypatch.setattr(network_module, "BUNDLED_VGG19", tmp_path / "bundled.pth")
+    message = user_error(load_vgg, "vgg19", "bundled")
+    assert str(tmp_path / "bundled.pth") in message and "imagenet" in message and "random" in message
+    torch.save(torchvision_state(random_vgg["vgg19"]), tmp_path / "bundled.pth")
+    actual, origin = load_vgg("vgg19", "bundled")
+    assert_same_tensors(actual, random_vgg["vgg19"])
+    assert origin.startswith("bundled")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty torch cache, and no network."""
+
+    def no_network(*arguments, **named):
+        raise URLError("no network in this test")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+IMAGENET_FILES = {"vgg19": "vgg19-dcbb9e9d.pth", "vgg16": "vgg16-397923af.pth"}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_imagenet_without_network_and_cache(hub, backbone):
+    message = user_error(load_vgg, backbone, "imagenet")
+    for needed in ("--vgg_weights imagenet", IMAGENET_FILES[backbone], str(hub), "bundled", "random", "path"):
+        assert needed in message
+
+
+def test_imagenet_from_the_cache(hub, random_vgg):
+    torch.save(torchvision_state(random_vgg["vgg19"]), hub / IMAGENET_FILES["vgg19"])
+    actual, origin = load_vgg("vgg19", "imagenet")
+    assert_same_tensors(actual, random_vgg["vgg19"])
+    assert origin.startswith("imagenet")
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>\n<html>404</html>\n", b"PK\x03\x04 cut off"])
+def test_damaged_imagenet_file_in_the_cache_is_refused(hub, content):
+    """The message of a missing file asks to put one there by hand; what was put there may be anything."""
+    (hub / IMAGENET_FILES["vgg19"]).write_bytes(content)
+    message = user_error(load_vgg, "vgg19", "imagenet")
+    assert "--vgg_weights imagenet" in message and IMAGENET_FILES["vgg19"] in message
+
+
+def test_code_in_the_imagenet_file_of_the_cache_is_refused_and_not_run(hub, tmp_path):
+    torch.save({"features.0.weight": Payload(tmp_path / "touched")}, hub / IMAGENET_FILES["vgg19"])
+    user_error(load_vgg, "vgg19", "imagenet")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_build_from_vgg(random_vgg, backbone, pooling):
+    network, loss_network = build_from_vgg(NetworkConfig.full(backbone, pooling), random_vgg[backbone])
+    assert_same_tensors(loss_network.layers.state_dict(), random_vgg[backbone])
+    for name, actual in network.encoder.layers[0].state_dict().items():
+        assert_close(actual, random_vgg[backbone][name], rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    with torch.no_grad():  # the encoder is a copy: training it must not move the loss network
+        network.encoder.layers[0][0].weight.zero_()
+    assert_same_tensors(loss_network.layers.state_dict(), random_vgg[backbone])
+
+
+# -------------------------------------------------------------------------------------------- loss network
+
+
+TAPS = {  # torchvision's index of each tapped ReLU, with its channels and how often the sides were halved
+    "vgg19": ((1, 64, 0), (6, 128, 1), (11, 256, 2), (20, 512, 3)),
+    "vgg16": ((3, 64, 0), (8, 128, 1), (15, 256, 2), (22, 512, 3)),
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_loss_network_taps_against_torchvision(random_vgg, backbone):
+    layout = torchvision.models.vgg.cfgs[{"vgg19": "E", "vgg16": "D"}[backbone]]
+    deepest = TAPS[backbone][-1][0]
+    with torch.device("meta"):
+        features = torchvision.models.vgg.make_layers(layout)[: deepest + 1]
+    features.load_state_dict(random_vgg[backbone], assign=True)
+    loss_network = LossNetwork(backbone)
+    loss_network.layers.load_state_dict(random_vgg[backbone])
+    image = random_feature((2, 3, 16, 24), 0)
+    actual = loss_network(image)
+    assert len(actual) == 4
+    with torch.no_grad():
+        for feature, (index, channels, halvings) in zip(actual, TAPS[backbone]):
+            assert feature.shape == (2, channels, 16 >> halvings, 24 >> halvings)
+            assert_close(feature, features[: index + 1](image.clone()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_loss_network_is_frozen_but_passes_gradients_on(backbone):
+    loss_network = LossNetwork(backbone)
+    poolings = [layer for layer in loss_network.layers if "Pool" in type(layer).__name__]
+    assert [type(layer) for layer in poolings] == [nn.MaxPool2d] * 3
+    image = random_feature((1, 3, 16, 16), 0).requires_grad_()
+    sum(feature.square().mean() for feature in loss_network(image)).backward()
+    assert image.grad.abs().max() > 0
+    assert all(not each.requires_grad and each.grad is None for each in loss_network.parameters())
+
+
+def test_loss_network_keeps_max_pooling_with_an_average_pooled_encoder(random_vgg):
+    network, loss_network = build_from_vgg(NetworkConfig.full("vgg19", "avg"), random_vgg["vgg19"])
+    assert sum(isinstance(layer, nn.AvgPool2d) for layer in network.encoder.layers[0]) == 3
+    assert sum(isinstance(layer, nn.MaxPool2d) for layer in loss_network.layers) == 3
+    assert not any(isinstance(layer, nn.AvgPool2d) for layer in loss_network.layers)
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+def vgg19_macs(bottleneck: int) -> int:
+    """Multiply-adds at 512 x 512: 9 * in * out * side^2 for every conv, the encoder twice."""
+    encoder = ((3, 64, 512), (64, 64, 512), (64, 128, 256), (128, 128, 256), (128, 256, 128), (256, 256, 128),
+               (256, 256, 128), (256, 256, 128), (256, bottleneck, 64))
+    decoder = ((bottleneck, 256, 64), (256, 256, 128), (256, 256, 128), (256, 256, 128), (256, 128, 128),
+               (128, 128, 256), (128, 64, 256), (64, 64, 512), (64, 3, 512))
+    convs = (*encoder, *encoder, *decoder)
+    return sum(9 * width_in * width_out * side * side for width_in, width_out, side in convs)
+
+
+@pytest.mark.parametrize("bottleneck", [512, 212])
+def test_count_macs_of_vgg19(bottleneck):
+    full = NetworkConfig.full()
+    config = replace(full, encoder_widths=(*full.encoder_widths[:-1], bottleneck))
+    assert count_macs(config, 512) == vgg19_macs(bottleneck)
+
+
+def test_pruning_300_channels_saves_few_operations():
+    """DESIGN: about 4.5%."""
+    full = NetworkConfig.full()
+    pruned = replace(full, encoder_widths=(*full.encoder_widths[:-1], 212))
+    assert abs(1 - count_macs(pruned, 512) / count_macs(full, 512) - 0.045) < 0.002

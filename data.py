@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -121,17 +122,22 @@ def prepare_picture(
     return pil_to_tensor(image)[None]
 
 
+@lru_cache
+def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std, (3, 1, 1) each, kept on the device: copying them there at every step would make it wait."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
 def normalize(image: Tensor) -> Tensor:
     """(B, 3, H, W), uint8, 0..255, to float32, ImageNet-normalised, on the same device."""
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    mean, std = _imagenet_statistics(image.device)
     return (image.float() / 255.0 - mean) / std
 
 
 def denormalize(image: Tensor) -> Tensor:
     """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1."""
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    mean, std = _imagenet_statistics(image.device)
     return (image.float() * std + mean).clamp(0.0, 1.0)
 
 
@@ -324,6 +330,16 @@ def _ignore_stop_signals(_worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:
+    """The positions that process `rank` draws in the coming iterations, after `seen` samples by all processes.
+
+    Iteration i takes the next batch_size * processes positions; each process a run of batch_size of them.
+    """
+    whole = batch_size * processes
+    starts = range(seen + rank * batch_size, seen + rank * batch_size + iterations * whole, whole)
+    return [start + offset for start in starts for offset in range(batch_size)]
 
 
 def training_loader(

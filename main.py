@@ -124,6 +124,8 @@ FLAGS = (
     Flag("resume", "go on with the run in --save_path; flags not given are as that run had them", _SWITCH),
     Flag("amp", "mixed precision: auto is bf16 on GPUs of compute capability 8.0 and CPUs with AMX, else off",
          {"choices": ("auto", "off", "bf16")}),
+    Flag("compile", "compile the training step with torch.compile (a minute or more at the start)", _SWITCH),
+    Flag("cache_dir", "folder that keeps pictures much larger than --imsize shrunk to it, for this and later runs"),
     Flag("seed", "seed of weights, pictures and crops", {"type": count_or_zero}),
     Flag("num_workers", "processes that decode pictures (default: one a core, at most 8)", {"type": count_or_zero}),
     Flag("wb_mode", "wandb: auto is online when a key is configured, else offline; it never asks",
@@ -180,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
             note(f"--{name} has no effect in {mode} mode")
         return run(used)
     except UserError as error:
-        note(f"error: {error}")
+        # Not `note`: of several processes, this may be the only one that failed.
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,11 +1,12 @@
 """`--mode train`: learn style transfer while the channel and xor losses switch encoder channels off."""
 
+import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import loss as losses
 from data import (
@@ -19,6 +20,7 @@ from data import (
     open_folder,
     picture_grid,
     save_picture,
+    shard_positions,
     training_loader,
 )
 from network import (
@@ -37,12 +39,19 @@ from utils import (
     MetricFile,
     UserError,
     WandbRun,
+    any_process,
     autocast_dtype,
+    average_over_processes,
     catch_stop_signals,
     describe_device,
+    gather_with_gradient,
+    is_first_process,
     load_checkpoint,
     make_folder,
     note,
+    process_count,
+    process_group,
+    process_rank,
     progress_bar,
     random_state,
     resolve_device,
@@ -85,6 +94,8 @@ class TrainConfig:
     check_iter: int = 500
     keep_checkpoints: int = 3
     amp: str = "auto"
+    compile: bool = False
+    cache_dir: str | None = None
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
@@ -128,6 +139,76 @@ class TrainConfig:
 # ----------------------------------------------------------------------------------------------- step
 
 
+class TransferLosses(nn.Module):
+    """One forward pass of training: pictures in, the terms of the loss out.
+
+    A module of its own so that DistributedDataParallel and torch.compile can wrap it.
+    """
+
+    def __init__(
+        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TrainConfig, amp_dtype, processes: int
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.loss_network = loss_network
+        self.config = config
+        self.amp_dtype = amp_dtype
+        self.processes = processes
+        self.encoder_is_loss_network = config.learning_rates["encoder"] == 0 and _same_weights(network, loss_network)
+
+    def autocast(self, device: torch.device):
+        return torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def forward(self, content: Tensor, style: Tensor, all_terms: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the loss for one batch (Kim & Choi, eq. 6: total = content + sum of weight * term).
+
+        content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with
+        `all_terms` measured without a gradient. Returns the terms by name, and the channel norms of the
+        global batch, (2B * processes, C). Averaged over processes, terms and gradients are those of one
+        process with the whole batch.
+        """
+        pictures = len(content)
+        both = torch.cat([content, style]).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
+        with self.autocast(both.device):
+            with torch.no_grad():
+                targets = self.loss_network(both)
+            feature = targets[-1] if self.encoder_is_loss_network else self.network.encoder(both)
+        content_feature, style_feature = feature[:pictures], feature[pictures:]  # (B, C, H/stride, W/stride)
+        aligned = adain(content_feature, *channel_statistics(style_feature))
+        with self.autocast(both.device):
+            output = self.network.decoder(aligned)  # (B, 3, H, W)
+            output_features = self.loss_network(output)
+
+        norm = gather_with_gradient(losses.channel_norm(feature))  # (2B * processes, C)
+        terms = {
+            name: self._term(name, feature, norm, output_features, targets)
+            for name, weight in self.config.weights.items()
+            if weight
+        }
+        if all_terms:
+            with torch.no_grad():
+                for name in TERMS:
+                    if name not in terms:
+                        terms[name] = self._term(name, feature, norm, output_features, targets)
+        return terms, norm.detach()
+
+    def _term(self, name: str, feature, norm, output_features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        pictures = len(feature) // 2
+        match name:
+            case "content":
+                return losses.content_loss(output_features, [target[:pictures] for target in targets])
+            case "style":
+                style_targets = [target[pictures:] for target in targets]
+                return losses.style_loss(output_features, style_targets, self.config.style_loss)
+            case "uncorrelation":
+                # The mean of content and style, each a sum over the batch: over the global one.
+                return 0.5 * self.processes * losses.uncorrelation_loss(feature)
+            case "channel":
+                return losses.channel_loss(norm, self.config.l0_eps)
+            case "xor":
+                return losses.xor_loss(norm, self.config.l0_eps)
+
+
 class Trainer:
     """The networks, the optimiser and one training step."""
 
@@ -136,62 +217,29 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
-        self.amp_dtype = autocast_dtype(config.amp, device)
         # Measured faster than the default layout in float32 and bfloat16 (README, Speed).
         self.network = network.to(device, memory_format=torch.channels_last).train()
-        self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
+        loss_network = loss_network.to(device, memory_format=torch.channels_last)
         groups = []
         for part, rate in config.learning_rates.items():
             module = getattr(self.network, part).requires_grad_(rate > 0)
             if rate > 0:
                 groups.append({"params": list(module.parameters()), "lr": rate})
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.encoder_is_loss_network = config.learning_rates["encoder"] == 0 and _same_weights(
-            self.network, self.loss_network
-        )
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-
-    def losses(self, content: Tensor, style: Tensor, all_terms: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms of the loss for one batch (DESIGN: total = content + sum of weight * term).
-
-        content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with
-        `all_terms` measured without a gradient. Returns the terms by name and the channel norms, (2B, C).
-        """
-        config, pictures = self.config, len(content)
-        both = torch.cat([content, style]).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
-        with self.autocast():
-            with torch.no_grad():
-                targets = self.loss_network(both)
-            feature = targets[-1] if self.encoder_is_loss_network else self.network.encoder(both)
-        content_feature, style_feature = feature[:pictures], feature[pictures:]
-        aligned = adain(content_feature, *channel_statistics(style_feature))
-        with self.autocast():
-            output = self.network.decoder(aligned)  # (B, 3, H, W)
-            output_features = self.loss_network(output)
-
-        norm = losses.channel_norm(feature)  # (2B, C)
-        formulas = {
-            "content": lambda: losses.content_loss(output_features, [target[:pictures] for target in targets]),
-            "style": lambda: losses.style_loss(
-                output_features, [target[pictures:] for target in targets], config.style_loss
-            ),
-            # The mean of content and style; both are sums over the batch.
-            "uncorrelation": lambda: 0.5 * losses.uncorrelation_loss(feature),
-            "channel": lambda: losses.channel_loss(norm, config.l0_eps),
-            "xor": lambda: losses.xor_loss(norm, config.l0_eps),
-        }
-        terms = {name: formulas[name]() for name, weight in config.weights.items() if weight}
-        if all_terms:
-            with torch.no_grad():
-                terms |= {name: formula() for name, formula in formulas.items() if name not in terms}
-        return terms, norm.detach()
+        processes = process_count()
+        self.losses = TransferLosses(self.network, loss_network, config, autocast_dtype(config.amp, device), processes)
+        self.model = self.losses
+        if config.compile:
+            self.model = torch.compile(self.model, dynamic=False)
+        if processes > 1:
+            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
     def step(self, content: Tensor, style: Tensor, all_terms: bool = False) -> dict[str, Tensor]:
         """One step of Adam. content, style: (B, 3, H, W), uint8. Returns METRICS as scalars on the device."""
         content, style = normalize(content), normalize(style)
-        terms, norm = self.losses(content, style, all_terms)
+        terms, norm = self.model(content, style, all_terms)
         total = sum(weight * terms[name] for name, weight in self.config.weights.items() if weight)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -208,7 +256,7 @@ class Trainer:
     def preview(self, content: Tensor, style: Tensor):
         """A picture with the rows content, style, output. content, style: (n, 3, H, W), uint8."""
         content, style = normalize(content.to(self.device)), normalize(style.to(self.device))
-        with self.autocast():
+        with self.losses.autocast(self.device):
             code = self.network.style_code(style)
             output = self.network.stylize(content, code)
         return picture_grid([content, style, output.float()])
@@ -236,15 +284,19 @@ class MetricSums:
         self.counts = torch.zeros(len(METRICS), device=device)
         self.latest = torch.zeros(len(METRICS), device=device)
         self.first_bad = torch.full((len(METRICS),), -1, device=device, dtype=torch.int64)
+        self._zero = torch.zeros((), device=device)
+        self._present: dict[frozenset, Tensor] = {}  # one mask for each set of measured terms
 
     def add(self, metrics: dict[str, Tensor], iteration: int) -> None:
-        indices = [index for index, name in enumerate(METRICS) if name in metrics]
-        values = torch.stack([metrics[METRICS[index]] for index in indices])
-        self.sums[indices] += values
-        self.counts[indices] += 1
-        self.latest[indices] = values
-        bad = ~self.latest.isfinite() & (self.first_bad < 0)
-        self.first_bad.masked_fill_(bad, iteration)
+        names = frozenset(metrics)
+        if names not in self._present:
+            self._present[names] = torch.tensor([name in names for name in METRICS], device=self.sums.device)
+        present = self._present[names]
+        values = torch.stack([metrics.get(name, self._zero) for name in METRICS])
+        self.sums += values
+        self.counts += present
+        self.latest = torch.where(present, values, self.latest)
+        self.first_bad.masked_fill_(~values.isfinite() & (self.first_bad < 0), iteration)
 
     def raise_if_bad(self, newest: Path) -> None:
         """Raises UserError naming the first term that was not finite, and its iteration."""
@@ -257,14 +309,16 @@ class MetricSums:
                         "A lower --lr, --encoder_lr or loss weight may help")
 
     def means(self) -> dict[str, float]:
-        return dict(zip(METRICS, (self.sums / self.counts).tolist()))
+        """The means over all iterations since `clear`, and over all processes (each must call this)."""
+        return dict(zip(METRICS, (average_over_processes(self.sums) / self.counts).tolist()))
 
     def clear(self) -> None:
         self.sums.zero_()
         self.counts.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        return {"sums": self.sums.cpu(), "counts": self.counts.cpu()}
+        """For a checkpoint; of several processes each must call this."""
+        return {"sums": average_over_processes(self.sums).cpu(), "counts": self.counts.cpu()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.sums.copy_(state["sums"])
@@ -340,6 +394,13 @@ def train(given: dict) -> int:
         config, checkpoint = resume_config(given)
     config.check()
     device = resolve_device(config.gpu_no)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device):
+        return _train_on(device, config, checkpoint)
+
+
+def _train_on(device: torch.device, config: TrainConfig, checkpoint: dict | None) -> int:
     folder = CheckpointFolder(make_folder(config.save_path, "--save_path"), config.keep_checkpoints)
     if checkpoint is None and folder.newest.exists():
         raise UserError(f"--save_path {config.save_path}: holds a run already; "
@@ -359,17 +420,20 @@ def train(given: dict) -> int:
     if checkpoint and checkpoint["picture_counts"] != counts:
         note(f"the folders changed: {counts} usable pictures, {checkpoint['picture_counts']} before; "
              "other pictures will be drawn than without the interruption")
-    note(f"training on {describe_device(device)}, {'float32' if trainer.amp_dtype is None else 'bfloat16'}; "
+    note(f"training on {describe_device(device)}, {'float32' if trainer.losses.amp_dtype is None else 'bfloat16'}; "
          f"VGG weights: {origin}; {counts[0]} content and {counts[1]} style pictures")
+    wb_mode = config.wb_mode if is_first_process() else "disabled"
     wandb_run = WandbRun(
-        config.wb_mode, config.wb_project, config.wb_name, config.wb_notes, config.wb_tags, asdict(config),
+        wb_mode, config.wb_project, config.wb_name, config.wb_notes, config.wb_tags, asdict(config),
         config.save_path, checkpoint["wandb_id"] if checkpoint else None,
     )
-    run = _Run(config, trainer, folder, pictures, tallies, wandb_run, origin, counts)
+    run = _Run(config, trainer, folder, pictures, tallies, wandb_run, origin, counts,
+               checkpoint["samples_seen"] if checkpoint else 0)
     if checkpoint:
         run.sums.restore(checkpoint["metric_sums"])
         restore_random_state(checkpoint["random_state"])
-    run.metrics.truncate_after(start)
+    if is_first_process():
+        run.metrics.truncate_after(start)
     try:
         exit_code = run.loop(start)
     finally:
@@ -391,6 +455,7 @@ class _Run:
     wandb_run: WandbRun
     vgg_origin: str
     picture_counts: list[int]
+    samples_seen: int  # by all processes together: where in the data the run is
 
     def __post_init__(self) -> None:
         save_path = Path(self.config.save_path)
@@ -401,8 +466,10 @@ class _Run:
     def loop(self, start: int) -> int:
         """Iterations start + 1 to max_iter. Returns the exit code: 0, or 128 + the signal that stopped it."""
         config, device = self.config, self.trainer.device
-        workers = config.num_workers if config.num_workers is not None else min(8, torch.get_num_threads())
-        positions = range(start * config.batch_size, config.max_iter * config.batch_size)
+        workers = config.num_workers if config.num_workers is not None else min(8, os.cpu_count())
+        positions = shard_positions(
+            self.samples_seen, config.max_iter - start, config.batch_size, process_rank(), process_count()
+        )
         loader = training_loader(self.pictures, positions, config.batch_size, workers, device.type == "cuda")
         first = collate([self.pictures[position] for position in range(min(PREVIEW_PICTURES, config.batch_size))])
         check_failures(first[2], self.tallies)
@@ -414,22 +481,24 @@ class _Run:
                 content, style = (batch.to(device, non_blocking=True) for batch in (content, style))
                 is_check = iteration % config.check_iter == 0 or iteration == config.max_iter
                 self.sums.add(self.trainer.step(content, style, all_terms=is_check), iteration)
-                if device.type == "cpu" or is_check or stop or time.perf_counter() - shown > 1.0:
+                self.samples_seen += config.batch_size * process_count()
+                stopping = any_process(bool(stop))
+                if device.type == "cpu" or is_check or stopping or time.perf_counter() - shown > 1.0:
                     self.sums.raise_if_bad(self.folder.newest)
                     shown = time.perf_counter()
                     bar.set_postfix_str(self._progress(), refresh=False)
                 if is_check:
                     self.check(iteration, first)
-                elif stop:
+                elif stopping:
                     self.save(iteration)
                 bar.update()
-                if stop and iteration < config.max_iter:
+                if stopping and iteration < config.max_iter:
                     break
             else:
                 return 0
         note(f"stopped after iteration {iteration}, saved; go on with: "
              f"python main.py --mode train --resume --save_path {config.save_path}")
-        return stop.exit_code
+        return stop.exit_code if stop else 0  # 0 where another process was told to stop
 
     def _progress(self) -> str:
         values = dict(zip(METRICS, self.sums.latest.tolist()))
@@ -439,6 +508,9 @@ class _Run:
     def check(self, iteration: int, first: tuple[Tensor, Tensor, list]) -> None:
         """Every `check_iter`: metrics, a picture grid, a checkpoint."""
         means = self.sums.means()
+        if not is_first_process():
+            self.sums.clear()
+            return
         self.metrics.append({"iteration": iteration, **means})
         path = self.samples / f"iteration_{iteration:07d}.png"
         save_picture(self.trainer.preview(*first[:2]), path)
@@ -448,6 +520,9 @@ class _Run:
 
     def save(self, iteration: int) -> None:
         """Write the checkpoint. Raises UserError, and writes nothing, when a weight is not finite."""
+        metric_sums = self.sums.state()
+        if not is_first_process():
+            return
         network = self.trainer.network
         if not all(parameter.isfinite().all() for parameter in network.parameters()):
             raise UserError(f"iteration {iteration}: a weight is not finite; the checkpoint was not written, "
@@ -460,7 +535,8 @@ class _Run:
             vgg_weights=self.vgg_origin,
             optimizer=self.trainer.optimizer.state_dict(),
             random_state=random_state(),
-            metric_sums=self.sums.state(),
+            metric_sums=metric_sums,
+            samples_seen=self.samples_seen,
             picture_counts=self.picture_counts,
             wandb_id=self.wandb_run.id,
         )

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import secrets
 import signal
 import sys
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 CHECKPOINT_NAME = "check_point.pth"
@@ -28,14 +30,82 @@ class UserError(Exception):
 
 
 def note(message: str) -> None:
-    """Print one line on stderr, above a progress bar where there is one."""
-    tqdm.write(message, file=sys.stderr)
+    """Print one line on stderr, above a progress bar where there is one; of several processes, the first does."""
+    if is_first_process():
+        tqdm.write(message, file=sys.stderr)
 
 
 def progress_bar(total: int, description: str, unit: str, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval, **more)
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval,
+                disable=not is_first_process(), **more)
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def process_rank() -> int:
+    """This process's number among those that torchrun started, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes torchrun started, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_process() -> bool:
+    return process_rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device):
+    """Within the block the processes of torchrun talk to each other; without torchrun nothing happens."""
+    if process_count() == 1:
+        yield
+        return
+    # Tensors on the CPU always go by gloo: the stop flag does, also where gradients go by NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """The rows of all processes, (n * processes, ...), in the order of their numbers. rows: (n, ...).
+
+    DistributedDataParallel averages gradients over the processes. A loss of the gathered rows is one number
+    that each process differentiates by its own rows only, so their gradient is scaled up to make the
+    average a sum.
+    """
+    processes = process_count()
+    if processes == 1:
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(processes)]
+    distributed.all_gather(gathered, rows.detach())
+    gathered[process_rank()] = rows.detach() + processes * (rows - rows.detach())
+    return torch.cat(gathered)
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes; each must call this."""
+    if process_count() == 1:
+        return values
+    values = values.clone()
+    distributed.all_reduce(values)
+    return values / process_count()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process; each must call this."""
+    if process_count() == 1:
+        return flag
+    shared = torch.tensor(int(flag))
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    return bool(shared)
 
 
 # --------------------------------------------------------------------------------------------- device
@@ -47,6 +117,8 @@ def resolve_device(gpu_no: int | None) -> torch.device:
     Raises UserError when a GPU is asked for that is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu_no is None and count and process_count() > 1:
+        gpu_no = int(os.environ["LOCAL_RANK"])  # torchrun: one GPU a process
     if gpu_no is None:
         gpu_no = 0 if count else -1
     if gpu_no == -1:
@@ -167,7 +239,7 @@ def write_atomically(path: Path, write) -> None:
     A kill at any moment leaves either the old file or the new one, never half of one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

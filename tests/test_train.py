@@ -217,15 +217,15 @@ def test_frozen_encoder_does_not_change():
 def test_shared_features_give_the_same_losses():
     """A frozen encoder that equals the loss network is computed once; the terms stay what they were."""
     shared, separate = make_trainer(encoder_lr=0.0), make_trainer(encoder_lr=0.0)
-    assert shared.encoder_is_loss_network
-    separate.encoder_is_loss_network = False
+    assert shared.losses.encoder_is_loss_network
+    separate.losses.encoder_is_loss_network = False
     desired, actual = separate.step(*random_batch(), all_terms=True), shared.step(*random_batch(), all_terms=True)
     for name in METRICS:
         assert_close(actual[name], desired[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_trained_encoder_is_not_taken_for_the_loss_network():
-    assert not make_trainer().encoder_is_loss_network
+    assert not make_trainer().losses.encoder_is_loss_network
 
 
 def test_step_matches_the_definition():
@@ -237,7 +237,7 @@ def test_step_matches_the_definition():
     sum(trainer.config.weights[name] * term for name, term in terms.items()).backward()
 
     content, style = normalize(content), normalize(style)
-    encoder, decoder, vgg = plain.network.encoder, plain.network.decoder, plain.loss_network
+    encoder, decoder, vgg = plain.network.encoder, plain.network.decoder, plain.losses.loss_network
     content_feature, style_feature = encoder(content), encoder(style)
     output_features = vgg(decoder(adain(content_feature, *channel_statistics(style_feature))))
     norm = losses.channel_norm(torch.cat([content_feature, style_feature]))

@@ -165,7 +165,7 @@ def picture_grid(rows: list[Tensor]) -> Image.Image:
 
 
 def find_pictures(folder: Path, flag: str) -> list[Path]:
-    """Every picture file below `folder`, sorted; links are followed, hidden files are not pictures.
+    """Every picture file below `folder`, sorted; links are followed, what is hidden is left out.
 
     Raises UserError, naming `flag`, when there is no such folder or no picture in it.
     """
@@ -179,6 +179,7 @@ def find_pictures(folder: Path, flag: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in files
                   if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
     if not found:

@@ -1,7 +1,7 @@
 """The losses: pure functions, tensors in, scalar out; the caller weights them.
 
 Every one computes in float32, whatever the features' type: a variance, a correlation or an epsilon of
-1e-5 does not survive bfloat16.
+1e-5 does not survive bfloat16. Call them outside autocast, which would bring matrix products back to it.
 """
 
 import torch

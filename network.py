@@ -248,7 +248,7 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
     that says where they are from. Raises UserError when they cannot be had; nothing is ever replaced.
     """
     if source == "random":
-        return _random_vgg(backbone, seed), f"random (He initialisation, seed {seed})"
+        return _random_vgg(backbone, seed), f"random (He initialisation, zero-sum filters, seed {seed})"
     if source == "imagenet":
         weights, origin = _imagenet_vgg(backbone)
     else:
@@ -290,13 +290,16 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
     entry = getattr(torchvision.models, f"{backbone.upper()}_Weights").IMAGENET1K_V1
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     try:
-        weights = entry.get_state_dict(progress=True, check_hash=True)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(entry.url, file, hash_prefix=file.stem.rsplit("-")[-1], progress=True)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
         raise UserError(
             f"--vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
             f"({error}); put the file there, or use --vgg_weights bundled, random or a path"
         ) from error
-    return weights, f"imagenet (torchvision {entry})"
+    # Not by torchvision's own loader: it would run code pickled in a file of that name.
+    return load_checkpoint(file, flag="--vgg_weights imagenet:"), f"imagenet (torchvision {entry})"
 
 
 def _read_vgg_file(path: Path) -> dict[str, Tensor]:
@@ -394,8 +397,10 @@ def load_network(path: Path, swap_max_pool: bool = False) -> tuple[StyleTransfer
         raise UserError(f"--load_path {path}: no style-transfer network ({error})") from error
     if swap_max_pool and config.pooling != "avg":
         raise UserError(f"--swap_max_pool: {path} was made with max pooling; leave the flag out")
+    with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out
+        wanted = StyleTransferNetwork(config).state_dict()
+    _check_tensors(path, state_dict, wanted)
     network = StyleTransferNetwork(config)
-    _check_tensors(path, state_dict, network.state_dict())
     network.load_state_dict(state_dict)
     return network.eval(), checkpoint
 
@@ -404,7 +409,7 @@ def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> Network
     """Read backbone and widths off the conv tensors. Raises ValueError when they fit no backbone."""
     widths = {"encoder": {}, "decoder": {}}
     for key, tensor in state_dict.items():
-        part, _, index = key.removesuffix(".weight").partition(".layers.0.")
+        part, _, index = str(key).removesuffix(".weight").partition(".layers.0.")
         if part in widths and index.isdigit() and tensor.dim() == 4:
             widths[part][int(index)] = tensor.shape[0]
     for backbone, layout in _ENCODERS.items():

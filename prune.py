@@ -123,10 +123,15 @@ class Responses:
         try:
             with np.load(path, allow_pickle=False) as file:
                 responses = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]))
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"--responses {path}: not a responses.npz of this tool ({error})") from error
-        if responses.l2.ndim != 2 or responses.l2.shape[1] != width:
-            raise UserError(f"--responses {path}: measured on {responses.l2.shape[-1]} channels, "
+        # NumPy passes on what the zip reader, zlib and the array parser met in a damaged file.
+        except Exception as error:
+            raise UserError(f"--responses {path}: not a responses.npz of this tool ({type(error).__name__}: "
+                            f"{error})") from error
+        if responses.l2.ndim != 2 or len(responses.l2) != len(responses.paths):
+            raise UserError(f"--responses {path}: not a responses.npz of this tool (l2 has shape "
+                            f"{responses.l2.shape} for {len(responses.paths)} pictures)")
+        if responses.l2.shape[1] != width:
+            raise UserError(f"--responses {path}: measured on {responses.l2.shape[1]} channels, "
                             f"the network has {width}")
         return responses
 

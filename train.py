@@ -232,7 +232,7 @@ class Trainer:
         if config.compile:
             self.model = torch.compile(self.model, dynamic=False)
         if processes > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(self.model)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
@@ -508,14 +508,12 @@ class _Run:
     def check(self, iteration: int, first: tuple[Tensor, Tensor, list]) -> None:
         """Every `check_iter`: metrics, a picture grid, a checkpoint."""
         means = self.sums.means()
-        if not is_first_process():
-            self.sums.clear()
-            return
-        self.metrics.append({"iteration": iteration, **means})
-        path = self.samples / f"iteration_{iteration:07d}.png"
-        save_picture(self.trainer.preview(*first[:2]), path)
-        self.wandb_run.log(means, iteration, path)
         self.sums.clear()
+        if is_first_process():
+            self.metrics.append({"iteration": iteration, **means})
+            path = self.samples / f"iteration_{iteration:07d}.png"
+            save_picture(self.trainer.preview(*first[:2]), path)
+            self.wandb_run.log(means, iteration, path)
         self.save(iteration)
 
     def save(self, iteration: int) -> None:

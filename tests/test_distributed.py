@@ -1,0 +1,112 @@
+"""Two gloo processes on the CPU: the gradients of one process with the whole batch; a run that resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from data import shard_positions
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+GRADIENTS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from data import normalize
+from network import NetworkConfig, build_from_vgg, load_vgg
+from train import TrainConfig, Trainer
+from utils import process_count, process_group, process_rank
+
+device = torch.device("cpu")
+with process_group(device):
+    config = TrainConfig(amp="off", encoder_lr=1e-5, uncorrelation_loss_weight=50.0, channel_loss_weight=1e3,
+                         xor_loss_weight=500.0, l0_eps=1.0)
+    torch.manual_seed(0)
+    network, loss_network = build_from_vgg(NetworkConfig.full(), load_vgg("vgg19", "random")[0])
+    trainer = Trainer(network, loss_network, config, device)
+    pictures = torch.randint(0, 256, (2, 4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    share = 4 // process_count()
+    own = slice(process_rank() * share, (process_rank() + 1) * share)
+    metrics = trainer.step(pictures[0, own], pictures[1, own], all_terms=True)
+    if process_rank() == 0:
+        torch.save({{"gradients": {{n: p.grad for n, p in network.named_parameters()}},
+                    "weights": network.state_dict(), "metrics": metrics}}, sys.argv[1])
+"""
+
+
+def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS.format(root=str(ROOT)))
+    results = []
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
+        subprocess.run([*launcher, str(script), str(tmp_path / name)], check=True, env=ENVIRONMENT, timeout=300)
+        results.append(torch.load(tmp_path / name, weights_only=True))
+    desired, actual = results
+    for name, gradient in desired["gradients"].items():
+        error = (actual["gradients"][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-5, (name, float(error))
+    for name in ("channel", "xor", "nonzero_channels"):  # of the global batch in every process
+        assert_close(actual["metrics"][name], desired["metrics"][name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_positions_of_one_run(processes):
+    """Together the processes draw what one process with the whole batch draws, iteration by iteration."""
+    shards = [shard_positions(24, 5, 2, rank, processes) for rank in range(processes)]
+    actual = [[position for shard in shards for position in shard[2 * i : 2 * i + 2]] for i in range(5)]
+    desired = [list(range(24 + 2 * processes * i, 24 + 2 * processes * (i + 1))) for i in range(5)]
+    assert actual == desired
+
+
+def train_flags(folder: Path, max_iter: int) -> list[str]:
+    return f"""--mode train --gpu_no -1 --vgg_weights random --imsize 40 --cropsize 32 --batch_size 1 --num_workers 0
+        --content_dir {ROOT}/imgs/content --style_dir {ROOT}/imgs/style --wb_mode disabled --amp off --check_iter 2
+        --save_path {folder} --max_iter {max_iter}""".split()
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_trains_resumes_and_saves_once(tmp_path):
+    """2 processes, 4 iterations, resumed to 6: one set of files, and the means of one process of batch 2."""
+    folder = tmp_path / "two"
+    for max_iter, more in ((4, []), (6, ["--resume"])):
+        result = subprocess.run([*TORCHRUN, str(ROOT / "main.py"), *train_flags(folder, max_iter), *more], text=True,
+                                env=ENVIRONMENT, capture_output=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("training on") == 1
+    single = tmp_path / "one"
+    subprocess.run([sys.executable, str(ROOT / "main.py"), *train_flags(single, 6), "--batch_size", "2"], check=True,
+                   env=ENVIRONMENT, capture_output=True, timeout=300)
+    two, one = metrics_of(folder), metrics_of(single)
+    assert [row["iteration"] for row in two] == [2, 4, 6]
+    for actual, desired in zip(two, one):
+        for name in ("content", "style", "channel", "xor", "nonzero_channels", "total"):
+            # Adam steps by the sign of small gradients at first, so that rounding grows from check to check.
+            assert actual[name] == pytest.approx(desired[name], rel=0.02), (name, actual["iteration"])
+
+
+def test_torchrun_stops_all_processes_at_one_iteration(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen([*TORCHRUN, str(ROOT / "main.py"), *train_flags(folder, 5000)], text=True,
+                               env=ENVIRONMENT, stderr=subprocess.PIPE)
+    for line in process.stderr:
+        if "training on" in line:
+            break
+    while not (folder / "check_point.pth").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    process.wait(timeout=120)
+    assert "go on with: python main.py --mode train --resume" in rest
+    assert torch.load(folder / "check_point.pth", weights_only=True)["iteration"] >= 2

@@ -1,0 +1,341 @@
+"""Files that survive a kill, the checkpoints of a run, metrics, device, seed, signals, the wandb key."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import user_error
+from torch.testing import assert_close
+
+from utils import (
+    CheckpointFolder,
+    MetricFile,
+    autocast_dtype,
+    catch_stop_signals,
+    load_checkpoint,
+    make_folder,
+    random_state,
+    resolve_device,
+    restore_random_state,
+    save_checkpoint,
+    seed_everything,
+    wandb_key_is_configured,
+    write_atomically,
+    write_text_atomically,
+)
+
+CPU = torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def test_written_file_holds_what_was_written(tmp_path):
+    write_atomically(tmp_path / "new.bin", lambda file: file.write(b"first"))
+    write_atomically(tmp_path / "new.bin", lambda file: file.write(b"second"))
+    assert (tmp_path / "new.bin").read_bytes() == b"second"
+    write_text_atomically(tmp_path / "text.txt", "grün\n")
+    assert (tmp_path / "text.txt").read_bytes() == "grün\n".encode()
+    assert sorted(os.listdir(tmp_path)) == ["new.bin", "text.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error, old):
+    path = tmp_path / "file.bin"
+    if old is not None:
+        path.write_bytes(old)
+
+    def write(file):
+        file.write(b"half of the n")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomically(path, write)
+    assert os.listdir(tmp_path) == ([] if old is None else ["file.bin"])
+    assert old is None or path.read_bytes() == old
+
+
+def test_old_file_is_whole_while_the_new_one_is_written(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    seen = []
+
+    def write(file):
+        file.write(b"new")
+        file.flush()
+        seen.append(path.read_bytes())
+
+    write_atomically(path, write)
+    assert seen == [b"old"] and path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_checkpoint_on_a_full_disk(tmp_path, monkeypatch, error):
+    path = tmp_path / "check_point.pth"
+    save_checkpoint({"iteration": 1}, path)
+
+    def full_disk(checkpoint, file):
+        file.write(b"some")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert str(path) in user_error(save_checkpoint, {"iteration": 2}, path)
+    assert load_checkpoint(path) == {"iteration": 1}
+    assert os.listdir(tmp_path) == ["check_point.pth"]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    desired = {"iteration": 3, "name": "a", "tensor": torch.tensor([1.5, float("inf")]), "nested": {"list": [1, None]}}
+    save_checkpoint(desired, tmp_path / "a.pth")
+    actual = load_checkpoint(tmp_path / "a.pth")
+    assert_close(actual.pop("tensor"), desired.pop("tensor"))
+    assert actual == desired
+
+
+def test_load_checkpoint_names_its_flag(tmp_path):
+    for path in (tmp_path / "none.pth", tmp_path):
+        message = user_error(load_checkpoint, path, flag="--resume")
+        assert message.startswith("--resume") and str(path) in message
+
+
+def test_make_folder(tmp_path):
+    assert make_folder(tmp_path / "a" / "b", "--save_path") == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+    make_folder(tmp_path / "a" / "b", "--save_path")  # again is fine
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = user_error(make_folder, path, "--save_path")
+        assert "--save_path" in message and str(path) in message
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(("keep", "desired"), [(-1, [10, 20, 30, 1000]), (0, []), (1, [1000]), (2, [30, 1000]),
+                                               (9, [10, 20, 30, 1000])])
+def test_numbered_checkpoints_kept(tmp_path, keep, desired):
+    folder = CheckpointFolder(tmp_path, keep)
+    for iteration in (10, 20, 30, 1000):
+        assert folder.save({"iteration": iteration}, iteration) == tmp_path / "check_point.pth"
+        assert load_checkpoint(folder.newest) == {"iteration": iteration}
+    names = [f"check_point_{iteration:07}.pth" for iteration in desired]
+    assert [path.name for path in folder.numbered()] == names
+    assert sorted(os.listdir(tmp_path)) == sorted(["check_point.pth", *names])
+    for path, iteration in zip(folder.numbered(), desired):
+        assert load_checkpoint(path) == {"iteration": iteration}
+
+
+def test_checkpoints_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*arguments, **named):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for iteration in (1, 2):
+        folder.save({"iteration": iteration}, iteration)
+    assert load_checkpoint(folder.newest) == {"iteration": 2}
+    assert sorted(os.listdir(tmp_path)) == ["check_point.pth", "check_point_0000002.pth"]
+
+
+def test_failed_save_keeps_the_newest_checkpoint(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save({"iteration": 1}, 1)
+    with monkeypatch.context() as broken:
+
+        def full_disk(checkpoint, file):
+            raise OSError(28, "No space left on device")
+
+        broken.setattr(torch, "save", full_disk)
+        user_error(folder.save, {"iteration": 2}, 2)
+    assert load_checkpoint(folder.newest) == {"iteration": 1}
+    assert sorted(os.listdir(tmp_path)) == ["check_point.pth", "check_point_0000001.pth"]
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def read_rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_appended_and_truncated(tmp_path):
+    metrics = MetricFile(tmp_path / "metrics.jsonl")
+    rows = [{"iteration": iteration, "total": iteration / 3} for iteration in (5, 10, 15, 20)]
+    for row in rows:
+        metrics.append(row)
+    assert read_rows(metrics.path) == rows
+    metrics.truncate_after(10)
+    assert read_rows(metrics.path) == rows[:2]
+    metrics.append({"iteration": 15, "total": 1.0})
+    assert read_rows(metrics.path) == [*rows[:2], {"iteration": 15, "total": 1.0}]
+    metrics.truncate_after(0)
+    assert metrics.path.read_text() == ""
+
+
+@pytest.mark.parametrize("half", ['{"iteration": 7, "tot', '{"iteration', "{", '{"iteration": 7', '{"total": 3}', "\n"])
+def test_half_written_last_line_is_dropped(tmp_path, half):
+    metrics = MetricFile(tmp_path / "metrics.jsonl")
+    metrics.path.write_text('{"iteration": 5}\n' + half)
+    metrics.truncate_after(10)
+    assert metrics.path.read_text() == '{"iteration": 5}\n'
+
+
+def test_last_line_without_its_newline_is_kept_and_ended(tmp_path):
+    metrics = MetricFile(tmp_path / "metrics.jsonl")
+    metrics.path.write_text('{"iteration": 5}\n{"iteration": 6}')
+    metrics.truncate_after(6)
+    metrics.append({"iteration": 7})
+    assert [row["iteration"] for row in read_rows(metrics.path)] == [5, 6, 7]
+
+
+def test_truncating_without_a_file_makes_none(tmp_path):
+    MetricFile(tmp_path / "metrics.jsonl").truncate_after(3)
+    assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------- device, seed
+
+
+def pretend_gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "desired"),
+    [(0, None, "cpu"), (0, -1, "cpu"), (2, -1, "cpu"), (2, None, "cuda:0"), (2, 0, "cuda:0"), (2, 1, "cuda:1")],
+)
+def test_resolve_device(monkeypatch, gpus, asked, desired):
+    pretend_gpus(monkeypatch, gpus)
+    assert resolve_device(asked) == torch.device(desired)
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [(0, 0), (0, 1), (2, 2), (2, 99), (2, -2), (0, -3)])
+def test_gpu_that_is_not_there_is_refused(monkeypatch, gpus, asked):
+    pretend_gpus(monkeypatch, gpus)
+    message = user_error(resolve_device, asked)
+    assert f"--gpu_no {asked}" in message and "-1" in message
+
+
+def test_autocast_dtype():
+    assert autocast_dtype("off", CPU) is None
+    assert autocast_dtype("bf16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_auto_takes_bfloat16_where_the_gpu_has_units_for_it(monkeypatch, capability):
+    desired = torch.bfloat16 if capability[0] >= 8 else None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert autocast_dtype("auto", torch.device("cuda", 0)) == desired
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_seed_everything(seed):
+    drawn = []
+    for each in (seed, seed + 1, seed):
+        seed_everything(each)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert drawn[0] == drawn[2]
+    assert all(first != second for first, second in zip(drawn[0], drawn[1]))
+
+
+def test_random_state_round_trip(tmp_path):
+    """Through a checkpoint file, as a resumed run does it."""
+    save_checkpoint(random_state(), tmp_path / "state.pth")
+    desired = torch.rand(5)
+    torch.rand(100)
+    restore_random_state(load_checkpoint(tmp_path / "state.pth"))
+    assert_close(torch.rand(5), desired, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_is_remembered_and_the_second_acts(number, code):
+    acted = []
+    before = signal.signal(number, lambda *arguments: acted.append(arguments[0]))
+    try:
+        with catch_stop_signals() as request:
+            assert not request
+            os.kill(os.getpid(), number)
+            assert request and request.exit_code == code
+            assert acted == []
+            os.kill(os.getpid(), number)
+            assert acted == [number]
+        os.kill(os.getpid(), number)
+        assert acted == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_are_put_back_after_an_error():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError), catch_stop_signals():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# -------------------------------------------------------------------------------------------------- wandb
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty home directory, and no key in the environment."""
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def write_netrc(path: Path, host: str) -> None:
+    path.write_text(f"machine {host}\n  login user\n  password 0123456789abcdef\n")
+    path.chmod(0o600)
+
+
+def test_no_wandb_key(home):
+    assert not wandb_key_is_configured()
+
+
+def test_wandb_key_in_the_environment(home, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    assert wandb_key_is_configured()
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    assert not wandb_key_is_configured()
+
+
+@pytest.mark.parametrize("name", [".netrc", "_netrc"])
+def test_wandb_key_in_netrc(home, name):
+    write_netrc(home / name, "api.wandb.ai")
+    assert wandb_key_is_configured()
+
+
+def test_netrc_of_another_host(home):
+    write_netrc(home / ".netrc", "example.org")
+    assert not wandb_key_is_configured()
+
+
+def test_netrc_of_a_wandb_server_of_ones_own(home, monkeypatch):
+    write_netrc(home / ".netrc", "wandb.example.org")
+    assert not wandb_key_is_configured()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/api")
+    assert wandb_key_is_configured()
+
+
+def test_netrc_named_by_the_environment(home, monkeypatch):
+    write_netrc(home / "elsewhere", "api.wandb.ai")
+    assert not wandb_key_is_configured()
+    monkeypatch.setenv("NETRC", str(home / "elsewhere"))
+    assert wandb_key_is_configured()
+
+
+def test_damaged_netrc_is_no_key(home):
+    (home / ".netrc").write_text("machine\nnonsense {{{ here\n")
+    assert not wandb_key_is_configured()

@@ -7,8 +7,8 @@ python=${PYTHON:-python3}
 rm -rf demo # only ever written by this script
 
 "$python" main.py --mode train --gpu_no -1 --vgg_weights random --imsize 96 --cropsize 64 --batch_size 4 \
-    --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 --decoder_lr 1e-3 \
-    --style_loss_weight 100 --uncorrelation_loss_weight 0 --channel_loss_weight 10000 --xor_loss_weight 500 \
+    --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 --decoder_lr 3e-4 \
+    --style_loss_weight 20 --uncorrelation_loss_weight 0 --channel_loss_weight 10000 --xor_loss_weight 500 \
     --max_iter 300 --check_iter 100 --keep_checkpoints 0 --wb_mode disabled --save_path demo/ch_xor
 "$python" main.py --mode prune --gpu_no -1 --load_path demo/ch_xor --content_dir imgs/content --style_dir imgs/style \
     --imsize 256 --cropsize 256 --save_path demo/pruned

@@ -124,8 +124,6 @@ FLAGS = (
     Flag("resume", "go on with the run in --save_path; flags not given are as that run had them", _SWITCH),
     Flag("amp", "mixed precision: auto is bf16 on GPUs of compute capability 8.0 and CPUs with AMX, else off",
          {"choices": ("auto", "off", "bf16")}),
-    Flag("compile", "compile the training step with torch.compile (a minute or more at the start)", _SWITCH),
-    Flag("cache_dir", "folder that keeps pictures much larger than --imsize shrunk to it, for this and later runs"),
     Flag("seed", "seed of weights, pictures and crops", {"type": count_or_zero}),
     Flag("num_workers", "processes that decode pictures (default: one a core, at most 8)", {"type": count_or_zero}),
     Flag("wb_mode", "wandb: auto is online when a key is configured, else offline; it never asks",

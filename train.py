@@ -94,8 +94,6 @@ class TrainConfig:
     check_iter: int = 500
     keep_checkpoints: int = 3
     amp: str = "auto"
-    compile: bool = False
-    cache_dir: str | None = None
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
@@ -142,7 +140,7 @@ class TrainConfig:
 class TransferLosses(nn.Module):
     """One forward pass of training: pictures in, the terms of the loss out.
 
-    A module of its own so that DistributedDataParallel and torch.compile can wrap it.
+    A module of its own so that DistributedDataParallel can wrap it.
     """
 
     def __init__(
@@ -217,7 +215,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
-        # Measured faster than the default layout in float32 and bfloat16 (README, Speed).
+        # A step took 1.24 s in place of 1.44 s with it in float32, 0.33 s in place of 0.63 s in bfloat16 (vgg19,
+        # crop 128, batch 4, 2 Xeon cores with AMX, torch 2.15); on GPUs it is not measured yet.
         self.network = network.to(device, memory_format=torch.channels_last).train()
         loss_network = loss_network.to(device, memory_format=torch.channels_last)
         groups = []
@@ -229,8 +228,6 @@ class Trainer:
         processes = process_count()
         self.losses = TransferLosses(self.network, loss_network, config, autocast_dtype(config.amp, device), processes)
         self.model = self.losses
-        if config.compile:
-            self.model = torch.compile(self.model, dynamic=False)
         if processes > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)
         if device.type == "cuda":

@@ -68,8 +68,10 @@ def test_processes_share_the_positions_of_one_run(processes):
 
 
 def train_flags(folder: Path, max_iter: int) -> list[str]:
+    # Tiny rates: Adam steps by the sign of small gradients at first, which would make rounding grow.
     return f"""--mode train --gpu_no -1 --vgg_weights random --imsize 40 --cropsize 32 --batch_size 1 --num_workers 0
         --content_dir {ROOT}/imgs/content --style_dir {ROOT}/imgs/style --wb_mode disabled --amp off --check_iter 2
+        --encoder_lr 1e-8 --decoder_lr 1e-6
         --save_path {folder} --max_iter {max_iter}""".split()
 
 
@@ -92,8 +94,7 @@ def test_torchrun_trains_resumes_and_saves_once(tmp_path):
     assert [row["iteration"] for row in two] == [2, 4, 6]
     for actual, desired in zip(two, one):
         for name in ("content", "style", "channel", "xor", "nonzero_channels", "total"):
-            # Adam steps by the sign of small gradients at first, so that rounding grows from check to check.
-            assert actual[name] == pytest.approx(desired[name], rel=0.02), (name, actual["iteration"])
+            assert actual[name] == pytest.approx(desired[name], rel=2e-3), (name, actual["iteration"])
 
 
 def test_torchrun_stops_all_processes_at_one_iteration(tmp_path):

@@ -68,6 +68,13 @@ def load_input(path: Path, config, flag: str) -> torch.Tensor:
 
 
 @torch.inference_mode()
+def encode_style(network: StyleTransferNetwork, style: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """style: (1, 3, H, W), uint8, any size and device. Returns its style code on the network's device."""
+    device = next(network.parameters()).device
+    return network.style_code(normalize(style.to(device)))
+
+
+@torch.inference_mode()
 def stylize_picture(
     network: StyleTransferNetwork, content: torch.Tensor, style_code: tuple, strength: float
 ) -> Image.Image:
@@ -109,8 +116,8 @@ def test(given: dict) -> int:
     network = network.to(device, memory_format=torch.channels_last)
 
     if is_single:
-        codes = [_style_code(network, styles[0], config)]
-        picture = stylize_picture(network, load_input(contents[0], config, "content"), codes[0], config.style_strength)
+        code = encode_style(network, load_input(styles[0], config, "style"))
+        picture = stylize_picture(network, load_input(contents[0], config, "content"), code, config.style_strength)
         if to_file:
             make_folder(save_path.parent, "--save_path")
         else:
@@ -121,34 +128,33 @@ def test(given: dict) -> int:
         return 0
 
     make_folder(save_path, "--save_path")
-    codes, thumbnails = [], []
-    sheet = _Sheet(len(contents), len(styles))
-    for path in styles:
-        picture = load_input(path, config, "style")
-        with torch.inference_mode():
-            codes.append(network.style_code(normalize(picture.to(device))))
-        thumbnails.append(to_pil(picture[0].float() / 255.0))
-    for column, thumbnail in enumerate(thumbnails, 1):
-        sheet.place(thumbnail, 0, column)
-    content_names, style_names = _names(content_root, contents), _names(style_root, styles)
-    with progress_bar(len(contents) * len(styles), "stylise", "picture") as bar:
-        for row, (path, content_name) in enumerate(zip(contents, content_names), 1):
-            picture = load_input(path, config, "content")
-            sheet.place(to_pil(picture[0].float() / 255.0), row, 0)
-            for column, (code, style_name) in enumerate(zip(codes, style_names), 1):
-                output = stylize_picture(network, picture, code, config.style_strength)
-                save_picture(output, save_path / f"{content_name}_{style_name}.png")
-                sheet.place(output, row, column)
-                bar.update()
-    sheet.save(save_path / "contact_sheet.png")
+    _stylize_all(network, config, (content_root, contents), (style_root, styles), save_path)
     note(f"wrote {len(contents) * len(styles)} pictures and contact_sheet.png to {save_path}")
     return 0
 
 
-@torch.inference_mode()
-def _style_code(network: StyleTransferNetwork, path: Path, config: TestConfig) -> tuple:
-    device = next(network.parameters()).device
-    return network.style_code(normalize(load_input(path, config, "style").to(device)))
+def _stylize_all(
+    network: StyleTransferNetwork, config: TestConfig, contents: tuple[Path, list[Path]],
+    styles: tuple[Path, list[Path]], folder: Path,
+) -> None:
+    """Every content with every style, and the contact sheet. contents, styles: from `_input_paths`."""
+    sheet = _Sheet(len(contents[1]), len(styles[1]))
+    codes = []
+    for column, path in enumerate(styles[1], 1):
+        picture = load_input(path, config, "style")
+        codes.append(encode_style(network, picture))
+        sheet.place(to_pil(picture.float() / 255.0), 0, column)
+    content_names, style_names = _names(*contents), _names(*styles)
+    with progress_bar(len(content_names) * len(style_names), "stylise", "picture") as bar:
+        for row, (path, content_name) in enumerate(zip(contents[1], content_names), 1):
+            picture = load_input(path, config, "content")
+            sheet.place(to_pil(picture.float() / 255.0), row, 0)
+            for column, (code, style_name) in enumerate(zip(codes, style_names), 1):
+                output = stylize_picture(network, picture, code, config.style_strength)
+                save_picture(output, folder / f"{content_name}_{style_name}.png")
+                sheet.place(output, row, column)
+                bar.update()
+    sheet.save(folder / "contact_sheet.png")
 
 
 class _Sheet:

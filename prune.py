@@ -23,7 +23,7 @@ from data import (
     prepare_picture,
     to_pil,
 )
-from evaluate import load_input, open_model, stylize_picture
+from evaluate import encode_style, load_input, open_model, stylize_picture
 from loss import L0_EPS, channel_norm, l0_norm
 from network import (
     StyleTransferNetwork,
@@ -417,13 +417,11 @@ def plot_prune_grid(
 ) -> None:
     """Content, style, and the output after cutting the n weakest channels, for each n."""
     content, style = (load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style"))
-    device = next(network.parameters()).device
-    panels = [("Content", to_pil(content[0].float() / 255.0)), ("Style", to_pil(style[0].float() / 255.0))]
+    panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
     for number in numbers:
         cut = cut_bottleneck(network, responses.weakest_first[:number])
-        with torch.inference_mode():
-            code = cut.style_code(normalize(style.to(device)))
-        panels.append((f"Prune {number} channels", stylize_picture(cut, content, code, config.style_strength)))
+        output = stylize_picture(cut, content, encode_style(cut, style), config.style_strength)
+        panels.append((f"Prune {number} channels", output))
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     figure = _new_figure(2.6 * columns, 2.9 * rows)

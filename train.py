@@ -215,8 +215,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
-        # A step took 1.24 s in place of 1.44 s with it in float32, 0.33 s in place of 0.63 s in bfloat16 (vgg19,
-        # crop 128, batch 4, 2 Xeon cores with AMX, torch 2.15); on GPUs it is not measured yet.
+        # Faster on a CPU, most of all in bfloat16 (tried on 2 Xeon cores with AMX); on GPUs not measured yet.
         self.network = network.to(device, memory_format=torch.channels_last).train()
         loss_network = loss_network.to(device, memory_format=torch.channels_last)
         groups = []

@@ -1,7 +1,9 @@
 """Images in and out: finding, decoding, cropping and sampling pictures; normalisation; saving and grids."""
 
+import hashlib
 import os
 import random
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -254,19 +256,95 @@ class CropConfig:
     centered: bool
     max_pixels: int
 
+    @property
+    def shorter_side(self) -> int:
+        """What the shorter side is brought to: a picture smaller than the crop is enlarged to it."""
+        return max(self.imsize, self.cropsize)
+
+
+class PictureCache:
+    """Resized pictures on disk, decoded once: `load_resized` of the same pixels, without the decoding.
+
+    One uncompressed .npy file a picture and size, (H, W, 3), uint8, of which a crop reads only its rows. A
+    file's name tells the picture's path, and the size and time of its last change, so that a changed
+    picture is decoded anew. Files are written under another name and renamed, so any number of processes
+    and runs may share a folder and be killed at any moment.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.folder = Path(folder)
+        self.max_pixels = max_pixels
+        self.is_full = False
+
+    def open(self, path: Path, size: int) -> np.ndarray:
+        """The picture at `path` with its shorter side at `size`: (H, W, 3), uint8, mapped from its file.
+
+        Raises PictureError as `load_resized` does.
+        """
+        file = self.file_of(path, size)
+        try:
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # not there yet; or cut short, by a crash of the machine say
+            pass
+        picture = np.asarray(load_resized(path, size, self.max_pixels))
+        self._write(picture, file)
+        return picture
+
+    def file_of(self, path: Path, size: int) -> Path:
+        """Where the cached picture belongs. Raises PictureError when `path` cannot be looked at."""
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise PictureError(f"{path}: {error.strerror}") from error
+        # What decides the pixels: the file and how it is decoded.
+        picture = _digest(os.path.realpath(path), size, self.max_pixels)
+        return self.folder / picture[:2] / f"{picture}-{_digest(stat.st_size, stat.st_mtime_ns)}.npy"
+
+    def _write(self, picture: np.ndarray, file: Path) -> None:
+        if self.is_full:
+            return
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, lambda handle: np.save(handle, picture))
+        except OSError as error:
+            self.is_full = True
+            note(f"--cache_dir {self.folder}: cannot be written to ({error.strerror}); pictures that are not in it "
+                 "yet are decoded each time")
+            return
+        for old in file.parent.glob(f"{file.name.split('-')[0]}-*.npy"):  # of the picture before it changed
+            if old != file:
+                old.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed runs left half-written, an hour ago or more: a younger one may be in the making."""
+        for temporary in self.folder.glob("??/.*.tmp"):
+            try:
+                if time.time() - temporary.stat().st_mtime > 3600.0:
+                    temporary.unlink()
+            except FileNotFoundError:  # another run was quicker
+                continue
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
 
 class TrainingPictures(Dataset):
     """Content and style crops by position: what position n shows depends on seed and n alone.
 
     So workers share no state and repeat nothing, any number of them gives the same run, and a resumed
     run goes on by counting. Every epoch goes through each folder once, in an order of its own.
-    A picture that fails is replaced by another, drawn by the same position.
+    A picture that fails is replaced by another, drawn by the same position. With a `cache` every picture is
+    decoded and resized once, and shows the same pixels.
     """
 
-    def __init__(self, content: list[Path], style: list[Path], crop: CropConfig, seed: int) -> None:
+    def __init__(
+        self, content: list[Path], style: list[Path], crop: CropConfig, seed: int, cache: PictureCache | None = None
+    ) -> None:
         self.folders = (content, style)
         self.crop = crop
         self.seed = seed
+        self.cache = cache
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
@@ -299,15 +377,18 @@ class TrainingPictures(Dataset):
         return cached[1]
 
     def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
-        crop = self.crop
-        size = max(crop.imsize, crop.cropsize)  # a picture smaller than the crop is enlarged
-        image = load_resized(path, size, crop.max_pixels)
-        if crop.centered:
-            image = center_crop(image, crop.cropsize)
+        side = self.crop.cropsize
+        if self.cache is None:
+            picture = np.asarray(load_resized(path, self.crop.shorter_side, self.crop.max_pixels))
         else:
-            left, top = (int(generator.integers(side - crop.cropsize + 1)) for side in image.size)
-            image = image.crop((left, top, left + crop.cropsize, top + crop.cropsize))
-        return pil_to_tensor(image)
+            picture = self.cache.open(path, self.crop.shorter_side)
+        height, width, _ = picture.shape
+        if self.crop.centered:
+            left, top = (width - side) // 2, (height - side) // 2
+        else:
+            left, top = (int(generator.integers(free + 1)) for free in (width - side, height - side))
+        crop = picture[top : top + side, left : left + side].transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(crop))  # (3, side, side)
 
 
 def check_failures(failures: list[tuple[int, str, str]], tallies: tuple[FailedPictures, FailedPictures]) -> None:

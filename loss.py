@@ -31,8 +31,9 @@ def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "means
 
 
 def _meanstd_distance(feature: Tensor, target: Tensor) -> Tensor:
-    feature, target = feature.float().flatten(2), target.float().flatten(2)  # (B, C, H*W)
-    return F.mse_loss(feature.std(dim=2), target.std(dim=2)) + F.mse_loss(feature.mean(dim=2), target.mean(dim=2))
+    std, mean = torch.std_mean(feature.float(), dim=(2, 3))  # (B, C) each
+    target_std, target_mean = torch.std_mean(target.float(), dim=(2, 3))
+    return F.mse_loss(std, target_std) + F.mse_loss(mean, target_mean)
 
 
 def _gram_distance(feature: Tensor, target: Tensor) -> Tensor:

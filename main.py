@@ -105,6 +105,8 @@ FLAGS = (
          "test, prune: from the centre)", {"type": count}),
     Flag("cencrop", "cut training crops from the centre, not at random", _SWITCH),
     Flag("max_pixels", "refuse pictures of more pixels than this", {"type": count}),
+    Flag("cache_dir", "folder to keep the resized pictures in, for this and later runs: each is decoded once "
+         "(disk: 3 * imsize^2 bytes a square picture, 1.05 MB for 512 x 683)"),
     Flag("vgg_weights", f"where encoder and loss network start: {', '.join(VGG_SOURCES)}, or the path of a .pth or "
          ".safetensors file with torchvision's keys"),
     Flag("lr", "learning rate of encoder and decoder where theirs is not given", {"type": amount}),
@@ -124,6 +126,8 @@ FLAGS = (
     Flag("resume", "go on with the run in --save_path; flags not given are as that run had them", _SWITCH),
     Flag("amp", "mixed precision: auto is bf16 on GPUs of compute capability 8.0 and CPUs with AMX, else off",
          {"choices": ("auto", "off", "bf16")}),
+    Flag("compile", "fuse the step with torch.compile, on one GPU with CUDA graphs; needs a C++ compiler on the CPU; "
+         "takes a minute or more at the start", _SWITCH),
     Flag("seed", "seed of weights, pictures and crops", {"type": count_or_zero}),
     Flag("num_workers", "processes that decode pictures (default: one a core, at most 8)", {"type": count_or_zero}),
     Flag("wb_mode", "wandb: auto is online when a key is configured, else offline; it never asks",

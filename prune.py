@@ -4,7 +4,6 @@ import io
 import json
 import random
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from utils import (
     progress_bar,
     resolve_device,
     save_checkpoint,
+    time_in_turns,
     write_atomically,
     write_text_atomically,
 )
@@ -261,23 +261,12 @@ def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype = torch.
 
 @torch.inference_mode()
 def measure_latency(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[float]:
-    """Median milliseconds of stylising one random pair of `size` x `size` pictures, for each network.
-
-    The networks take turns, so that a change in the machine's speed meets all alike; two turns warm up.
-    """
+    """Median milliseconds of stylising one random pair of `size` x `size` pictures, for each network."""
     device = next(networks[0].parameters()).device
     generator = torch.Generator().manual_seed(0)
     content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    times = [[] for _ in networks]
-    for turn in range(-2, runs):
-        for network, taken in zip(networks, times):
-            start = time.perf_counter()
-            network(content, style)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn >= 0:
-                taken.append((time.perf_counter() - start) * 1000.0)
-    return [statistics.median(taken) for taken in times]
+    times = time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)
+    return [statistics.median(taken) * 1000.0 for taken in times]
 
 
 @torch.inference_mode()

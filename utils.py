@@ -1,5 +1,6 @@
 """Process plumbing: bad-input errors, device, seed, signals, checkpoint files, metric logging."""
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -8,8 +9,10 @@ import random
 import secrets
 import signal
 import sys
+import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,6 +117,7 @@ def any_process(flag: bool) -> bool:
 def resolve_device(gpu_no: int | None) -> torch.device:
     """The device of `--gpu_no`: None picks GPU 0 when there is one, else the CPU; -1 is the CPU.
 
+    On the CPU, freed memory stays with the process from here on, see `keep_freed_memory`.
     Raises UserError when a GPU is asked for that is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -122,12 +126,32 @@ def resolve_device(gpu_no: int | None) -> torch.device:
     if gpu_no is None:
         gpu_no = 0 if count else -1
     if gpu_no == -1:
+        keep_freed_memory()
         return torch.device("cpu")
     if gpu_no < -1:
         raise UserError(f"--gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
     if gpu_no >= count:
         raise UserError(f"--gpu_no {gpu_no}: this machine has {count} usable GPU(s); use -1 for the CPU")
     return torch.device("cuda", gpu_no)
+
+
+# glibc's mallopt parameters, and its own defaults for them.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
+
+
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Let malloc keep freed memory for its next use, instead of giving large blocks back to the kernel.
+
+    A feature map is tens of MiB: given back and asked for anew at every layer, its pages must be mapped
+    and zeroed each time, which can take longer than the layer's arithmetic. The price: the process stays
+    as large as its peak. `keep=False` restores malloc's default. Returns whether malloc (glibc's) took it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = (2**31 - 1, 0) if keep else (_TRIM_THRESHOLD, _MMAP_MAX)
+    return bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold) and mallopt(_M_MMAP_MAX, mmap_max))
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -160,6 +184,23 @@ def describe_device(device: torch.device) -> str:
     except OSError:
         pass
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def time_in_turns(calls: list[Callable], turns: int, device: torch.device, warmup: int = 2) -> list[list[float]]:
+    """Seconds that each call took in each turn, `calls` x `turns`, after `warmup` turns that do not count.
+
+    The calls take turns, so that a change in the machine's speed meets all alike.
+    """
+    times = [[] for _ in calls]
+    for turn in range(-warmup, turns):
+        for call, taken in zip(calls, times):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= 0:
+                taken.append(time.perf_counter() - start)
+    return times
 
 
 # ------------------------------------------------------------------------------- seed and random state

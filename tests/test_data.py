@@ -1,6 +1,8 @@
 """Pictures of every kind in, folders with broken files, and crops that depend on seed and position alone."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import data
 from data import (
     CropConfig,
     FailedPictures,
+    PictureCache,
     PictureError,
     TrainingPictures,
     check_failures,
@@ -572,3 +575,136 @@ def test_shorter_side_is_brought_to_imsize_before_the_crop(tmp_path):
     content, _, _ = TrainingPictures(paths, paths, CropConfig(20, 20, True, MANY), seed=0)[0]
     assert content.shape == (3, 20, 20)
     assert (content[:, :, :8] < 5).all() and (content[:, :, 12:] > 250).all()
+
+
+# -------------------------------------------------------------------------------------------------- cache
+
+
+def cached_pictures(folder, cache) -> TrainingPictures:
+    """The pictures of `make_pictures`, through a cache."""
+    pictures = make_pictures(folder)
+    cache.folder.mkdir(exist_ok=True)
+    return TrainingPictures(*pictures.folders, pictures.crop, pictures.seed, cache)
+
+
+def test_cached_crops_are_the_same_pixels(tmp_path):
+    """In the run that fills the cache and in the next, at every size; JPEGs too, which are decoded reduced."""
+    generator = np.random.default_rng(0)
+    paths = []
+    for number, size in enumerate([(90, 60), (33, 47), (400, 300), (12, 200)]):
+        noise = generator.integers(0, 256, (size[1], size[0], 3), np.uint8)
+        paths.append(tmp_path / f"{number}.{('jpg', 'png')[number % 2]}")
+        Image.fromarray(noise).save(paths[-1])
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    for crop in (CropConfig(24, 16, False, MANY), CropConfig(16, 40, True, MANY)):
+        plain = TrainingPictures(paths, paths, crop, seed=0)
+        cached = TrainingPictures(paths, paths, crop, 0, cache)
+        for _ in range(2):
+            for position in range(8):
+                for actual, desired in zip(cached[position][:2], plain[position][:2]):
+                    assert torch.equal(actual, desired)
+
+
+def test_cached_picture_is_not_decoded_again(tmp_path, monkeypatch):
+    pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
+    desired = [pictures[position] for position in range(15)]  # every picture is in it now
+    monkeypatch.setattr(data, "load_resized", None)  # what cannot be called
+    again = TrainingPictures(*pictures.folders, pictures.crop, pictures.seed, PictureCache(tmp_path / "cache"))
+    for position in range(15):
+        assert all(torch.equal(*pair) for pair in zip(again[position][:2], desired[position][:2]))
+
+
+@pytest.mark.parametrize("change", ["content", "time"])
+def test_changed_picture_is_decoded_anew_and_the_old_one_dropped(tmp_path, change):
+    path = write_picture(tmp_path / "picture.png", (20, 20), (10, 20, 30))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    assert cache.open(path, 16)[0, 0].tolist() == [10, 20, 30]
+    other = cache.open(write_picture(tmp_path / "other.png", (20, 20), (1, 1, 1)), 16)
+    before = os.stat(path)
+    if change == "content":  # a longer file
+        write_map(path, (20, 20), number=77)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:  # as long, at another time
+        write_picture(path, (20, 20), (10, 20, 77))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert cache.open(path, 16)[0, 0, 2] == 77
+    assert len(list(cache.folder.glob("*/*.npy"))) == 2 and other[0, 0].tolist() == [1, 1, 1]
+
+
+def test_sizes_and_limits_do_not_mix(tmp_path):
+    path = write_picture(tmp_path / "picture.png", (40, 20))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    assert cache.open(path, 10).shape == (10, 20, 3) and cache.open(path, 16).shape == (16, 32, 3)
+    with pytest.raises(PictureError, match="--max_pixels 100"):
+        PictureCache(cache.folder, max_pixels=100).open(path, 10)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_damaged_cache_file_is_made_anew(tmp_path, damage):
+    path = write_map(tmp_path / "picture.png", (30, 20))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    desired = np.array(cache.open(path, 16))
+    file = cache.file_of(path, 16)
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-1], "empty": b"", "text": b"no array" * 100}[damage])
+    assert np.array_equal(cache.open(path, 16), desired)
+    assert file.read_bytes() == whole
+
+
+def test_kill_while_writing_leaves_nothing_that_is_read(tmp_path, monkeypatch):
+    """As a kill between two bytes does, then the next run: it decodes again, and sweeps up in an hour's time."""
+    path = write_map(tmp_path / "picture.png", (30, 20))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    script = f"""
+import sys, os
+sys.path.insert(0, {str(data.__file__).rsplit(os.sep, 1)[0]!r})
+import numpy as np, data
+def half(handle, array):
+    handle.write(b"half a pic"); handle.flush(); os.kill(os.getpid(), 9)
+np.save = half
+data.PictureCache({str(cache.folder)!r}).open({str(path)!r}, 16)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    (leftover,) = cache.folder.glob("??/.*.tmp")
+    assert leftover.read_bytes() == b"half a pic" and not list(cache.folder.glob("??/*.npy"))
+    assert np.array_equal(cache.open(path, 16), np.asarray(load_resized(path, 16)))
+    cache.remove_leftovers()
+    assert leftover.exists()  # for all it knows another run is writing it
+    os.utime(leftover, (0, 0))
+    cache.remove_leftovers()
+    assert not leftover.exists() and len(list(cache.folder.glob("??/*.npy"))) == 1
+
+
+def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, monkeypatch, capsys):
+    def no_space(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_atomically", no_space)
+    pictures, plain = cached_pictures(tmp_path, PictureCache(tmp_path / "cache")), make_pictures(tmp_path)
+    for position in range(6):
+        assert torch.equal(pictures[position][0], plain[position][0])
+    assert capsys.readouterr().err.count("--cache_dir") == 1
+
+
+def test_workers_share_a_cache(tmp_path):
+    pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
+    batches = list(training_loader(pictures, range(24), 4, 2, False))
+    plain = make_pictures(tmp_path)
+    for number, (content, style, failures) in enumerate(batches):
+        assert not failures
+        for offset in range(4):
+            desired = plain[4 * number + offset]
+            assert torch.equal(content[offset], desired[0]) and torch.equal(style[offset], desired[1])
+    assert len(list((tmp_path / "cache").glob("??/*.npy"))) == 8
+
+
+def test_picture_that_breaks_is_reported_by_a_cache_too(tmp_path):
+    pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
+    pictures.folders[0][0].unlink()
+    failures = [failure for position in range(5) for failure in pictures[position][2]]
+    assert any(str(pictures.folders[0][0]) == path for _, path, _ in failures)

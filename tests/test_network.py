@@ -32,6 +32,7 @@ from network import (
     load_network,
     load_vgg,
     model_checkpoint,
+    upsampled_conv,
 )
 from prune import cut_bottleneck
 
@@ -172,6 +173,32 @@ def test_adain_of_bfloat16_is_computed_in_float32():
     actual = adain(content, *channel_statistics(style))
     assert actual.dtype == torch.float32
     assert_close(actual, adain(content.float(), *channel_statistics(style.float())), rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------- upsampling
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (5, 8)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_upsampled_conv_is_upsampling_padding_and_conv(size, memory_format):
+    """Output and every gradient, at the borders too, in float64."""
+    generator = torch.Generator().manual_seed(size[1])
+    layers = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.ReflectionPad2d(1), nn.Conv2d(3, 5, 3))
+    layers = layers.double()
+    feature = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
+    inputs = [feature.contiguous(memory_format=memory_format).requires_grad_(), *layers.parameters()]
+    weighting = torch.randn(2, 5, 2 * size[0], 2 * size[1], generator=generator, dtype=torch.float64)
+    desired, actual = layers(inputs[0]), upsampled_conv(*inputs)
+    assert_close(actual, desired)
+    for one, other in zip(*(torch.autograd.grad((each * weighting).sum(), inputs) for each in (actual, desired))):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_decoder_is_its_layers(backbone):
+    decoder = small_network(backbone).decoder
+    feature = torch.randn(1, 6, 3, 5, generator=torch.Generator().manual_seed(0))
+    assert_close(decoder(feature), decoder.layers[0](feature))
 
 
 # ------------------------------------------------------------------------------------------------ any size

@@ -179,6 +179,15 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert (tmp_path / "check_point.pth").read_bytes() == good
 
 
+def test_compile_without_a_compiler_is_one_line(tmp_path):
+    settings = SMALL | {"save_path": tmp_path / "run", "max_iter": 1}
+    environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode", "train", "--compile", *flags(settings)],
+                            capture_output=True, text=True, env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "error: --compile: torch.compile failed" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_first_term_that_is_not_finite_is_named():
     sums = MetricSums(torch.device("cpu"))
     good = {name: torch.tensor(1.0) for name in METRICS}
@@ -348,6 +357,15 @@ def test_training_without_wandb_says_so_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("wandb is not installed") == 1
     with pytest.raises(UserError, match="wandb is not installed"):
         train(SMALL | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "online"})
+
+
+def test_cached_run_equals_run_without_a_cache(tmp_path):
+    settings = SMALL | {"max_iter": 3}
+    train(settings | {"save_path": str(tmp_path / "plain")})
+    for name in ("first", "second"):  # fills the cache, then uses it
+        train(settings | {"save_path": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "num_workers": 1})
+        assert read_metrics(tmp_path / name) == read_metrics(tmp_path / "plain")
+    assert list((tmp_path / "cache").glob("??/*.npy"))
 
 
 def test_broken_pictures_are_skipped_logged_once_and_counted(tmp_path, capsys):

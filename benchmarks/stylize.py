@@ -1,0 +1,83 @@
+"""Latency and peak memory of stylising with one or more model files.
+
+    python benchmarks/stylize.py model-store/ch_xor_small_pruned.pth full-vgg19
+
+A name `full-vgg19` or `full-vgg16` stands for the unpruned network with random weights: times do not depend
+on the weights. Random pictures, one pair at a time, float32; the models take turns. Last line: JSON.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from measure import peak_memory, print_json, spread, versions
+
+from network import BACKBONES, NetworkConfig, StyleTransferNetwork, count_macs, count_parameters, load_network
+from utils import UserError, resolve_device, time_in_turns
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="model file, folder of a run or a pruning, full-vgg19 or full-vgg16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU when there is one")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the pictures, pixels")
+    parser.add_argument("--runs", type=int, default=15, help="timed runs behind each median")
+    return parser.parse_args()
+
+
+def open_network(name: str) -> StyleTransferNetwork:
+    if name.removeprefix("full-") in BACKBONES:
+        return StyleTransferNetwork(NetworkConfig.full(name.removeprefix("full-"))).eval()
+    return load_network(Path(name))[0]
+
+
+@torch.inference_mode()
+def measure(networks: dict[str, StyleTransferNetwork], size: int, runs: int, device: torch.device) -> dict[str, dict]:
+    """Milliseconds and MiB by model: of a pair, and of a content picture whose style code is at hand."""
+    generator = torch.Generator().manual_seed(0)
+    content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
+    codes = {name: network.style_code(style) for name, network in networks.items()}
+    pair = {name: lambda net=net: net(content, style) for name, net in networks.items()}
+    single = {name: lambda name=name, net=net: net.stylize(content, codes[name]) for name, net in networks.items()}
+    times = time_in_turns([*pair.values(), *single.values()], runs, device)
+    results = {}
+    for name, pair_times, single_times in zip(networks, times, times[len(networks) :]):
+        memory = peak_memory(pair[name], device)
+        results[name] = {
+            "pair_ms": spread(pair_times, 1e-3),
+            "content_ms": spread(single_times, 1e-3),
+            "peak_mib": None if memory is None else memory / 2**20,
+            "multiply_adds": count_macs(networks[name].config, size),
+        }
+    return results
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
+        networks = {name: open_network(name).to(device, memory_format=torch.channels_last) for name in arguments.models}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report = versions(device) | {"parameters": {name: count_parameters(net) for name, net in networks.items()},
+                                 "sizes": {}}
+    print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; median (least to greatest) of "
+          f"{arguments.runs} runs")
+    print(f"{'side':>5}  {'model':42}{'parameters':>11}{'10^9 MAC':>10}{'pair, ms':>28}{'content only, ms':>28}"
+          f"{'MiB':>7}")
+    for size in arguments.sizes:
+        results = report["sizes"][str(size)] = measure(networks, size, arguments.runs, device)
+        for name, each in results.items():
+            times = [f"{t['median']:.1f} ({t['min']:.1f} to {t['max']:.1f})"
+                     for t in (each["pair_ms"], each["content_ms"])]
+            memory = "unknown" if each["peak_mib"] is None else f"{each['peak_mib']:.0f}"
+            print(f"{size:>5}  {name[-42:]:42}{report['parameters'][name]:>11,}{each['multiply_adds'] / 1e9:>10.2f}"
+                  f"{times[0]:>28}{times[1]:>28}{memory:>7}")
+    print_json(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The fast step learns what the plain one learns; what makes it fast does what it says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_network
+from torch.testing import assert_close
+
+from network import NetworkConfig, build_from_vgg, load_vgg, model_checkpoint
+from train import TrainConfig, Trainer, conv_format
+from utils import save_checkpoint, time_in_turns
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from plain import PlainTrainer  # noqa: E402
+
+CPU = torch.device("cpu")
+OFF = dict(style_loss_weight=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0)
+# An epsilon that gives channels of any strength a gradient.
+ON = dict(style_loss_weight=100.0, uncorrelation_loss_weight=50.0, channel_loss_weight=1e3, xor_loss_weight=500.0)
+WEIGHTS = {"content": OFF, "all": ON} | {
+    name.removesuffix("_loss_weight"): OFF | {name: weight} for name, weight in ON.items()
+}
+VGG = load_vgg("vgg19", "random")[0]
+
+
+def make_trainer(config: TrainConfig) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, CPU)
+
+
+def batch(seed: int, size: int = 16, pictures: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randint(0, 256, (2, pictures, 3, size // 4, size // 4), generator=generator, dtype=torch.uint8)
+    return list(low.repeat_interleave(4, 3).repeat_interleave(4, 4))  # patches, so that filters see edges
+
+
+# -------------------------------------------------------------------------------------------- same learning
+
+
+def one_step_each(config: TrainConfig, seed: int) -> tuple[dict, dict, float]:
+    """The losses of the fast and the plain step, and the largest relative difference of a gradient."""
+    fast = make_trainer(config)
+    plain = PlainTrainer(fast.network.state_dict(), VGG, config.weights, config.learning_rates, config.l0_eps, CPU)
+    actual, desired = fast.step(*batch(seed)), plain.step(*batch(seed))
+    errors = []
+    for part, rate in config.learning_rates.items():
+        for mine, theirs in zip(getattr(fast.network, part).parameters(), getattr(plain, part).parameters()):
+            if rate:
+                errors.append(((mine.grad - theirs.grad).norm() / theirs.grad.norm()).item())
+            else:
+                assert mine.grad is None and torch.equal(mine, theirs)
+    return actual, desired, max(errors)
+
+
+@pytest.mark.parametrize("encoder_lr", [0.0, 1e-5], ids=["frozen", "trained"])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_fast_step_equals_plain_step(weights, encoder_lr):
+    """Losses and gradients in float32, of the first step from the same weights."""
+    config = TrainConfig(amp="off", encoder_lr=encoder_lr, decoder_lr=1e-4, l0_eps=1.0, **weights)
+    errors = []
+    for seed in range(3):
+        actual, desired, error = one_step_each(config, seed)
+        for name, value in desired.items():
+            assert actual[name].item() == pytest.approx(value, rel=1e-4), name
+        errors.append(error)
+    # Where rounding puts one ReLU's input on the other side of zero, gradients jump by some thousandths,
+    # between any two ways of computing the same: so the best of three batches counts.
+    assert min(errors) < 1e-4 and max(errors) < 0.1, errors
+
+
+def test_bfloat16_curves_stay_together():
+    """The losses of the first step within 2% of float32, the means of both halves of 50 iterations within 10%."""
+    curves = {}
+    for amp in ("off", "bf16"):
+        trainer = make_trainer(TrainConfig(amp=amp, encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0, **ON))
+        curves[amp] = [trainer.step(*batch(number % 10), all_terms=True) for number in range(50)]
+    for name in ("content", "style", "uncorrelation", "channel", "xor", "total"):
+        exact, rounded = ([step[name].item() for step in curves[amp]] for amp in ("off", "bf16"))
+        assert rounded[0] == pytest.approx(exact[0], rel=0.02), name
+        assert rounded != exact, name  # it was another precision
+        for start in (0, 25):
+            actual, desired = sum(rounded[start : start + 25]), sum(exact[start : start + 25])
+            assert actual == pytest.approx(desired, rel=0.1), (name, start)
+    first, last = (sum(step["total"] for step in curves["off"][part]) for part in (slice(10), slice(40, None)))
+    assert last < 0.8 * first  # there was something to follow
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_step_equals_eager_step():
+    """Losses and gradients, also where a check measures the terms of weight 0."""
+    settings = dict(amp="off", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0, **(ON | {"xor_loss_weight": 0.0}))
+    eager, compiled = make_trainer(TrainConfig(**settings)), make_trainer(TrainConfig(compile=True, **settings))
+    for number, all_terms in enumerate((False, True, False)):
+        desired, actual = (trainer.step(*batch(number), all_terms=all_terms) for trainer in (eager, compiled))
+        assert desired.keys() == actual.keys()
+        for name, value in desired.items():
+            assert_close(actual[name], value, rtol=1e-3, atol=1e-6, msg=f"{name} of step {number}")
+        if number == 0:  # later ones start from weights that rounding, through Adam, has made a little different
+            errors = [((one.grad - other.grad).norm() / one.grad.norm()).item()
+                      for one, other in zip(eager.network.parameters(), compiled.network.parameters())]
+            assert max(errors) < 0.05, errors  # a ReLU's input on the other side of zero moves some
+
+
+# ------------------------------------------------------------------------------------------------- its parts
+
+PAGE_FAULTS = """
+import sys, resource
+sys.path.insert(0, {root!r})
+import torch
+from utils import keep_freed_memory
+for keep in (False, True):
+    assert keep_freed_memory(keep)
+    for turn in range(8):
+        if turn == 4:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(2**24).sum()  # 64 MiB, freed at once
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again_without_page_faults():
+    script = PAGE_FAULTS.format(root=str(ROOT))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert given_back > 4 * 30 and kept < given_back / 4, (given_back, kept)
+
+
+def test_format_of_convolutions():
+    assert conv_format(CPU, None, is_trained=True) == torch.contiguous_format
+    assert conv_format(CPU, None, is_trained=False) == torch.channels_last
+    assert conv_format(CPU, torch.bfloat16, is_trained=True) == torch.channels_last
+    assert conv_format(torch.device("cuda"), None, is_trained=True) == torch.channels_last
+
+
+def test_calls_take_turns():
+    order = []
+    times = time_in_turns([lambda: order.append("a"), lambda: order.append("b")], turns=3, device=CPU, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert [len(each) for each in times] == [3, 3] and all(each >= 0 for row in times for each in row)
+
+
+# ------------------------------------------------------------------------------------------------ benchmarks
+
+
+def run_benchmark(name: str, *arguments) -> tuple[str, dict]:
+    """What it printed, and the JSON of its last line."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads(result.stdout.splitlines()[-1])
+
+
+def test_train_step_benchmark():
+    _, report = run_benchmark(
+        "train_step.py", "--device", "cpu", "--cropsize", 32, "--imsize", 40, "--batch_size", 1, "--turns", 2,
+        "--seconds", 0.1, "--num_workers", 1, "--content_dir", ROOT / "imgs" / "content",
+        "--style_dir", ROOT / "imgs" / "style", "--amp", "off",
+    )
+    for setting in ("ch_xor", "baseline"):
+        steps = report["steps"][setting]
+        assert steps.keys() == {"plain", "plain, memory kept", "this trainer"}
+        for each in steps.values():
+            seconds = each["seconds"]
+            assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"] and seconds["runs"] == 2
+            assert each["iterations_per_second"] == pytest.approx(1 / seconds["median"])
+            assert each["share_of_peak"] == pytest.approx(
+                each["teraflop_per_second"] * 1e12 / report["matrix_product_flop_per_second"]["float32"])
+        assert steps["plain"]["ratio"] == 1.0
+        assert steps["this trainer"]["teraflop_per_step"] < steps["plain"]["teraflop_per_step"]
+        assert min(report["end_to_end"][setting].values()) > 0
+    # With a frozen encoder 2 passes of 9 less, and 5/9 of the convs after an upsampling (less at this size).
+    frozen = report["steps"]["baseline"]
+    assert frozen["this trainer"]["teraflop_per_step"] < 0.8 * frozen["plain"]["teraflop_per_step"]
+    assert report["loader"].keys() == {"plain", "this loader", "this loader, cached"}
+
+
+def test_stylize_benchmark(tmp_path):
+    save_checkpoint(model_checkpoint(small_network()), tmp_path / "small.pth")
+    text, report = run_benchmark("stylize.py", tmp_path / "small.pth", "full-vgg16", "--device", "cpu", "--sizes", 32,
+                                 40, "--runs", 2)
+    assert report["sizes"].keys() == {"32", "40"}
+    small, full = (report["sizes"]["40"][name] for name in (str(tmp_path / "small.pth"), "full-vgg16"))
+    assert 0 < small["pair_ms"]["min"] <= small["pair_ms"]["median"] <= small["pair_ms"]["max"]
+    assert small["multiply_adds"] < full["multiply_adds"] and small["content_ms"]["median"] > 0
+    assert report["parameters"]["full-vgg16"] > 1_000_000 and "full-vgg16" in text
+
+
+def test_benchmark_refuses_what_is_no_model(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "stylize.py"), str(tmp_path / "none.pth")],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and "no such file" in result.stderr and "Traceback" not in result.stderr

@@ -1,10 +1,22 @@
-"""`--mode test`: stylise pictures with a full or pruned network."""
+"""`--mode test`: stylise pictures with one or more networks, full or pruned."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from data import (
     MAX_PIXELS,
@@ -17,12 +29,23 @@ from data import (
     save_picture,
     to_pil,
 )
-from network import StyleTransferNetwork, load_network
-from utils import UserError, make_folder, note, progress_bar, resolve_device
+from network import StyleTransferNetwork, count_parameters, find_model_file, load_network
+from quality import INTERVAL, LOSS_METRICS, METRICS, MIN_SIDE, Measurement, Meter
+from utils import (
+    UserError,
+    describe_device,
+    make_folder,
+    note,
+    progress_bar,
+    resolve_device,
+    write_text_atomically,
+)
 
-CELL = 256  # pixels: side of a picture in the contact sheet
-SHEET_SIDE = 8192  # pixels: no contact sheet is larger; its cells shrink instead
+CELL = 256  # pixels: side of a picture in a sheet
+SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
 SMALLEST_CELL = 16
+TITLE_HEIGHT = 32  # pixels
+COMPARED_ROWS = 16  # pairs in comparison.png at most
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class TestConfig:
 
     __test__ = False  # not a pytest class
 
-    load_path: str | None = None
+    load_path: tuple[str, ...] | None = None
     content: str | None = None
     style: str | None = None
     save_path: str | None = None
@@ -41,7 +64,19 @@ class TestConfig:
     imsize: int | None = None
     cropsize: int | None = None
     max_pixels: int = MAX_PIXELS
+    pairs: int | None = None  # None: every content with every style
+    metrics: tuple[str, ...] | None = None  # (): all
+    vgg_weights: str = "imagenet"
+    style_loss: str = "meanstd"
+    seed: int = 0
     gpu_no: int | None = None
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics to measure, in the order of METRICS."""
+        if self.metrics is None:
+            return ()
+        return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
 
     def check(self) -> None:
         """Raises UserError for what is missing."""
@@ -59,7 +94,7 @@ def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tup
     return network, checkpoint
 
 
-def load_input(path: Path, config, flag: str) -> torch.Tensor:
+def load_input(path: Path, config, flag: str) -> Tensor:
     """One picture as (1, 3, H, W), uint8. Raises UserError naming the flag when it cannot be used."""
     try:
         return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
@@ -68,28 +103,119 @@ def load_input(path: Path, config, flag: str) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_style(network: StyleTransferNetwork, style: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_style(network: StyleTransferNetwork, style: Tensor) -> tuple[Tensor, Tensor]:
     """style: (1, 3, H, W), uint8, any size and device. Returns its style code on the network's device."""
     device = next(network.parameters()).device
     return network.style_code(normalize(style.to(device)))
 
 
 @torch.inference_mode()
+def stylize(network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float) -> Tensor:
+    """content: (1, 3, H, W), uint8, any size and device.
+
+    Returns (1, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
+    """
+    device = next(network.parameters()).device
+    return network.stylize(normalize(content.to(device)), style_code, strength)
+
+
 def stylize_picture(
-    network: StyleTransferNetwork, content: torch.Tensor, style_code: tuple, strength: float
+    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float
 ) -> Image.Image:
     """content: (1, 3, H, W), uint8, any size and device. Returns a picture of exactly that size."""
-    device = next(network.parameters()).device
-    output = network.stylize(normalize(content.to(device)), style_code, strength)
-    return to_pil(denormalize(output))
+    return to_pil(denormalize(stylize(network, content, style_code, strength)))
 
 
-def _input_paths(path: str, flag: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the pictures: one, or all of a folder."""
-    path = Path(path)
-    if path.is_dir():
-        return path, find_pictures(path, f"--{flag}")
-    return path.parent, [path]
+# ------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A network to test: its name in tables and folders, its file, and what else the file says."""
+
+    name: str
+    file: Path
+    network: StyleTransferNetwork
+    checkpoint: dict
+
+    def describe(self) -> dict:
+        """Plain values for `metrics.json`."""
+        return {
+            "name": self.name,
+            "file": str(self.file),
+            "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
+            "backbone": self.network.config.backbone,
+            "bottleneck_channels": self.network.config.bottleneck_width,
+            "parameters": count_parameters(self.network),
+            "iteration": self.checkpoint.get("iteration"),
+            "vgg_weights_in_training": self.checkpoint.get("vgg_weights"),
+        }
+
+
+def model_names(paths: Iterable[str]) -> list[str]:
+    """A name for each path of a model, unique without regard to case: the name of the file (without .pth) or
+    folder, led by as many folders above it as that takes; as the last resort, by its number."""
+    parts = [os.path.abspath(path).removesuffix(".pth").split(os.sep)[1:] for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(each[-depth:]) for each in parts]
+        if len({name.casefold() for name in names}) == len(names):
+            return names
+    return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
+
+
+def _open_models(config: TestConfig, device: torch.device) -> list[_Model]:
+    """Every model of `--load_path`, on the device. Raises UserError for an unusable one, or the same twice."""
+    models = []
+    for path, name in zip(config.load_path, model_names(config.load_path)):
+        network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
+        file = find_model_file(Path(path))
+        if any(file.samefile(model.file) for model in models):
+            raise UserError(f"--load_path {path}: this model is named twice")
+        models.append(_Model(name, file, network.to(device, memory_format=torch.channels_last), checkpoint))
+    return models
+
+
+def _open_meter(config: TestConfig, models: list[_Model], device: torch.device) -> Meter | None:
+    """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
+    if not config.measured:
+        return None
+    backbone = models[0].network.config.backbone
+    losses = [metric for metric in config.measured if metric in LOSS_METRICS]
+    for model in models:
+        if losses and model.network.config.backbone != backbone:
+            raise UserError(f"--metrics {losses[0]}: {models[0].file} is a {backbone} network and {model.file} one of "
+                            f"{model.network.config.backbone}; their losses are not comparable, name other metrics")
+    meter = Meter(config.measured, backbone, config.vgg_weights, config.style_loss, config.seed, device)
+    for model in models if losses else ():
+        trained_with = model.checkpoint.get("vgg_weights")
+        if trained_with != meter.vgg_origin:
+            note(f"{model.name} was trained with VGG weights {trained_with or 'that its file does not name'}; "
+                 f"its losses are measured with {meter.vgg_origin}")
+        trained_style = (model.checkpoint.get("train_config") or {}).get("style_loss", config.style_loss)
+        if trained_style != config.style_loss:
+            note(f"{model.name} was trained with --style_loss {trained_style}; measured is {config.style_loss}")
+    return meter
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The content or the style pictures, and a file-name part for each."""
+
+    flag: str
+    paths: list[Path]
+    names: list[str]
+
+
+def _find_inputs(path: str, flag: str) -> _Pictures:
+    """The picture that `path` names, or all of a folder."""
+    root = Path(path)
+    if not root.is_dir():
+        return _Pictures(flag, [root], _names(root.parent, [root]))
+    paths = find_pictures(root, f"--{flag}")
+    return _Pictures(flag, paths, _names(root, paths))
 
 
 def _names(root: Path, paths: list[Path]) -> list[str]:
@@ -99,90 +225,230 @@ def _names(root: Path, paths: list[Path]) -> list[str]:
     return [stem if stems.count(stem) == 1 else f"{stem}-{path.suffix[1:]}" for stem, path in zip(stems, paths)]
 
 
+def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> list[tuple[int, int]]:
+    """Content and style picture of each pair, by number, in order: all, or `number` different ones at random.
+
+    Drawn pairs use every picture as often as any other of its kind, or once more. Raises UserError when there
+    are not that many pairs.
+    """
+    if number is None:
+        return [(content, style) for content in range(contents) for style in range(styles)]
+    if number > contents * styles:
+        raise UserError(f"--pairs {number}: {contents} content and {styles} style pictures make "
+                        f"{contents * styles} pairs")
+    generator = random.Random(seed)
+    content_order, style_order = (generator.sample(range(count), count) for count in (contents, styles))
+    # Both orders go round together; when they meet again where they began, one moves on by a place.
+    round_length = math.lcm(contents, styles)
+    return sorted((content_order[place % contents], style_order[(place + place // round_length) % styles])
+                  for place in range(number))
+
+
+def _check_pictures(pictures: _Pictures, used: Iterable[int], config: TestConfig) -> None:
+    """Decode every picture once before the work begins. Raises UserError for one that cannot be used."""
+
+    def check(number: int) -> None:
+        height, width = load_input(pictures.paths[number], config, pictures.flag).shape[2:]
+        if config.measured and min(height, width) < MIN_SIDE:
+            raise UserError(f"--{pictures.flag} {pictures.paths[number]}: {width} x {height} pixels; "
+                            f"--metrics needs {MIN_SIDE} or more on each side")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(check, sorted(set(used))):
+            pass
+
+
+# --------------------------------------------------------------------------------------------------- mode
+
+
 def test(given: dict) -> int:
     """Run `--mode test` with the flags given on the command line. Returns the exit code."""
     config = TestConfig(**given)
     config.check()
+    if not set(LOSS_METRICS) & set(config.measured):
+        for flag in given.keys() & {"vgg_weights", "style_loss"}:
+            note(f"--{flag} has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
-    content_root, contents = _input_paths(config.content, "content")
-    style_root, styles = _input_paths(config.style, "style")
+    contents, styles = _find_inputs(config.content, "content"), _find_inputs(config.style, "style")
+    pairs = choose_pairs(len(contents.paths), len(styles.paths), config.pairs, config.seed)
     save_path = Path(config.save_path)
     to_file = save_path.suffix.lower() in OUTPUT_FORMATS
-    is_single = not (Path(config.content).is_dir() or Path(config.style).is_dir())
-    if to_file and not is_single:
-        raise UserError(f"--save_path {save_path}: one file cannot hold {len(contents)} x {len(styles)} pictures; "
+    is_single = not (Path(config.content).is_dir() or Path(config.style).is_dir()) and len(config.load_path) == 1
+    if to_file and (config.measured or not is_single):
+        raise UserError(f"--save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
+                        f"{len(config.load_path)} model(s){', and their metrics' if config.measured else ''}; "
                         "name a folder")
-    network, _ = open_model(config.load_path, config.swap_max_pool, config.backbone)
-    network = network.to(device, memory_format=torch.channels_last)
+    models = _open_models(config, device)
+    _check_pictures(contents, (content for content, _ in pairs), config)
+    _check_pictures(styles, (style for _, style in pairs), config)
+    folder = make_folder(save_path.parent if to_file else save_path, "--save_path")
+    folders = [make_folder(folder / model.name, "--save_path") for model in models] if len(models) > 1 else [folder]
+    meter = _open_meter(config, models, device)
 
-    if is_single:
-        code = encode_style(network, load_input(styles[0], config, "style"))
-        picture = stylize_picture(network, load_input(contents[0], config, "content"), code, config.style_strength)
-        if to_file:
-            make_folder(save_path.parent, "--save_path")
-        else:
-            make_folder(save_path, "--save_path")
-            save_path = save_path / f"{contents[0].stem}_{styles[0].stem}.png"
-        save_picture(picture, save_path)
-        note(f"wrote {save_path} ({picture.width} x {picture.height})")
-        return 0
-
-    make_folder(save_path, "--save_path")
-    _stylize_all(network, config, (content_root, contents), (style_root, styles), save_path)
-    note(f"wrote {len(contents) * len(styles)} pictures and contact_sheet.png to {save_path}")
+    sheet = None
+    if len(models) > 1 or config.pairs is not None and not is_single:
+        sheet = comparison_sheet(pairs, [model.name for model in models])
+    elif not is_single:
+        sheet = contact_sheet(pairs)
+    files = {pair: f"{contents.names[pair[0]]}_{styles.names[pair[1]]}.png" for pair in pairs}
+    if to_file:
+        files = {pairs[0]: save_path.name}
+    values = _stylize_pairs(models, pairs, contents, styles, config, sheet, meter,
+                            {pair: [each / name for each in folders] for pair, name in files.items()})
+    written = f"{len(pairs) * len(models)} pictures" if len(pairs) * len(models) > 1 else files[pairs[0]]
+    if sheet is not None and sheet.save(folder):
+        written += f", {sheet.name}"
+    if meter is not None:
+        measurement = Measurement(values.numpy(), pairs, [model.name for model in models], meter.metrics)
+        report = _report(measurement, models, contents, styles, config, meter)
+        write_text_atomically(folder / "metrics.json", json.dumps(report, indent=1) + "\n")
+        print(measurement.table())
+        written += ", metrics.json"
+    note(f"wrote {written} to {folder}")
     return 0
 
 
-def _stylize_all(
-    network: StyleTransferNetwork, config: TestConfig, contents: tuple[Path, list[Path]],
-    styles: tuple[Path, list[Path]], folder: Path,
-) -> None:
-    """Every content with every style, and the contact sheet. contents, styles: from `_input_paths`."""
-    sheet = _Sheet(len(contents[1]), len(styles[1]))
-    codes = []
-    for column, path in enumerate(styles[1], 1):
-        picture = load_input(path, config, "style")
-        codes.append(encode_style(network, picture))
-        sheet.place(to_pil(picture.float() / 255.0), 0, column)
-    content_names, style_names = _names(*contents), _names(*styles)
-    with progress_bar(len(content_names) * len(style_names), "stylise", "picture") as bar:
-        for row, (path, content_name) in enumerate(zip(contents[1], content_names), 1):
-            picture = load_input(path, config, "content")
-            sheet.place(to_pil(picture.float() / 255.0), row, 0)
-            for column, (code, style_name) in enumerate(zip(codes, style_names), 1):
-                output = stylize_picture(network, picture, code, config.style_strength)
-                save_picture(output, folder / f"{content_name}_{style_name}.png")
-                sheet.place(output, row, column)
-                bar.update()
-    sheet.save(folder / "contact_sheet.png")
+def _stylize_pairs(
+    models: list[_Model], pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures, config: TestConfig,
+    sheet: "_Sheet | None", meter: Meter | None, files: dict[tuple[int, int], list[Path]],
+) -> Tensor:
+    """Stylise every pair with every model, write the pictures to `files`, place all pictures on the sheet.
+
+    Returns what the meter measured, (pairs, models, metrics), float64, on the CPU; empty without a meter.
+    """
+    codes = {}
+    for number in sorted({style for _, style in pairs}):
+        style = load_input(styles.paths[number], config, "style")
+        codes[number] = [encode_style(model.network, style) for model in models]
+        if sheet is not None:
+            sheet.place(to_pil(style.float() / 255.0), ("style", number))
+    values = []
+    with progress_bar(len(pairs) * len(models), "stylise", "picture") as bar:
+        for number, same_content in groupby(pairs, key=lambda pair: pair[0]):
+            content = load_input(contents.paths[number], config, "content")
+            if sheet is not None:
+                sheet.place(to_pil(content.float() / 255.0), ("content", number))
+            for pair in same_content:
+                outputs = []
+                for column, model in enumerate(models):
+                    outputs.append(stylize(model.network, content, codes[pair[1]][column], config.style_strength))
+                    picture = to_pil(denormalize(outputs[-1]))
+                    save_picture(picture, files[pair][column])
+                    if sheet is not None:
+                        sheet.place(picture, (*pair, column))
+                    bar.update()
+                if meter is not None:
+                    style = load_input(styles.paths[pair[1]], config, "style")
+                    values.append(meter.measure(content, style, outputs))
+                    for model, output in zip(models, outputs):
+                        if not output.isfinite().all():
+                            raise UserError(f"--load_path {model.file}: its picture of {contents.paths[number]} and "
+                                            f"{styles.paths[pair[1]]} has values that are not finite")
+    return torch.stack(values).cpu() if values else torch.empty(0)
+
+
+def _report(
+    measurement: Measurement, models: list[_Model], contents: _Pictures, styles: _Pictures, config: TestConfig,
+    meter: Meter,
+) -> dict:
+    """All that was measured and how, as plain values for `metrics.json`."""
+    packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
+    return {
+        "models": [
+            model.describe() | {
+                "metrics": measurement.summary(number),
+                "difference_from_first": measurement.summary(number, minus=0) if number else None,
+            }
+            for number, model in enumerate(models)
+        ],
+        "interval": INTERVAL,
+        "pairs": [
+            {"content": str(contents.paths[content]), "style": str(styles.paths[style]),
+             "metrics": measurement.of_pair(number)}
+            for number, (content, style) in enumerate(measurement.pairs)
+        ],
+        "settings": asdict(config),
+        "vgg_weights_of_losses": meter.vgg_origin,
+        "device": describe_device(meter.device),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+# ------------------------------------------------------------------------------------------------- sheets
+
+
+def contact_sheet(pairs: list[tuple[int, int]]) -> "_Sheet":
+    """For every content with every style: styles along the top, contents down the left, the outputs between."""
+    places = defaultdict(list)
+    for content, style in pairs:
+        places["content", content] = [(content + 1, 0)]
+        places["style", style] = [(0, style + 1)]
+        places[content, style, 0] = [(content + 1, style + 1)]
+    return _Sheet("contact_sheet.png", places, inputs=(1, 1))
+
+
+def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "_Sheet":
+    """A pair a row: content, style, and the output of every model. Of many pairs some are shown, evenly spread."""
+    places = defaultdict(list)
+    rows = min(len(pairs), COMPARED_ROWS)
+    for row in range(rows):
+        content, style = pairs[row * len(pairs) // rows]
+        places["content", content].append((row, 0))
+        places["style", style].append((row, 1))
+        for model in range(len(names)):
+            places[content, style, model].append((row, model + 2))
+    return _Sheet("comparison.png", places, inputs=(0, 2), titles=("content", "style", *names))
 
 
 class _Sheet:
-    """A contact sheet: styles along the top, contents down the left, the outputs between."""
+    """Pictures in cells of one size, with a title over every column where there are titles.
 
-    def __init__(self, contents: int, styles: int) -> None:
-        longest = max(contents, styles) + 1
-        self.cell = min(CELL, SHEET_SIDE // longest)
+    places: for the key of each picture, the cells it goes to, (row, column); a picture without a cell is left
+    out. inputs: how many rows at the top and columns at the left hold inputs: a rule sets them off.
+    """
+
+    def __init__(self, name: str, places: dict, inputs: tuple[int, int], titles: tuple[str, ...] = ()) -> None:
+        self.name, self.places, self.inputs = name, places, inputs
+        cells = [cell for each in places.values() for cell in each]
+        rows, columns = (max(cell[axis] for cell in cells) + 1 for axis in range(2))
+        self.top = TITLE_HEIGHT if titles else 0
+        self.cell = min(CELL, (SHEET_SIDE - self.top) // max(rows, columns))
         self.image = None
         if self.cell >= SMALLEST_CELL:
-            self.image = Image.new("RGB", ((styles + 1) * self.cell, (contents + 1) * self.cell), "white")
+            self.image = Image.new("RGB", (columns * self.cell, self.top + rows * self.cell), "white")
+            for column, title in enumerate(titles):
+                self._write(title, column)
 
-    def place(self, picture: Image.Image, row: int, column: int) -> None:
-        if self.image is None:
+    def _write(self, title: str, column: int) -> None:
+        """A title in the middle over its column, its beginning cut off where it is too long."""
+        font = ImageFont.load_default(TITLE_HEIGHT // 2)
+        shown = title
+        while font.getlength(shown) > self.cell - 4 and len(shown) > 2:
+            shown = f"…{shown[2:]}"
+        place = ((column + 0.5) * self.cell, TITLE_HEIGHT / 2)
+        ImageDraw.Draw(self.image).text(place, shown, fill="black", font=font, anchor="mm")
+
+    def place(self, picture: Image.Image, key: tuple) -> None:
+        if self.image is None or not self.places[key]:
             return
         inner = self.cell - max(2, self.cell // 32)
         picture = picture.copy()
         picture.thumbnail((inner, inner))
-        left = column * self.cell + (self.cell - picture.width) // 2
-        top = row * self.cell + (self.cell - picture.height) // 2
-        self.image.paste(picture, (left, top))
+        for row, column in self.places[key]:
+            left = column * self.cell + (self.cell - picture.width) // 2
+            top = self.top + row * self.cell + (self.cell - picture.height) // 2
+            self.image.paste(picture, (left, top))
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> bool:
+        """Write the sheet into the folder. Returns whether there is one: too many pictures do not fit."""
         if self.image is None:
-            note(f"no {path.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
-            return
-        # A light rule sets the inputs off from the outputs.
+            note(f"no {self.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
+            return False
         draw = ImageDraw.Draw(self.image)
-        draw.line([(self.cell, 0), (self.cell, self.image.height)], fill="#888888")
-        draw.line([(0, self.cell), (self.image.width, self.cell)], fill="#888888")
-        save_picture(self.image, path)
+        top, left = (number * self.cell for number in self.inputs)
+        if left:
+            draw.line([(left, 0), (left, self.image.height)], fill="#888888")
+        if top:
+            draw.line([(0, self.top + top), (self.image.width, self.top + top)], fill="#888888")
+        save_picture(self.image, folder / self.name)
+        return True

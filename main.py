@@ -13,6 +13,7 @@ from evaluate import TestConfig, test
 from loss import STYLE_LOSSES
 from network import BACKBONES, VGG_SOURCES
 from prune import PruneConfig, prune
+from quality import METRICS
 from train import TrainConfig, train
 from utils import UserError, note
 
@@ -88,7 +89,8 @@ def _show(value) -> str:
 _SWITCH = {"action": "store_true"}
 FLAGS = (
     Flag("gpu_no", "device: -1 is the CPU, n that GPU (default: GPU 0 when there is one, else the CPU)", {"type": int}),
-    Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from"),
+    Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from; "
+         "test compares several", {"nargs": "+"}),
     Flag("save_path", "train, prune: the folder to write to; test: a picture file, or a folder"),
     Flag("content_dir", f"folder of photographs, searched recursively for {' '.join(PICTURE_SUFFIXES)} in any case"),
     Flag("style_dir", "folder of paintings, likewise"),
@@ -107,8 +109,12 @@ FLAGS = (
     Flag("max_pixels", "refuse pictures of more pixels than this", {"type": count}),
     Flag("cache_dir", "folder to keep the resized pictures in, for this and later runs: each is decoded once "
          "(disk: 3 * imsize^2 bytes a square picture, 1.05 MB for 512 x 683)"),
-    Flag("vgg_weights", f"where encoder and loss network start: {', '.join(VGG_SOURCES)}, or the path of a .pth or "
-         ".safetensors file with torchvision's keys"),
+    Flag("pairs", "stylise this many pairs, every picture as often as any other or once more (default: every content "
+         "with every style)", {"type": count}),
+    Flag("metrics", "measure content and style loss as in training, SSIM and ST-LPIPS of content and output, and write "
+         "metrics.json; without names, all (default: measure nothing)", {"nargs": "*", "choices": tuple(METRICS)}),
+    Flag("vgg_weights", f"where encoder (train) and loss network start: {', '.join(VGG_SOURCES)}, or the path of a "
+         ".pth or .safetensors file with torchvision's keys"),
     Flag("lr", "learning rate of encoder and decoder where theirs is not given", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
@@ -128,7 +134,8 @@ FLAGS = (
          {"choices": ("auto", "off", "bf16")}),
     Flag("compile", "fuse the step with torch.compile, on one GPU with CUDA graphs; needs a C++ compiler on the CPU; "
          "takes a minute or more at the start", _SWITCH),
-    Flag("seed", "seed of weights, pictures and crops", {"type": count_or_zero}),
+    Flag("seed", "seed of weights, pictures and crops (test: of --pairs and --vgg_weights random)",
+         {"type": count_or_zero}),
     Flag("num_workers", "processes that decode pictures (default: one a core, at most 8)", {"type": count_or_zero}),
     Flag("wb_mode", "wandb: auto is online when a key is configured, else offline; it never asks",
          {"choices": ("auto", "online", "offline", "disabled")}),
@@ -171,6 +178,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fit(config: type, mode: str, name: str, value):
+    """A parsed value as the mode's configuration holds it: several as a tuple. Raises UserError for several where
+    the mode takes one."""
+    if not isinstance(value, list):
+        return value
+    kind = next(each.type for each in fields(config) if each.name == name)
+    if "tuple" in str(kind):
+        return tuple(value)
+    if len(value) > 1:
+        raise UserError(f"--{name} {' '.join(map(str, value))}: {mode} mode takes one, not {len(value)}")
+    return value[0]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
     try:
@@ -178,8 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         mode = given.pop("mode")
         mode = OTHER_NAMES.get(mode, mode)
         config, run = MODES[mode]
-        used = {name: tuple(value) if isinstance(value, list) else value
-                for name, value in given.items() if name in _defaults(config)}
+        used = {name: _fit(config, mode, name, value) for name, value in given.items() if name in _defaults(config)}
         for name in given.keys() - used.keys():
             note(f"--{name} has no effect in {mode} mode")
         return run(used)

@@ -1,0 +1,217 @@
+"""How good stylised pictures are: losses as in training, SSIM, a learned perceptual distance, means with intervals."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import denormalize, normalize
+from loss import content_loss, style_loss
+from network import LossNetwork, load_vgg
+from utils import UserError, load_checkpoint
+
+METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS"}
+LOSS_METRICS = ("content", "style")
+MIN_SIDE = 21  # pixels: features of smaller pictures are too small for the reflection padding of ST-LPIPS
+CONFIDENCE = 0.95
+INTERVAL = "95% t interval of the mean over pairs, clustered by content and by style picture"
+
+SSIM_WINDOW = 11  # pixels
+SSIM_SIGMA = 1.5  # pixels
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for values of range 1
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    """Structural similarity of the luma (Wang et al., IEEE Transactions on Image Processing 13(4), 2004, eq. 13).
+
+    first, second: (B, 3, H, W), RGB, 0..1, sides of 11 or more. Returns (B,), float64, at most 1 (equal
+    luma): the mean over every position at which the 11 x 11 Gaussian window fits into the picture. Colour
+    goes in only through the luma: a new palette with old structure is what style transfer is for.
+    """
+    offsets = torch.arange(SSIM_WINDOW, device=first.device, dtype=torch.float64) - SSIM_WINDOW // 2
+    window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    window = (window / window.sum())[None, None]  # (1, 1, 11)
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(image, window[..., None]), window[:, :, None])  # (B, 1, H-10, W-10)
+
+    # In float64: a variance as the difference of two squares loses half of its digits.
+    luma = torch.tensor(LUMA, device=first.device, dtype=torch.float64)[:, None, None]
+    x, y = ((image.double() * luma).sum(dim=1, keepdim=True) for image in (first, second))  # (B, 1, H, W)
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + SSIM_C1) * (variance_x + variance_y + SSIM_C2))
+    return similarity.mean(dim=(1, 2, 3))
+
+
+def load_stlpips() -> nn.Module:
+    """ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686), AlexNet trunk, with the weights its package carries.
+
+    Takes two pictures, (B, 3, H, W), RGB, -1..1; gives (B, 1, 1, 1), 0 for equal ones. Raises UserError
+    when the package, or one that it imports, is not installed.
+    """
+    try:
+        from stlpips_pytorch import stlpips
+    except ImportError as error:
+        raise UserError(f"--metrics stlpips: {error}; pip install -r requirements-metrics.txt, "
+                        "or name other metrics") from error
+    # Not by the package's own loader: with torch before 2.6 it would run code pickled in the file.
+    network = stlpips.LPIPS(net="alex", variant="shift_tolerant", pretrained=False, verbose=False)
+    file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
+    keys = network.load_state_dict(load_checkpoint(file, flag="--metrics stlpips:"), strict=False)
+    # `lins` lists the modules lin0 to lin4 a second time.
+    if keys.unexpected_keys or not all(key.startswith("lins.") for key in keys.missing_keys):
+        raise UserError(f"--metrics stlpips: {file} does not fit its network; version 0.0.2 is known to work")
+    return network.eval().requires_grad_(False)
+
+
+class Meter:
+    """Measures outputs by the chosen metrics, and holds the networks that this takes."""
+
+    def __init__(
+        self, metrics: tuple[str, ...], backbone: str, vgg_weights: str, style_kind: str, seed: int,
+        device: torch.device,
+    ) -> None:
+        """metrics: of METRICS; the others as in training. Raises UserError when weights or a package cannot be had."""
+        self.metrics = metrics
+        self.style_kind = style_kind
+        self.device = device
+        self.loss_network = self.vgg_origin = self.stlpips = None
+        if "stlpips" in metrics:
+            self.stlpips = load_stlpips().to(device)
+        if set(LOSS_METRICS) & set(metrics):
+            vgg, self.vgg_origin = load_vgg(backbone, vgg_weights, seed)
+            self.loss_network = LossNetwork(backbone)
+            self.loss_network.layers.load_state_dict(vgg)
+            self.loss_network = self.loss_network.to(device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def measure(self, content: Tensor, style: Tensor, outputs: list[Tensor]) -> Tensor:
+        """content, style: (1, 3, H, W), uint8; outputs of one or more models for this pair: (1, 3, H, W),
+        ImageNet-normalised. Sides of MIN_SIDE or more. Returns (len(outputs), len(metrics)), float64.
+
+        The losses see the output as in training, not clipped to the range of a picture; SSIM and ST-LPIPS
+        compare the picture as it is written, clipped and with 8 bits, with the content picture.
+        """
+        content, style = content.to(self.device), style.to(self.device)
+        if self.loss_network is not None:
+            content_features = self.loss_network(normalize(content))
+            style_features = self.loss_network(normalize(style))
+        content = content.float() / 255.0
+        rows = []
+        for output in outputs:
+            features = self.loss_network(output) if self.loss_network is not None else None
+            written = (denormalize(output) * 255.0).round() / 255.0
+            row = []
+            for metric in self.metrics:
+                match metric:
+                    case "content":
+                        row.append(content_loss(features, content_features))
+                    case "style":
+                        row.append(style_loss(features, style_features, self.style_kind))
+                    case "ssim":
+                        row.append(ssim(written, content)[0])
+                    case "stlpips":
+                        row.append(self.stlpips(2 * written - 1, 2 * content - 1).squeeze())
+            rows.append(torch.stack([value.double() for value in row]))
+        return torch.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+@lru_cache
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """The t for which Student's distribution with `freedom` >= 1 degrees has `confidence` between -t and t."""
+    # With x = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1): finite ends, a smooth integrand.
+    angle = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    share = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(np.interp(confidence, share / share[-1], angle))
+
+
+def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[float, float]:
+    """The mean over pairs, and half of its 95% interval; infinite for a single pair.
+
+    values: (n,); pairs: the content and the style picture of each, by number. Pairs that share a picture are
+    not independent, so the variance is that of Cameron, Gelbach & Miller (Journal of Business & Economic
+    Statistics 29(2), 2011): by content + by style - by pair, each that of cluster sums. Where every picture
+    is in one pair, all three are s^2 / n, and this is the common t interval. A kind with one picture
+    counts as given: the interval then says nothing about other pictures of that kind.
+    """
+    clusters = [[content for content, _ in pairs], [style for _, style in pairs], list(range(len(pairs)))]
+    mean = float(np.mean(values))
+    by_content, by_style, by_pair = (_cluster_variance(values - mean, numbers) for numbers in clusters)
+    # The difference can fall below its parts, even below zero, when contents and styles offset each other.
+    variance = max(by_content + by_style - by_pair, by_content, by_style)
+    freedom = min((len(set(numbers)) for numbers in clusters[:2] if len(set(numbers)) > 1), default=1) - 1
+    return mean, t_quantile(freedom) * math.sqrt(variance) if freedom else math.inf
+
+
+def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
+    """Variance of the mean when the residuals of one cluster go together; 0 for a single cluster."""
+    count = len(set(numbers))
+    if count == 1:
+        return 0.0
+    sums = np.bincount(np.unique(numbers, return_inverse=True)[1], weights=residuals)
+    return count / (count - 1) * float((sums**2).sum()) / len(residuals) ** 2
+
+
+# ----------------------------------------------------------------------------------------------- summary
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured. values: (pairs, models, metrics); pairs: content and style picture of each, by number."""
+
+    values: np.ndarray
+    pairs: list[tuple[int, int]]
+    names: list[str]  # of the models
+    metrics: tuple[str, ...]
+
+    def summary(self, model: int, minus: int | None = None) -> dict[str, dict]:
+        """Mean and 95% interval of every metric for one model, or of its differences from another, pair by pair."""
+        values = self.values[:, model] - (0.0 if minus is None else self.values[:, minus])
+        summaries = {}
+        for number, metric in enumerate(self.metrics):
+            mean, margin = mean_and_margin(values[:, number], self.pairs)
+            interval = [mean - margin, mean + margin] if math.isfinite(margin) else None
+            summaries[metric] = {"mean": mean, "interval": interval}
+        return summaries
+
+    def of_pair(self, pair: int) -> dict[str, dict[str, float]]:
+        """The values of one pair, by model and metric."""
+        return {name: dict(zip(self.metrics, self.values[pair, model].tolist()))
+                for model, name in enumerate(self.names)}
+
+    def table(self) -> str:
+        """Models down, metrics across; below, each further model's difference from the first."""
+        rows = [(name, self.summary(model)) for model, name in enumerate(self.names)]
+        rows += [(f"{name} - {self.names[0]}", self.summary(model, minus=0))
+                 for model, name in enumerate(self.names) if model]
+        width = max(len(name) for name, _ in rows) + 2
+        lines = [" " * width + "".join(f"{METRICS[metric]:>20}" for metric in self.metrics)]
+        for name, summaries in rows:
+            lines.append(f"{name:{width}}" + "".join(f"{_show(summaries[metric]):>20}" for metric in self.metrics))
+        contents, styles = (len({pair[kind] for pair in self.pairs}) for kind in range(2))
+        lines.append(f"{len(self.pairs)} pairs of {contents} content and {styles} style pictures; ± is the {INTERVAL}")
+        return "\n".join(lines)
+
+
+def _show(summary: dict) -> str:
+    """A mean with the half of its interval, to four digits of the mean."""
+    if summary["interval"] is None:
+        return f"{summary['mean']:.4g}"
+    margin = summary["interval"][1] - summary["mean"]
+    return f"{summary['mean']:#.4g} ± {margin:#.2g}"

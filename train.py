@@ -21,6 +21,7 @@ from data import (
     picture_grid,
     save_picture,
     shard_positions,
+    split_holdout,
     training_loader,
 )
 from network import (
@@ -80,6 +81,7 @@ class TrainConfig:
     cropsize: int = 256
     cencrop: bool = False
     max_pixels: int = MAX_PIXELS
+    holdout: float = 0.0
     lr: float = 1e-4
     encoder_lr: float | None = None  # None: lr
     decoder_lr: float | None = None  # None: lr
@@ -409,6 +411,7 @@ def _train_on(device: torch.device, config: TrainConfig, checkpoint: dict | None
     content, content_failed = open_folder(config.content_dir, "--content_dir", config.max_pixels)
     style, style_failed = open_folder(config.style_dir, "--style_dir", config.max_pixels)
     tallies = (content_failed, style_failed)
+    content, style = (split_holdout(paths, config.holdout)[0] for paths in (content, style))
     trainer, origin = build_trainer(config, device, checkpoint)
     crop = CropConfig(config.imsize, config.cropsize, config.cencrop, config.max_pixels)
     pictures = TrainingPictures(content, style, crop, config.seed)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -60,7 +61,9 @@ def noise(picture: Tensor, strength: float, generator: torch.Generator) -> Tenso
 
 
 def jpeg(picture: Tensor, strength: float, _generator: torch.Generator) -> Tensor:
-    return v2.functional.jpeg(picture, int(60 * 0.08**strength))  # quality 60 to 4
+    file = io.BytesIO()
+    v2.functional.to_pil_image(picture).save(file, "JPEG", quality=int(60 * 0.08**strength))  # 60 to 4
+    return v2.functional.pil_to_tensor(Image.open(file))
 
 
 def warp(picture: Tensor, strength: float, generator: torch.Generator) -> Tensor:

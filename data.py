@@ -1,8 +1,10 @@
 """Images in and out: finding, decoding, cropping and sampling pictures; normalisation; saving and grids."""
 
 import hashlib
+import math
 import os
 import random
+import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
@@ -187,6 +190,24 @@ def find_pictures(folder: Path, flag: str) -> list[Path]:
     if not found:
         raise UserError(f"{flag} {folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)}, in any case)")
     return sorted(found)
+
+
+def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> tuple[list[Path], list[Path]]:
+    """Pictures to learn from, and about `share` of them held out, each in the order given.
+
+    A picture's name decides, so that a split stays what it is when pictures come or go. A name's ending
+    `_a` to `_d` does not count: such files are crops of one picture and stay together.
+    Raises UserError, naming `flag`, when nothing is left to learn from.
+    """
+
+    def place(path: Path) -> float:
+        stem = re.sub(r"_[a-d]$", "", path.stem)
+        return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") / 2**64  # 0..1, evenly spread
+
+    held_out = [path for path in paths if place(path) < share]
+    if len(held_out) == len(paths):
+        raise UserError(f"{flag} {share}: all {len(paths)} pictures of {paths[0].parent} would be held out")
+    return [path for path in paths if place(path) >= share], held_out
 
 
 class FailedPictures:
@@ -434,3 +455,93 @@ def training_loader(
         # Its own generator: drawing the workers' base seed must not move the run's random state.
         generator=torch.Generator(),
     )
+
+
+# -------------------------------------------------------------------------------------------- two views
+
+VIEW_AREA = (0.15, 1.0)  # of the picture
+VIEW_RATIO = (3 / 4, 4 / 3)
+MIN_OVERLAP = 0.3  # of the smaller view
+
+
+class ViewPairs(TrainingPictures):
+    """Two augmented views of a picture by position, for learning without labels.
+
+    Like TrainingPictures, but positions go through the one or two folders in turn.
+    """
+
+    def __init__(self, folders: list[list[Path]], crop: CropConfig, seed: int) -> None:
+        super().__init__(folders[0], folders[-1], crop, seed)
+        self.folder_count = len(folders)
+        self.augment = photometric_augmentation(crop.cropsize)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
+        """Returns the views, (2, 3, cropsize, cropsize), uint8, where their common part lies, (2, 5), see
+        `common_part`, and the failures met on the way, as (folder number, path, reason)."""
+        failures = []
+        place, number = divmod(position, self.folder_count)
+        pair = self._draw(number, place, failures)
+        if len(failures) >= MAX_DRAWS:  # blank: `check_failures` stops the run
+            return pair.expand(2, -1, -1, -1), torch.zeros(2, 5), failures
+        return *pair, failures
+
+    def _cut(self, path: Path, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        image = load_resized(path, self.crop.imsize, self.crop.max_pixels)
+        boxes, flips = draw_boxes(image.size, generator), generator.random(2) < 0.5
+        size = (self.crop.cropsize, self.crop.cropsize)
+        views = []
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms know only torch's global generator
+            torch.manual_seed(int(generator.integers(2**63)))
+            for box, flip in zip(boxes, flips):
+                view = image.resize(size, Image.Resampling.BICUBIC, box=tuple(box))
+                views.append(self.augment(pil_to_tensor(ImageOps.mirror(view) if flip else view)))
+        return torch.stack(views), common_part(boxes, flips)
+
+
+def photometric_augmentation(size: int) -> v2.Compose:
+    """Random colours, greyscale, blur and solarising of a (3, size, size) picture, uint8."""
+    sigma = size / 64  # pixels: as strong at every size
+    return v2.Compose([
+        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.3, hue=0.1)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(2 * math.ceil(2 * sigma) + 1, (0.1, sigma))], 0.5),
+        v2.RandomSolarize(128, 0.1),
+    ])
+
+
+def draw_boxes(size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """Two random crops of a picture of `size` (width, height) that share MIN_OVERLAP of the smaller one.
+
+    Returns (2, 4), pixels: left, top, right, bottom.
+    """
+    size = np.array(size, dtype=np.float64)
+
+    def draw() -> np.ndarray:
+        stretch = np.exp(generator.uniform(*np.log(VIEW_RATIO)) / 2)
+        sides = np.sqrt(generator.uniform(*VIEW_AREA) * size.prod()) * np.array([stretch, 1 / stretch])
+        sides = np.minimum(sides, size)
+        corner = generator.uniform(size=2) * (size - sides)
+        return np.concatenate([corner, np.minimum(corner + sides, size)])
+
+    first = draw()
+    for _ in range(20):
+        second = draw()
+        common = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+        smaller = min((box[2:] - box[:2]).prod() for box in (first, second))
+        if (common > 0).all() and common.prod() >= MIN_OVERLAP * smaller:
+            return np.stack([first, second])
+    return np.stack([first, first])
+
+
+def common_part(boxes: np.ndarray, flips: np.ndarray) -> Tensor:
+    """Where what both crops show lies in each view.
+
+    boxes: (2, 4), left, top, right, bottom. Returns (2, 5), float32: left, top, right, bottom as shares of
+    the view's sides, and 1 where the view is mirrored.
+    """
+    common = np.concatenate([boxes[:, :2].max(axis=0), boxes[:, 2:].min(axis=0)])
+    parts = []
+    for box, flip in zip(boxes, flips):
+        left, top, right, bottom = (common - np.tile(box[:2], 2)) / np.tile(box[2:] - box[:2], 2)
+        parts.append([1 - right, top, 1 - left, bottom, 1.0] if flip else [left, top, right, bottom, 0.0])
+    return torch.tensor(parts, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The command line: `python main.py --mode {train,test,prune} ...`."""
+"""The command line: `python main.py --mode {train,test,prune,pretrain} ...`."""
 
 import argparse
 import math
@@ -10,14 +10,20 @@ import torch
 
 from data import PICTURE_SUFFIXES
 from evaluate import TestConfig, test
-from loss import STYLE_LOSSES
+from loss import STYLE_LOSSES, VIEW_LOSSES
 from network import BACKBONES, VGG_SOURCES
+from pretrain import PretrainConfig, pretrain
 from prune import PruneConfig, prune
 from quality import METRICS
 from train import TrainConfig, train
 from utils import UserError, note
 
-MODES = {"train": (TrainConfig, train), "test": (TestConfig, test), "prune": (PruneConfig, prune)}
+MODES = {
+    "train": (TrainConfig, train),
+    "test": (TestConfig, test),
+    "prune": (PruneConfig, prune),
+    "pretrain": (PretrainConfig, pretrain),
+}
 OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original implementation calls them
 
 
@@ -43,6 +49,7 @@ count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
 amount = _number(float, 0, math.inf, "a number, 0 or more,")
 positive = _number(float, 0, math.inf, "a number above 0", exclude_low=True)
 fraction = _number(float, 0, 1, "a number from 0 to 1")
+share = _number(float, 0, 0.9, "a number from 0 to 0.9")
 
 
 # -------------------------------------------------------------------------------------------------- flags
@@ -91,7 +98,7 @@ FLAGS = (
     Flag("gpu_no", "device: -1 is the CPU, n that GPU (default: GPU 0 when there is one, else the CPU)", {"type": int}),
     Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from; "
          "test compares several", {"nargs": "+"}),
-    Flag("save_path", "train, prune: the folder to write to; test: a picture file, or a folder"),
+    Flag("save_path", "train, prune, pretrain: the folder to write to; test: a picture file, or a folder"),
     Flag("content_dir", f"folder of photographs, searched recursively for {' '.join(PICTURE_SUFFIXES)} in any case"),
     Flag("style_dir", "folder of paintings, likewise"),
     Flag("content", "content picture (test: or a folder of them; prune: for the picture grid, "
@@ -104,7 +111,7 @@ FLAGS = (
     Flag("style_strength", "0 gives the content picture back, 1 the full style", {"type": fraction}),
     Flag("imsize", "bring the shorter side of every picture to this many pixels", {"type": count}),
     Flag("cropsize", "side of the square cut from every picture, pixels (train: at random, a multiple of 8; "
-         "test, prune: from the centre)", {"type": count}),
+         "test, prune: from the centre; pretrain: side of the views, a multiple of 8)", {"type": count}),
     Flag("cencrop", "cut training crops from the centre, not at random", _SWITCH),
     Flag("max_pixels", "refuse pictures of more pixels than this", {"type": count}),
     Flag("cache_dir", "folder to keep the resized pictures in, for this and later runs: each is decoded once "
@@ -115,11 +122,16 @@ FLAGS = (
          "metrics.json; without names, all (default: measure nothing)", {"nargs": "*", "choices": tuple(METRICS)}),
     Flag("vgg_weights", f"where encoder (train) and loss network start: {', '.join(VGG_SOURCES)}, or the path of a "
          ".pth or .safetensors file with torchvision's keys"),
-    Flag("lr", "learning rate of encoder and decoder where theirs is not given", {"type": amount}),
+    Flag("holdout", "share of each folder's pictures, chosen by name, that is not learned from",
+         {"type": share}),
+    Flag("lr", "learning rate (train: of encoder and decoder where theirs is not given; pretrain: the highest, "
+         "between a warm-up and a decay to 0 at --max_iter)", {"type": amount}),
+    Flag("view_loss", "how two views of a place are compared", {"choices": tuple(VIEW_LOSSES)}),
+    Flag("weight_decay", "weight decay of AdamW", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("max_iter", "iterations to train for", {"type": count}),
-    Flag("batch_size", "content and style pictures per iteration, each", {"type": count}),
+    Flag("batch_size", "pictures per iteration (train: of content and of style, each)", {"type": count}),
     Flag("style_loss", "statistics that the style loss compares", {"choices": STYLE_LOSSES}),
     Flag("style_loss_weight", "weight of the style loss (the content loss has 1)", {"type": amount}),
     Flag("uncorrelation_loss_weight", "weight of the uncorrelation loss", {"type": amount}),
@@ -127,7 +139,8 @@ FLAGS = (
     Flag("xor_loss_weight", "weight of the xor loss", {"type": amount}),
     Flag("l0_eps", "epsilon of the channel and xor losses, in units of a channel's l2 norm; larger switches off "
          "stronger channels", {"type": positive}),
-    Flag("check_iter", "iterations between checks (metrics, picture grid, checkpoint)", {"type": count}),
+    Flag("check_iter", "iterations between checks (metrics, picture grid or exported weights, checkpoint)",
+         {"type": count}),
     Flag("keep_checkpoints", "numbered checkpoints to keep beside the newest; -1 keeps all", {"type": count_or_all}),
     Flag("resume", "go on with the run in --save_path; flags not given are as that run had them", _SWITCH),
     Flag("amp", "mixed precision: auto is bf16 on GPUs of compute capability 8.0 and CPUs with AMX, else off",
@@ -167,8 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
     parser.add_argument("--mode", choices=(*MODES, *OTHER_NAMES), default="train",
-                        help="train a network, stylise pictures, or cut channels; eval and prune_eval are other "
-                        "names of test and prune (default: train)")
+                        help="train a network, stylise pictures, cut channels, or learn VGG19 weights; eval and "
+                        "prune_eval are other names of test and prune (default: train)")
     groups = {}
     for flag in FLAGS:
         title = " and ".join(", ".join(flag.modes).rsplit(", ", 1)) + (" mode" if len(flag.modes) == 1 else " modes")

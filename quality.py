@@ -55,11 +55,11 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     return similarity.mean(dim=(1, 2, 3))
 
 
-def load_stlpips() -> nn.Module:
-    """ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686), AlexNet trunk, with the weights its package carries.
+def load_stlpips(trunk: str = "alex") -> nn.Module:
+    """ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686) with the weights its package carries.
 
-    Takes two pictures, (B, 3, H, W), RGB, -1..1; gives (B, 1, 1, 1), 0 for equal ones. Raises UserError
-    when the package, or one that it imports, is not installed.
+    trunk: "alex" or "vgg". The network takes two pictures, (B, 3, H, W), RGB, -1..1, and gives (B, 1, 1, 1), 0
+    for equal ones. Raises UserError when the package, or one that it imports, is not installed.
     """
     try:
         from stlpips_pytorch import stlpips
@@ -67,8 +67,8 @@ def load_stlpips() -> nn.Module:
         raise UserError(f"--metrics stlpips: {error}; pip install -r requirements-metrics.txt, "
                         "or name other metrics") from error
     # Not by the package's own loader: with torch before 2.6 it would run code pickled in the file.
-    network = stlpips.LPIPS(net="alex", variant="shift_tolerant", pretrained=False, verbose=False)
-    file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
+    network = stlpips.LPIPS(net=trunk, variant="shift_tolerant", pretrained=False, verbose=False)
+    file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / f"{trunk}_shift_tolerant.pth"
     keys = network.load_state_dict(load_checkpoint(file, flag="--metrics stlpips:"), strict=False)
     # `lins` lists the modules lin0 to lin4 a second time.
     if keys.unexpected_keys or not all(key.startswith("lins.") for key in keys.missing_keys):

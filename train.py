@@ -23,6 +23,7 @@ from data import (
     picture_grid,
     save_picture,
     shard_positions,
+    split_holdout,
     training_loader,
 )
 from network import (
@@ -84,6 +85,7 @@ class TrainConfig:
     cencrop: bool = False
     max_pixels: int = MAX_PIXELS
     cache_dir: str | None = None
+    holdout: float = 0.0
     lr: float = 1e-4
     encoder_lr: float | None = None  # None: lr
     decoder_lr: float | None = None  # None: lr
@@ -381,7 +383,7 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
     if not isinstance(stored, dict) or "optimizer" not in checkpoint:
         raise UserError(f"--resume: {folder.newest} holds a network but no training run; use --load_path")
     known = {field.name for field in fields(TrainConfig)}
-    stored = {
+    stored = asdict(TrainConfig()) | {  # a flag that is newer than the run stood at its default
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
     for name, value in given.items():
@@ -451,6 +453,7 @@ def _train_on(device: torch.device, config: TrainConfig, checkpoint: dict | None
     content, content_failed = open_folder(config.content_dir, "--content_dir", config.max_pixels)
     style, style_failed = open_folder(config.style_dir, "--style_dir", config.max_pixels)
     tallies = (content_failed, style_failed)
+    content, style = (split_holdout(paths, config.holdout)[0] for paths in (content, style))
     trainer, origin = build_trainer(config, device, checkpoint)
     pictures = TrainingPictures(content, style, config.crop, config.seed, _open_cache(config))
     counts = [len(content), len(style)]

@@ -1,0 +1,471 @@
+"""`--mode pretrain`: learn the VGG19 encoder from pictures alone, without labels."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data import (
+    MAX_PIXELS,
+    CropConfig,
+    PictureError,
+    ViewPairs,
+    check_failures,
+    collate,
+    normalize,
+    open_folder,
+    prepare_picture,
+    split_holdout,
+    training_loader,
+)
+from loss import VIEW_LOSSES, found_share, relative_std
+from network import LossNetwork
+from utils import (
+    CHECKPOINT_FORMAT,
+    CheckpointFolder,
+    MetricFile,
+    UserError,
+    autocast_dtype,
+    catch_stop_signals,
+    describe_device,
+    load_checkpoint,
+    make_folder,
+    note,
+    process_count,
+    progress_bar,
+    resolve_device,
+    save_checkpoint,
+    seed_everything,
+)
+
+EXPORT_NAME = "vgg19_features.pth"
+TAPS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
+METRICS = ("loss", *(f"{name}_{tap}" for name in ("loss", "std", "match") for tap in TAPS))
+
+GRID = 4  # places a side at which two views are compared
+HEAD_WIDTH, EMBEDDING_WIDTH = 512, 128
+WARMUP_SHARE = 0.05
+HELD_OUT_PAIRS = 128
+SCALE_PICTURES = 32
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Every setting of a pretraining run, with its default; `main.py` makes the flags from it."""
+
+    content_dir: str | None = None
+    style_dir: str | None = None
+    save_path: str | None = None
+    resume: bool = False
+    imsize: int = 256
+    cropsize: int = 96
+    max_pixels: int = MAX_PIXELS
+    holdout: float = 0.1
+    view_loss: str = "vicreg"
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    max_iter: int = 10_000
+    batch_size: int = 64
+    check_iter: int = 500
+    keep_checkpoints: int = 1
+    amp: str = "auto"
+    seed: int = 0
+    num_workers: int | None = None  # None: one a core, at most 8
+    gpu_no: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError for settings that make no sense, naming the flag."""
+        if not self.save_path:
+            raise UserError("--save_path is needed in pretrain mode")
+        if not self.content_dir and not self.style_dir:
+            raise UserError("--content_dir or --style_dir is needed in pretrain mode")
+        if self.cropsize < 32 or self.cropsize % 8:
+            raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
+        if process_count() > 1:
+            raise UserError("--mode pretrain runs in one process; start it without torchrun")
+
+
+def pool_places(feature: Tensor, part: Tensor) -> Tensor:
+    """Means of the feature over GRID x GRID places of the common part, the same place in the same row for
+    both views.
+
+    feature: (B, C, H, W); part: (B, 5), see `common_part`. Returns (B * GRID**2, C).
+    """
+    left, top, right, bottom, flipped = part.unbind(dim=1)
+    down = _cell_shares(top, bottom, feature.shape[2])  # (B, GRID, H)
+    across = _cell_shares(left, right, feature.shape[3])  # (B, GRID, W)
+    across = torch.where(flipped[:, None, None] > 0, across.flip(1), across)
+    pooled = torch.einsum("bgh,bchw,bkw->bgkc", down.to(feature.dtype), feature, across.to(feature.dtype))
+    return pooled.flatten(0, 2)
+
+
+def _cell_shares(low: Tensor, high: Tensor, size: int) -> Tensor:
+    """How much of each of GRID cells between `low` and `high`, (B,), as shares, falls on each of `size`
+    positions. Returns (B, GRID, size), rows of sum 1."""
+    steps = torch.arange(GRID + 1, device=low.device) / GRID
+    edges = (low[:, None] + (high - low)[:, None] * steps) * size  # (B, GRID + 1)
+    edges = edges[:, :, None]
+    position = torch.arange(size, device=low.device)
+    shares = (torch.minimum(edges[:, 1:], position + 1) - torch.maximum(edges[:, :-1], position)).clamp(min=0.0)
+    return shares / shares.sum(dim=2, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+class PretrainNetwork(nn.Module):
+    """VGG19 to relu4_1 with batch normalisation behind every conv, and a projection head at each tap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vgg = LossNetwork("vgg19")
+        self.layers = vgg.layers.requires_grad_(True)  # numbered as in torchvision's `vgg.features`
+        self.taps = vgg.taps
+        self.norms = nn.ModuleDict()
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                layer.bias = None  # the normalisation has one
+                self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(self.layers[index - 1].out_channels, HEAD_WIDTH),
+                nn.BatchNorm1d(HEAD_WIDTH),
+                nn.ReLU(),
+                nn.Linear(HEAD_WIDTH, EMBEDDING_WIDTH),
+            )
+            for index in self.taps.values()
+        )
+
+    def forward(self, image: Tensor, part: Tensor) -> list[Tensor]:
+        """image: (B, 3, H, W), ImageNet-normalised; part: (B, 5), see `common_part`. Returns the embeddings
+        of each tap, (B * GRID**2, EMBEDDING_WIDTH)."""
+        embeddings = []
+        heads = iter(self.heads)
+        for index, layer in enumerate(self.layers):
+            image = layer(image)
+            if str(index) in self.norms:
+                image = self.norms[str(index)](image)
+            if index in self.taps.values():
+                embeddings.append(next(heads)(pool_places(image, part)))
+        return embeddings
+
+
+class Pretrainer:
+    """The network, the optimiser and one step."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        seed_everything(config.seed)
+        self.config = config
+        self.device = device
+        self.amp_dtype = autocast_dtype(config.amp, device)
+        self.network = PretrainNetwork().to(device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch has the same shape
+
+    def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """views: (B, 2, 3, H, W), uint8; parts: (B, 2, 5). Returns the loss, and METRICS, (n,), detached."""
+        pictures = normalize(views.flatten(0, 1)).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            embeddings = self.network(pictures, parts.flatten(0, 1))
+        losses, stds, matches = [], [], []
+        for embedding in embeddings:
+            by_view = embedding.unflatten(0, (len(views), 2, GRID**2)).transpose(0, 1)
+            first, second = by_view.flatten(1, 2)  # (B * GRID**2, D) each
+            losses.append(VIEW_LOSSES[self.config.view_loss](first, second))
+            with torch.no_grad():
+                stds.append(relative_std(torch.cat([first, second])))
+                matches.append(found_share(first, second))
+        loss = torch.stack(losses).mean()
+        return loss, torch.stack([loss, *losses, *stds, *matches]).detach()
+
+    def step(self, views: Tensor, parts: Tensor, iteration: int) -> Tensor:
+        """One step of AdamW. Returns METRICS, (n,), on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)
+        loss, metrics = self.losses(views, parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return metrics
+
+    @torch.no_grad()
+    def measure(self, views: Tensor, parts: Tensor) -> dict[str, float]:
+        """METRICS of held-out pictures, normalised as in the export. views: (n, 2, 3, H, W), whole batches."""
+        self.network.eval()
+        size = self.config.batch_size
+        metrics = [
+            self.losses(views[start : start + size].to(self.device), parts[start : start + size].to(self.device))[1]
+            for start in range(0, len(views), size)
+        ]
+        self.network.train()
+        return {f"held_out_{name}": value for name, value in zip(METRICS, torch.stack(metrics).mean(dim=0).tolist())}
+
+
+def rate_share(iteration: int, max_iter: int) -> float:
+    """The learning rate's course, 0..1: a linear warm-up, then half a cosine down to 0 behind the last iteration."""
+    warmup = math.ceil(WARMUP_SHARE * max_iter)
+    if iteration <= warmup:
+        return iteration / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup) / (max_iter + 1 - warmup))
+
+
+# ----------------------------------------------------------------------------------------------- export
+
+
+def folded_weights(network: PretrainNetwork) -> dict[str, Tensor]:
+    """The encoder as a plain VGG on the CPU: every normalisation, as in evaluation, folded into its conv.
+
+    Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N as in torchvision's `vgg.features`.
+    """
+    weights = {}
+    for index, norm in network.norms.items():
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        weight = network.layers[int(index)].weight * gain[:, None, None, None]
+        weights[f"{index}.weight"] = weight.detach().float().cpu().contiguous()
+        weights[f"{index}.bias"] = (norm.bias - norm.running_mean * gain).detach().float().cpu()
+    return weights
+
+
+@torch.no_grad()
+def mean_activations(weights: dict[str, Tensor], pictures: Tensor, device: torch.device) -> list[float]:
+    """The mean behind every ReLU of a VGG19, over channels, positions and pictures.
+
+    pictures: (n, 3, H, W), uint8.
+    """
+    network = LossNetwork("vgg19").to(device)
+    network.layers.load_state_dict(weights)
+    sums = None
+    for picture in pictures.split(4):
+        feature, means = normalize(picture.to(device)), []
+        for layer in network.layers:
+            feature = layer(feature)
+            if isinstance(layer, nn.ReLU):
+                means.append(feature.mean() * len(picture))
+        sums = torch.stack(means) if sums is None else sums + torch.stack(means)
+    return (sums / len(pictures)).tolist()
+
+
+def rescale(weights: dict[str, Tensor], means: list[float]) -> dict[str, Tensor]:
+    """The same VGG, with every feature divided by its layer's mean activation (Gatys et al., CVPR 2016, sec. 2,
+    there per filter).
+
+    ReLU and max pooling commute with a positive factor, so each conv takes its input's factor back out.
+    weights: keyed `<N>.weight`, `<N>.bias`; means: > 0, one a conv, in order.
+    """
+    rescaled, before = {}, 1.0
+    for key, mean in zip([key for key in weights if key.endswith(".weight")], means):
+        bias = key.replace("weight", "bias")
+        rescaled[key] = weights[key] * (before / mean)
+        rescaled[bias] = weights[bias] / mean
+        before = mean
+    return rescaled
+
+
+def export_weights(network: PretrainNetwork, pictures: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """The encoder for `--vgg_weights`: torchvision's keys, half precision, mean activations of one on `pictures`.
+
+    Raises UserError when a layer is dead, or a value does not fit half precision.
+    """
+    weights = folded_weights(network)
+    means = mean_activations(weights, pictures, device)
+    if not all(0 < mean < math.inf for mean in means):
+        raise UserError(f"mean activations {means}: a layer is dead or not finite; a lower --lr may help")
+    halved = {f"features.{key}": tensor.half() for key, tensor in rescale(weights, means).items()}
+    for key, tensor in halved.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{key} does not fit half precision; a lower --lr may help")
+    return halved
+
+
+# ------------------------------------------------------------------------------------------ start, resume
+
+
+def resume_config(given: dict) -> tuple[PretrainConfig, dict]:
+    """The settings of the run in `--save_path`, changed by the flags given now, and its newest checkpoint.
+
+    Raises UserError when there is none.
+    """
+    if not given.get("save_path"):
+        raise UserError("--resume: --save_path says which run to resume")
+    newest = CheckpointFolder(Path(given["save_path"]), keep=0).newest
+    if not newest.exists():
+        raise UserError(f"--resume: {newest} is not there; leave --resume out to start a new run")
+    checkpoint = load_checkpoint(newest, flag="--resume")
+    stored = checkpoint.get("pretrain_config")
+    if not isinstance(stored, dict):
+        raise UserError(f"--resume: {newest} holds no pretraining run")
+    known = {field.name for field in fields(PretrainConfig)}
+    stored = {name: value for name, value in stored.items() if name in known}
+    for name, value in given.items():
+        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored.get(name):
+            note(f"resuming with --{name} {value} (it was {stored.get(name)})")
+    return PretrainConfig(**{**stored, **given, "resume": True}), checkpoint
+
+
+def pretrain(given: dict) -> int:
+    """Run `--mode pretrain` with the flags given on the command line. Returns the exit code."""
+    checkpoint = None
+    config = PretrainConfig(**given)
+    if config.resume:
+        config, checkpoint = resume_config(given)
+    config.check()
+    folder = CheckpointFolder(make_folder(config.save_path, "--save_path"), config.keep_checkpoints)
+    if checkpoint is None and folder.newest.exists():
+        raise UserError(f"--save_path {config.save_path}: holds a run already; "
+                        "--resume goes on with it, another --save_path starts a new one")
+    if checkpoint and checkpoint["iteration"] >= config.max_iter:
+        note(f"the run in {config.save_path} has done its {checkpoint['iteration']} iterations; "
+             "a larger --max_iter goes on")
+        return 0
+    run = _Run(config, folder, checkpoint)
+    try:
+        return run.loop()
+    finally:
+        for tally in run.tallies:
+            note(tally.summary())
+
+
+class _Run:
+    """What a running pretraining holds; `loop` is the pretraining."""
+
+    def __init__(self, config: PretrainConfig, folder: CheckpointFolder, checkpoint: dict | None) -> None:
+        self.config = config
+        self.folder = folder
+        self.trainer = Pretrainer(config, resolve_device(config.gpu_no))
+        self.iteration = self.samples_seen = self.steps = 0
+        self.sums = torch.zeros(len(METRICS), device=self.trainer.device)  # over `steps`, since the last check
+        held_out = self._open_folders()
+        self.metrics = MetricFile(Path(config.save_path) / "metrics.jsonl")
+        if checkpoint:
+            self.restore(checkpoint)
+        self.metrics.truncate_after(self.iteration)
+        precision = "float32" if self.trainer.amp_dtype is None else "bfloat16"
+        note(f"pretraining on {describe_device(self.trainer.device)}, {precision}; "
+             f"{sum(self.picture_counts)} pictures, {held_out} more are held out")
+
+    def _open_folders(self) -> int:
+        """Find the pictures and split them. Returns how many are held out."""
+        config = self.config
+        folders, held_out, self.tallies = [], [], []
+        for flag in ("content_dir", "style_dir"):
+            if getattr(config, flag):
+                paths, tally = open_folder(getattr(config, flag), f"--{flag}", config.max_pixels)
+                self.tallies.append(tally)
+                for lists, part in zip((folders, held_out), split_holdout(paths, config.holdout)):
+                    lists.append(part)
+        self.picture_counts = [len(paths) for paths in folders]
+        crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
+        self.pairs = ViewPairs(folders, crop, config.seed)
+        self.held_out = None  # or always the same views and their common parts, in whole batches
+        measured = [(paths, tally) for paths, tally in zip(held_out, self.tallies) if paths]
+        if measured:
+            pairs = ViewPairs([paths for paths, _ in measured], crop, config.seed)
+            count = max(1, HELD_OUT_PAIRS // config.batch_size) * config.batch_size
+            *self.held_out, failures = collate([pairs[position] for position in range(count)])
+            check_failures(failures, [tally for _, tally in measured])
+        self.scale_pictures = _scale_pictures(sum(folders, []), config)
+        return sum(map(len, held_out))
+
+    def restore(self, checkpoint: dict) -> None:
+        self.trainer.network.load_state_dict(checkpoint["state_dict"])
+        self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
+        self.steps = checkpoint["metric_steps"]
+        self.sums.copy_(checkpoint["metric_sums"])
+        if checkpoint["picture_counts"] != self.picture_counts:
+            note(f"the folders changed: {self.picture_counts} pictures to learn from, {checkpoint['picture_counts']} "
+                 "before; other pictures will be drawn than without the interruption")
+
+    def loop(self) -> int:
+        """The iterations up to max_iter. Returns the exit code: 0, or 128 + the signal that stopped it."""
+        config, device = self.config, self.trainer.device
+        workers = config.num_workers if config.num_workers is not None else min(8, os.cpu_count())
+        left = (config.max_iter - self.iteration) * config.batch_size
+        positions = range(self.samples_seen, self.samples_seen + left)
+        loader = training_loader(self.pairs, positions, config.batch_size, workers, device.type == "cuda")
+        bar = progress_bar(config.max_iter, "pretrain", "it", initial=self.iteration)
+        with bar, catch_stop_signals() as stop:
+            for views, parts, failures in loader:
+                check_failures(failures, self.tallies)
+                views, parts = (batch.to(device, non_blocking=True) for batch in (views, parts))
+                self.iteration += 1
+                latest = self.trainer.step(views, parts, self.iteration)
+                self.sums += latest
+                self.steps += 1
+                self.samples_seen += config.batch_size
+                is_check = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
+                if device.type == "cpu" or is_check or stop:
+                    self.raise_if_bad()
+                    bar.set_postfix_str(f"loss {latest[0]:.4f}", refresh=False)
+                if is_check:
+                    self.check()
+                elif stop:
+                    self.save()
+                bar.update()
+                if stop and self.iteration < config.max_iter:
+                    break
+            else:
+                return 0
+        note(f"stopped after iteration {self.iteration}, saved; go on with: "
+             f"python main.py --mode pretrain --resume --save_path {config.save_path}")
+        return stop.exit_code
+
+    def raise_if_bad(self) -> None:
+        """Raises UserError when a loss since the last check was not finite."""
+        if not self.sums.isfinite().all():
+            newest = self.folder.newest
+            good = f"the last good checkpoint is {newest}" if newest.exists() else "no checkpoint was written yet"
+            raise UserError(f"iteration {self.iteration}: the loss is not finite; {good}. A lower --lr may help")
+
+    def check(self) -> None:
+        """Every `check_iter`: metrics, the weights for `--vgg_weights`, a checkpoint."""
+        row = {"iteration": self.iteration, **dict(zip(METRICS, (self.sums / self.steps).tolist()))}
+        self.sums.zero_()
+        self.steps = 0
+        if self.held_out:
+            row |= self.trainer.measure(*self.held_out)
+        exported = export_weights(self.trainer.network, self.scale_pictures, self.trainer.device)
+        self.metrics.append(row)
+        save_checkpoint(exported, Path(self.config.save_path) / EXPORT_NAME)
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint. There is no random state in it: pictures go by position, and a step draws nothing.
+
+        Raises UserError, and writes nothing, when a weight is not finite.
+        """
+        state_dict = {name: tensor.cpu() for name, tensor in self.trainer.network.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in state_dict.values()):
+            raise UserError(f"iteration {self.iteration}: a weight is not finite; the checkpoint was not written, "
+                            f"{self.folder.newest} is untouched. A lower --lr may help")
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "iteration": self.iteration,
+            "pretrain_config": asdict(self.config),
+            "state_dict": state_dict,
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "metric_sums": self.sums.cpu(),
+            "metric_steps": self.steps,
+            "samples_seen": self.samples_seen,
+            "picture_counts": self.picture_counts,
+        }
+        self.folder.save(checkpoint, self.iteration)
+
+
+def _scale_pictures(paths: list[Path], config: PretrainConfig) -> Tensor:
+    """Squares from the middle of SCALE_PICTURES pictures, unaltered: (n, 3, H, W), uint8."""
+    side = max(8, config.imsize // 8 * 8)
+    squares = []
+    for path in paths[:: max(1, len(paths) // SCALE_PICTURES)]:
+        try:
+            squares.append(prepare_picture(path, side, side, config.max_pixels))
+        except PictureError:
+            continue  # counted where the run draws it
+    return torch.cat(squares)

@@ -1,0 +1,451 @@
+"""Pretraining: views by position, the loss, export and its scaling, resume, refusals. Small crops, CPU."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import user_error, write_map, write_picture
+from torch.testing import assert_close
+
+import network as network_module
+import pretrain as pretrain_module
+from data import (
+    MIN_OVERLAP,
+    VIEW_AREA,
+    CropConfig,
+    ViewPairs,
+    common_part,
+    draw_boxes,
+    find_pictures,
+    normalize,
+    prepare_picture,
+    split_holdout,
+    training_loader,
+)
+from loss import TEMPERATURE, VIEW_LOSSES, found_share, infonce_loss, relative_std, vicreg_loss
+from main import main
+from network import LossNetwork, load_vgg
+from pretrain import (
+    EXPORT_NAME,
+    GRID,
+    METRICS,
+    TAPS,
+    PretrainConfig,
+    Pretrainer,
+    PretrainNetwork,
+    export_weights,
+    folded_weights,
+    mean_activations,
+    pool_places,
+    pretrain,
+    rate_share,
+    rescale,
+)
+
+ROOT = Path(__file__).parent.parent
+CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
+SMALL = dict(
+    content_dir=str(CONTENT_DIR), style_dir=str(STYLE_DIR), imsize=40, cropsize=32, batch_size=4, num_workers=0,
+    gpu_no=-1, amp="off", check_iter=2, holdout=0.25,
+)
+CROP = CropConfig(40, 32, False, 10**8)
+
+
+@pytest.fixture(autouse=True)
+def little_to_measure(monkeypatch):
+    monkeypatch.setattr(pretrain_module, "HELD_OUT_PAIRS", 4)
+    monkeypatch.setattr(pretrain_module, "SCALE_PICTURES", 4)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def natural_pictures(count: int = 4, size: int = 64) -> torch.Tensor:
+    return torch.cat([prepare_picture(path, size, size) for path in find_pictures(CONTENT_DIR, "")[:count]])
+
+
+def lively_network(seed: int = 0) -> PretrainNetwork:
+    """Normalisations as after some training: their statistics, gains and offsets are not 0 and 1."""
+    torch.manual_seed(seed)
+    network = PretrainNetwork()
+    network(torch.randn(4, 3, 32, 32), torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]).repeat(4, 1))
+    with torch.no_grad():
+        for norm in network.norms.values():
+            norm.weight.uniform_(0.5, 2.0)
+            norm.bias.uniform_(-0.3, 0.5)
+    return network.eval()
+
+
+# ------------------------------------------------------------------------------------------------- the split
+
+
+def test_crops_of_one_picture_are_on_one_side():
+    names = [f"{number}{crop}.jpg" for number in range(200) for crop in ("", "_a", "_b", "_c", "_d")]
+    learned, held_out = split_holdout([Path("folder") / name for name in names], 0.1)
+    assert len(learned) + len(held_out) == 1000 and not set(learned) & set(held_out)
+    for path in held_out:
+        assert path.stem.rsplit("_")[0] not in {other.stem.rsplit("_")[0] for other in learned}
+    assert 10 <= len(held_out) / 5 <= 30  # of 200 pictures
+
+
+def test_split_goes_by_name_alone():
+    """Order, folder, suffix and other pictures do not matter; a larger share only adds."""
+    paths = [Path("one") / f"picture_{number}.jpg" for number in range(300)]
+    _, held_out = split_holdout(paths, 0.1)
+    others = [Path("two") / f"{path.stem}.PNG" for path in reversed(paths[:150])]
+    assert {path.stem for path in split_holdout(others, 0.1)[1]} == {
+        path.stem for path in held_out if path in paths[:150]
+    }
+    assert set(held_out) < set(split_holdout(paths, 0.3)[1])
+    assert split_holdout(paths, 0.0) == (paths, [])
+
+
+def test_a_known_name():
+    """The first 16 hexadecimal digits of the name's SHA-256, as a fraction, against the share."""
+    import hashlib
+
+    place = int(hashlib.sha256(b"rose").hexdigest()[:16], 16) / 16**16
+    paths = [Path("rose_b.jpg"), Path("other.jpg")]
+    assert Path("rose_b.jpg") not in split_holdout(paths, place)[1]
+    learned, held_out = split_holdout([*paths, Path("rose.png")], math.nextafter(place, 1))
+    assert {Path("rose_b.jpg"), Path("rose.png")} <= set(held_out)
+
+
+def test_split_that_leaves_nothing_is_refused():
+    assert "--holdout 0.9: all 1 pictures of folder" in user_error(split_holdout, [_held_out_name(0.9)], 0.9)
+
+
+def _held_out_name(share: float) -> Path:
+    paths = [Path("folder") / f"{number}.jpg" for number in range(20)]
+    return split_holdout(paths, share)[1][0]
+
+
+# -------------------------------------------------------------------------------------------------- two views
+
+
+def view_pairs(seed: int = 0, folders: int = 2) -> ViewPairs:
+    return ViewPairs([find_pictures(folder, "") for folder in (CONTENT_DIR, STYLE_DIR)][:folders], CROP, seed)
+
+
+def test_views_depend_on_seed_and_position_alone():
+    pairs = view_pairs()
+    torch.manual_seed(1)
+    first = [pairs[position] for position in (5, 6)]
+    state = torch.get_rng_state()
+    again = [view_pairs()[position] for position in (6, 5)][::-1]
+    for (views, parts, _), (other_views, other_parts, _) in zip(first, again):
+        assert torch.equal(views, other_views) and torch.equal(parts, other_parts)
+        assert views.shape == (2, 3, 32, 32) and views.dtype == torch.uint8 and parts.shape == (2, 5)
+    assert torch.equal(torch.get_rng_state(), state)  # the run's own random numbers go on as they would
+    assert not torch.equal(first[0][0], view_pairs(seed=1)[5][0])
+    assert not torch.equal(first[0][0][0], first[0][0][1])
+
+
+def test_workers_show_the_same_views():
+    batches = [list(training_loader(view_pairs(), range(3, 11), 4, workers, False)) for workers in (0, 2)]
+    for (views, parts, _), (other_views, other_parts, _) in zip(*batches):
+        assert torch.equal(views, other_views) and torch.equal(parts, other_parts)
+
+
+def test_positions_take_the_folders_in_turn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ViewPairs, "_cut", lambda self, path, generator: (seen.append(path), None))
+    pairs = view_pairs()
+    for position in range(16):
+        pairs[position]
+    assert [path.parent for path in seen] == [CONTENT_DIR, STYLE_DIR] * 8
+    assert len(set(seen)) == 16  # an epoch shows each picture once
+
+
+def test_boxes_overlap_and_stay_inside():
+    generator = np.random.default_rng(0)
+    for size in ((40, 60), (200, 50), (33, 33)):
+        boxes = np.stack([draw_boxes(size, generator) for _ in range(200)])  # (200, 2, 4)
+        assert (boxes[..., :2] >= 0).all() and (boxes[..., 2:] <= size).all()
+        area = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1)
+        assert (area <= VIEW_AREA[1] * np.prod(size) + 1e-6).all()
+        common = np.minimum(boxes[:, 0, 2:], boxes[:, 1, 2:]) - np.maximum(boxes[:, 0, :2], boxes[:, 1, :2])
+        assert (common > 0).all()
+        assert (common.prod(axis=1) >= MIN_OVERLAP * area.min(axis=1) - 1e-6).all()
+
+
+def test_common_part_by_hand():
+    """Boxes 0..8 and 4..12 across, 0..4 and 0..8 down: common is 4..8 across, 0..4 down."""
+    boxes = np.array([[0.0, 0, 8, 4], [4, 0, 12, 8]])
+    actual = common_part(boxes, np.array([False, True]))
+    # In the second view it is the left half, so of the mirrored view the right half.
+    assert_close(actual, torch.tensor([[0.5, 0.0, 1.0, 1.0, 0.0], [0.5, 0.0, 1.0, 0.5, 1.0]]))
+
+
+def test_places_by_hand():
+    """A ramp across: the means of its quarters; mirrored, the same places in the same order."""
+    ramp = torch.arange(16.0).expand(1, 1, 8, 16)
+    part = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]])
+    desired = torch.tensor([1.5, 5.5, 9.5, 13.5]).repeat(GRID)[:, None]
+    assert_close(pool_places(ramp, part), desired)
+    mirrored = torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]])
+    assert_close(pool_places(ramp.flip(3), mirrored), desired)
+    # A half that begins inside a position: cells of width 2 at 0.5, 2.5, ...; each covers half, one, half.
+    part = torch.tensor([[0.5 / 16, 0.0, 8.5 / 16, 1.0, 0.0]])
+    assert_close(pool_places(ramp, part), torch.tensor([1.0, 3.0, 5.0, 7.0]).repeat(GRID)[:, None])
+
+
+def test_both_views_see_the_same_places(tmp_path):
+    """With colours left alone, a place's mean colour is about equal in both views, mirrored ones included."""
+    path = write_map(tmp_path / "map.png", (40, 30))  # red tells the column, green the row
+    pairs = ViewPairs([[path]], CropConfig(60, 64, False, 10**8), 0)
+    pairs.augment = lambda view: view
+    flips = set()
+    for position in range(12):
+        views, parts, _ = pairs[position]
+        first, second = (pool_places(view[None].float(), part[None]) for view, part in zip(views, parts))
+        assert_close(first, second, rtol=0, atol=2.5)  # of 255; neighbouring places lie 5 and more apart
+        flips |= {tuple(parts[:, 4].tolist())}
+    assert len(flips) > 2
+
+
+# ---------------------------------------------------------------------------------------------------- the loss
+
+
+def test_infonce_loss_by_hand():
+    """Two orthogonal places seen alike: -log(e^(1/t) / (e^(1/t) + 1)); lengths do not matter."""
+    rows = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+    right = math.exp(1 / TEMPERATURE)
+    assert float(infonce_loss(rows, rows)) == pytest.approx(-math.log(right / (right + 1)))
+    assert float(infonce_loss(rows, rows.flip(0))) == pytest.approx(-math.log(1 / (right + 1)))
+    collapsed = torch.tensor([[1.0, 0.0]]).repeat(8, 1)
+    assert float(infonce_loss(collapsed, collapsed)) == pytest.approx(math.log(8))
+
+
+def test_vicreg_loss_by_hand():
+    """Rows (1, 1), (-1, -1), (0, 0): variances and covariances are all 1; 25 * 0 + 25 * 0 + 2 * 2 * 1^2 / 2."""
+    rows = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
+    assert float(vicreg_loss(rows, rows)) == pytest.approx(2.0, abs=1e-3)
+    # 0.1 apart in one of two components: + 25 * 0.01 / 2.
+    assert float(vicreg_loss(rows, rows + torch.tensor([0.1, 0.0]))) == pytest.approx(2.125, abs=1e-3)
+    collapsed = torch.ones(8, 2)  # std sqrt(1e-4) in place of 1
+    assert float(vicreg_loss(collapsed, collapsed)) == pytest.approx(25 * 0.99, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", VIEW_LOSSES)
+def test_loss_of_half_precision_embeddings_is_computed_in_float32(name):
+    rows = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    actual = VIEW_LOSSES[name](*rows)
+    assert actual.dtype == torch.float32 and torch.equal(actual, VIEW_LOSSES[name](*rows.float()))
+
+
+def test_found_share_by_hand():
+    rows = torch.tensor([[2.0, 0.0], [0.0, 0.5], [-1.0, 0.0], [0.0, -3.0]])
+    assert float(found_share(rows, rows * 3)) == 1.0
+    assert float(found_share(rows, rows[[1, 0, 2, 3]])) == 0.5
+
+
+def test_relative_std_tells_a_collapse():
+    assert float(relative_std(torch.tensor([[0.6, 0.8]]).repeat(10, 1))) == pytest.approx(0.0, abs=1e-6)
+    spread = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
+    assert float(relative_std(spread)) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("name", VIEW_LOSSES)
+def test_loss_is_the_mean_over_taps_of_matching_places(name):
+    trainer = Pretrainer(PretrainConfig(**SMALL, view_loss=name), torch.device("cpu"))
+    views, parts = (torch.stack(each) for each in list(zip(*(view_pairs()[position] for position in range(3))))[:2])
+    loss, metrics = trainer.losses(views, parts)
+    embeddings = trainer.network(normalize(views.flatten(0, 1)), parts.flatten(0, 1))
+    desired = []
+    for embedding in embeddings:
+        rows = embedding.reshape(3, 2, GRID**2, -1)
+        desired.append(VIEW_LOSSES[name](*(rows[:, view].reshape(3 * GRID**2, -1) for view in (0, 1))))
+    assert_close(loss, sum(desired) / len(TAPS), rtol=1e-4, atol=1e-5)
+    assert len(metrics) == len(METRICS) and metrics[METRICS.index("loss")] == loss
+    assert_close(metrics[METRICS.index("loss_relu4_1")], desired[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VIEW_LOSSES)
+def test_a_few_steps_lower_the_loss(name):
+    trainer = Pretrainer(PretrainConfig(**SMALL, max_iter=100, view_loss=name), torch.device("cpu"))
+    views, parts = (torch.stack(each) for each in list(zip(*(view_pairs()[position] for position in range(4))))[:2])
+    losses = [float(trainer.step(views, parts, iteration)[0]) for iteration in range(1, 13)]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(norm.weight.grad is not None for norm in trainer.network.norms.values())
+
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    shares = [rate_share(iteration, 100) for iteration in range(1, 101)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(after < before for before, after in zip(shares[4:], shares[5:]))
+    assert 0 < shares[-1] < 1e-3 and rate_share(1, 1) == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------ export
+
+
+def test_folded_weights_compute_the_same_features():
+    network = lively_network()
+    vgg = LossNetwork("vgg19")
+    vgg.layers.load_state_dict(folded_weights(network))
+    image = desired = normalize(natural_pictures())
+    wanted = []
+    for index, layer in enumerate(network.layers):
+        desired = layer(desired)
+        if str(index) in network.norms:
+            desired = network.norms[str(index)](desired)
+        if index in network.taps.values():
+            wanted.append(desired)
+    for actual, desired in zip(vgg(image), wanted):
+        scale = desired.mean()
+        assert_close(actual / scale, desired / scale, rtol=1e-4, atol=1e-4)
+
+
+def test_rescaling_only_divides_every_layer_by_its_mean():
+    weights, pictures = folded_weights(lively_network()), natural_pictures()
+    means = mean_activations(weights, pictures, torch.device("cpu"))
+    plain, scaled = LossNetwork("vgg19"), LossNetwork("vgg19")
+    plain.layers.load_state_dict(weights)
+    scaled.layers.load_state_dict(rescale(weights, means))
+    image = normalize(pictures)
+    indices = network_module.conv_indices("vgg19")
+    for tap, before, after in zip(plain.taps.values(), plain(image), scaled(image)):
+        mean = means[indices.index(tap - 1)]
+        assert float(before.mean()) == pytest.approx(mean, rel=1e-4)
+        assert_close(after, before / mean, rtol=1e-4, atol=1e-4)
+    again = mean_activations(rescale(weights, means), pictures, torch.device("cpu"))
+    assert again == pytest.approx([1.0] * 9, rel=1e-4)
+
+
+def test_dead_layer_is_refused():
+    network = lively_network()
+    with torch.no_grad():
+        network.norms["7"].weight.zero_()
+        network.norms["7"].bias.fill_(-1.0)
+    assert "a layer is dead" in user_error(export_weights, network, natural_pictures(1), torch.device("cpu"))
+
+
+def test_value_beyond_half_precision_is_refused():
+    network = lively_network()
+    with torch.no_grad():
+        network.norms["0"].bias[0] = -1e9  # never active: the mean does not show its large weight
+        network.layers[0].weight[0, 0, 0, 0] = 1e7
+    assert "does not fit half precision" in user_error(
+        export_weights, network, natural_pictures(1), torch.device("cpu")
+    )
+
+
+def test_exported_file_loads_as_bundled_and_by_path(tmp_path, monkeypatch):
+    pretrain(SMALL | {"save_path": str(tmp_path), "max_iter": 2})
+    path = tmp_path / EXPORT_NAME
+    stored = torch.load(path, weights_only=True)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert set(stored) == {f"features.{index}.{kind}" for index in (0, 2, 5, 7, 10, 12, 14, 16, 19)
+                           for kind in ("weight", "bias")}
+    monkeypatch.setattr(network_module, "BUNDLED_VGG19", path)
+    bundled, _ = load_vgg("vgg19", "bundled")
+    by_path, _ = load_vgg("vgg19", str(path))
+    for name in bundled:
+        assert torch.equal(bundled[name], by_path[name]) and bundled[name].dtype == torch.float32
+    means = mean_activations(bundled, natural_pictures(8, 40), torch.device("cpu"))
+    assert all(0.2 < mean < 5 for mean in means), means  # one on the pictures learned from
+
+
+# ----------------------------------------------------------------------------------------- the run, and resume
+
+
+def assert_same_runs(actual: Path, desired: Path) -> None:
+    checkpoints = [torch.load(folder / "check_point.pth", weights_only=True) for folder in (actual, desired)]
+    for name, tensor in checkpoints[1]["state_dict"].items():
+        assert_close(checkpoints[0]["state_dict"][name], tensor, rtol=0, atol=0, msg=name)
+    assert read_metrics(actual) == read_metrics(desired)
+    exported = [torch.load(folder / EXPORT_NAME, weights_only=True) for folder in (actual, desired)]
+    assert all(torch.equal(exported[0][name], tensor) for name, tensor in exported[1].items())
+
+
+def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, capsys):
+    """A stop inside a check interval; the rest with a worker process."""
+    settings = SMALL | {"max_iter": 6, "check_iter": 3}
+    assert pretrain(settings | {"save_path": str(tmp_path / "whole")}) == 0
+
+    real = Pretrainer.step
+
+    def step_and_stop(self, views, parts, iteration):
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, views, parts, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrainer, "step", step_and_stop)
+        assert pretrain(settings | {"save_path": str(tmp_path / "halves")}) == 130
+    assert "python main.py --mode pretrain --resume --save_path" in capsys.readouterr().err
+    assert not (tmp_path / "halves" / EXPORT_NAME).exists()
+    assert pretrain({"save_path": str(tmp_path / "halves"), "resume": True, "num_workers": 1}) == 0
+    assert_same_runs(tmp_path / "halves", tmp_path / "whole")
+
+    rows = read_metrics(tmp_path / "whole")
+    assert [row["iteration"] for row in rows] == [3, 6]
+    assert all(set(METRICS) | {f"held_out_{name}" for name in METRICS} <= row.keys() for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_one_folder_and_nothing_held_out(tmp_path):
+    settings = {name: value for name, value in SMALL.items() if name != "content_dir"} | {"holdout": 0.0}
+    assert pretrain(settings | {"save_path": str(tmp_path), "max_iter": 1}) == 0
+    (row,) = read_metrics(tmp_path)
+    assert not any(name.startswith("held_out") for name in row)
+    assert torch.load(tmp_path / "check_point.pth", weights_only=True)["picture_counts"] == [8]
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    pretrain(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+    good = (tmp_path / "check_point.pth").read_bytes()
+    again = {"save_path": str(tmp_path), "resume": True, "max_iter": 5, "lr": 1e30, "check_iter": 9}
+    assert "is not finite" in user_error(pretrain, again)
+    assert (tmp_path / "check_point.pth").read_bytes() == good
+
+
+def test_broken_pictures_are_counted_in_their_folder(tmp_path, capsys):
+    for number in range(12):
+        write_picture(tmp_path / "style" / f"{number}.png", (48, 40), (20 * number, 0, 0))
+    (tmp_path / "style" / "broken.png").write_bytes(b"no picture")
+    pretrain(SMALL | {"style_dir": str(tmp_path / "style"), "save_path": str(tmp_path / "run"), "max_iter": 1})
+    assert f"--style_dir {tmp_path / 'style'}: 13 pictures, 1 skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"save_path": None}, "--save_path is needed in pretrain mode"),
+    ({"content_dir": None, "style_dir": None}, "--content_dir or --style_dir is needed"),
+    ({"cropsize": 36}, "--cropsize 36: a multiple of 8"),
+    ({"content_dir": "nowhere"}, "--content_dir nowhere: no such folder"),
+    ({"resume": True}, "check_point.pth is not there"),
+])
+def test_bad_settings_are_refused(tmp_path, changes, message):
+    assert message in user_error(pretrain, SMALL | {"save_path": str(tmp_path / "run")} | changes)
+
+
+def test_runs_are_not_mixed_up(tmp_path):
+    """A run is not overwritten, and another mode's checkpoint is not resumed."""
+    (tmp_path / "check_point.pth").write_bytes(b"")
+    assert "holds a run already" in user_error(pretrain, SMALL | {"save_path": str(tmp_path)})
+    torch.save({"state_dict": {}, "train_config": {}}, tmp_path / "check_point.pth")
+    assert "holds no pretraining run" in user_error(pretrain, {"save_path": str(tmp_path), "resume": True})
+
+
+def test_command_line(tmp_path, capsys):
+    flags = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+    assert main(["--mode", "pretrain", *flags, "--max_iter", "1", "--save_path", str(tmp_path)]) == 0
+    assert (tmp_path / EXPORT_NAME).exists()
+    assert main(["--mode", "pretrain", *flags, "--holdout", "1", "--save_path", str(tmp_path)]) == 2
+    assert "a number from 0 to 0.9 is needed" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in user_error(pretrain, SMALL | {"save_path": str(tmp_path)})
+
+
+def test_metrics_name_the_taps_of_the_loss_network():
+    assert TAPS == tuple(LossNetwork("vgg19").taps)

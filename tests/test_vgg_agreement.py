@@ -1,6 +1,5 @@
 """The benchmark of VGG weights: distorted copies, distances, the share of equal votes; without ST-LPIPS itself."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import user_error
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +62,3 @@ def test_last_line_is_json(monkeypatch, capsys):
     assert code == 0 and result["triplets"] == 6 and result["pictures"] == 8
     assert result["results"]["pixels"]["agreement"] == 1.0
     assert 0 <= result["results"]["random"]["agreement"] <= 1
-
-
-def test_missing_package_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "requirements-metrics.txt" in user_error(vgg_agreement.ShiftTolerantLpips, "alex")

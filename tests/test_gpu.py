@@ -1,0 +1,83 @@
+"""What only a GPU shows: no host synchronisation in a step, CUDA graphs, the fast step against the plain one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_speed import ON, VGG, batch
+
+from data import TrainingPictures, training_loader
+from network import NetworkConfig, build_from_vgg
+from train import MetricSums, TrainConfig, Trainer, train
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from plain import PlainTrainer  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda", 0)
+
+
+def make_trainer(**settings) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainConfig(**(dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | settings))
+    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, GPU)
+
+
+def batches(count: int) -> list[list[torch.Tensor]]:
+    return [[pictures.to(GPU) for pictures in batch(number, 64, 2)] for number in range(count)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_step_never_waits_for_the_gpu(compiled):
+    trainer, sums = make_trainer(compile=compiled), MetricSums(GPU)
+    pictures = batches(6)
+    for number, pair in enumerate(pictures[:4], 1):  # caches, compilation, graphs
+        sums.add(trainer.step(*pair), number)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, pair in enumerate(pictures[4:], 5):
+            sums.add(trainer.step(*pair), number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_compiled_steps_equal_eager_steps(amp):
+    """Over 20 steps with two of all terms, so that graphs are replayed between eager work."""
+    eager, compiled = make_trainer(amp=amp), make_trainer(amp=amp, compile=True)
+    for number, pair in enumerate(batches(20)):
+        desired, actual = (trainer.step(*pair, all_terms=number % 8 == 7) for trainer in (eager, compiled))
+        for name, value in desired.items():
+            assert actual[name].item() == pytest.approx(value.item(), rel=0.05, abs=1e-3), (name, number)
+
+
+def test_fast_step_equals_plain_step():
+    fast = make_trainer(amp="off")
+    config = fast.config
+    plain = PlainTrainer(fast.network.state_dict(), VGG, config.weights, config.learning_rates, config.l0_eps, GPU)
+    (pair,) = batches(1)
+    actual, desired = fast.step(*pair), plain.step(*pair)
+    for name, value in desired.items():
+        assert actual[name].item() == pytest.approx(value, rel=2e-3), name  # convolutions may run in TF32
+
+
+def test_run_on_the_gpu_resumes(tmp_path):
+    settings = dict(
+        content_dir=str(ROOT / "imgs" / "content"), style_dir=str(ROOT / "imgs" / "style"), vgg_weights="random",
+        imsize=40, cropsize=32, batch_size=2, num_workers=2, gpu_no=0, wb_mode="disabled", check_iter=2,
+        save_path=str(tmp_path / "run"), compile=True,
+    )
+    assert train(settings | {"max_iter": 4}) == 0
+    assert train({"save_path": settings["save_path"], "resume": True, "max_iter": 6}) == 0
+
+
+def test_batches_are_pinned():
+    paths = sorted((ROOT / "imgs" / "content").glob("*.jpg"))
+    loader = training_loader(TrainingPictures(paths, paths, TrainConfig(imsize=40, cropsize=32).crop, 0), range(4), 2,
+                             1, pin_memory=True)
+    content, style, _ = next(iter(loader))
+    assert content.is_pinned() and style.is_pinned()

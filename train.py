@@ -164,7 +164,8 @@ class TransferLosses(nn.Module):
         self.amp_dtype = amp_dtype
         self.processes = processes
         self.gather = gather_with_gradient
-        self.formats = {part: torch.channels_last for part in ("encoder", "decoder")}  # of what goes into each
+        # The memory format of what goes into each.
+        self.formats = {part: torch.channels_last for part in ("encoder", "decoder", "loss_network")}
         self.encoder_is_loss_network = config.learning_rates["encoder"] == 0 and _same_weights(network, loss_network)
 
     def autocast(self, device: torch.device):
@@ -182,7 +183,7 @@ class TransferLosses(nn.Module):
         both = torch.cat([content, style])  # (2B, 3, H, W)
         with self.autocast(both.device):
             with torch.no_grad():
-                targets = self.loss_network(both.contiguous(memory_format=torch.channels_last))
+                targets = self.loss_network(both.contiguous(memory_format=self.formats["loss_network"]))
             if self.encoder_is_loss_network:
                 feature = targets[-1]
             else:
@@ -191,7 +192,7 @@ class TransferLosses(nn.Module):
         aligned = adain(content_feature, *channel_statistics(style_feature))
         with self.autocast(both.device):
             output = self.network.decoder(aligned.contiguous(memory_format=self.formats["decoder"]))  # (B, 3, H, W)
-            output_features = self.loss_network(output.contiguous(memory_format=torch.channels_last))
+            output_features = self.loss_network(output.contiguous(memory_format=self.formats["loss_network"]))
 
         norm = self.gather(losses.channel_norm(feature))  # (2B * processes, C)
         terms = {
@@ -235,7 +236,7 @@ class Trainer:
         amp_dtype, processes = autocast_dtype(config.amp, device), process_count()
         self.losses = TransferLosses(self.network, loss_network.to(device), config, amp_dtype, processes)
         # Frozen weights that autocast would round anew at every use are rounded once.
-        loss_network.to(amp_dtype or torch.float32, memory_format=torch.channels_last)
+        loss_network.to(amp_dtype or torch.float32, memory_format=self.losses.formats["loss_network"])
         groups = []
         for part, rate in config.learning_rates.items():
             module = getattr(self.network, part).requires_grad_(rate > 0)

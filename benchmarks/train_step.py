@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="of this trainer's step")
     parser.add_argument("--compile", action="store_true", help="time this trainer's step with torch.compile as well")
+    parser.add_argument("--default_format", action="store_true", help="time it in the default memory format as well")
     parser.add_argument("--turns", type=int, default=7, help="timed turns behind each median")
     parser.add_argument("--steps", type=int, help="steps a turn (default: 20 on a GPU, 1 on the CPU)")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each loader and end-to-end measurement")
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 # --------------------------------------------------------------------------------------------------- step
 
 
-def build_steps(config: TrainConfig, device: torch.device, with_compile: bool) -> dict[str, Callable]:
+def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torch.device) -> dict[str, Callable]:
     """The variants by name, all from the same weights; each takes content and style, (B, 3, H, W), uint8."""
     vgg, _ = load_vgg(config.backbone, "random", config.seed)
 
@@ -73,9 +74,18 @@ def build_steps(config: TrainConfig, device: torch.device, with_compile: bool) -
     if device.type == "cpu":
         steps["plain, memory kept"] = plain.step  # see utils.keep_freed_memory
     steps["this trainer"] = first.step
-    if with_compile:
+    if arguments.default_format:
+        steps["this trainer, default format"] = in_default_format(trainer(config)).step
+    if arguments.compile:
         steps["this trainer, compiled"] = trainer(replace(config, compile=True)).step
     return steps
+
+
+def in_default_format(trainer: Trainer) -> Trainer:
+    """The trainer with every convolution in torch's default memory format, NCHW; see `train.conv_format`."""
+    trainer.losses.to(memory_format=torch.contiguous_format)
+    trainer.losses.formats = dict.fromkeys(trainer.losses.formats, torch.contiguous_format)
+    return trainer
 
 
 def prepared(name: str, call: Callable, device: torch.device) -> Callable:
@@ -108,7 +118,7 @@ def measure_steps(
     generator = torch.Generator().manual_seed(1)
     shape = (config.batch_size, 3, config.cropsize, config.cropsize)
     content, style = (torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(2))
-    steps = build_steps(config, device, arguments.compile)
+    steps = build_steps(arguments, config, device)
     count = arguments.steps or (20 if device.type == "cuda" else 1)
 
     def turn(step: Callable) -> Callable:
@@ -198,7 +208,7 @@ def measure_end_to_end(
     arguments: argparse.Namespace, config: TrainConfig, device: torch.device, paths: list, cache: PictureCache
 ) -> dict[str, float]:
     """Iterations a second with the pictures coming from files: plain loader and step, this loader and step."""
-    steps = build_steps(config, device, arguments.compile)
+    steps = build_steps(arguments, config, device)
     plain = zip(*(plain_loader(folder, config.imsize, config.cropsize, config.batch_size) for folder in paths))
     results = {}
     for name, step in steps.items():
@@ -221,11 +231,11 @@ def measure_end_to_end(
 
 def print_steps(setting: str, results: dict[str, dict]) -> None:
     print(f"\n{setting}: step on random pictures")
-    print(f"{'':26}{'it/s':>9}{'ratio':>8}{'s, median':>11}{'min':>8}{'max':>8}{'TFLOP':>8}{'TFLOP/s':>9}{'of peak':>9}"
+    print(f"{'':30}{'it/s':>9}{'ratio':>8}{'s, median':>11}{'min':>8}{'max':>8}{'TFLOP':>8}{'TFLOP/s':>9}{'of peak':>9}"
           f"{'MiB':>8}")
     for name, each in results.items():
         seconds, memory = each["seconds"], each["peak_mib"]
-        print(f"{name:26}{each['iterations_per_second']:9.2f}{each['ratio']:8.2f}{seconds['median']:11.4f}"
+        print(f"{name:30}{each['iterations_per_second']:9.2f}{each['ratio']:8.2f}{seconds['median']:11.4f}"
               f"{seconds['min']:8.4f}{seconds['max']:8.4f}{each['teraflop_per_step']:8.3f}"
               f"{each['teraflop_per_second']:9.3f}{each['share_of_peak']:9.1%}"
               f"{'unknown' if memory is None else format(memory, '.0f'):>8}")
@@ -234,7 +244,7 @@ def print_steps(setting: str, results: dict[str, dict]) -> None:
 def print_rates(title: str, rates: dict[str, float]) -> None:
     print(f"\n{title}")
     for name, each in rates.items():
-        print(f"{name:26}{each:9.2f}{each / rates['plain']:8.2f}")
+        print(f"{name:30}{each:9.2f}{each / rates['plain']:8.2f}")
 
 
 def main() -> int:

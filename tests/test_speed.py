@@ -162,11 +162,11 @@ def test_train_step_benchmark():
     _, report = run_benchmark(
         "train_step.py", "--device", "cpu", "--cropsize", 32, "--imsize", 40, "--batch_size", 1, "--turns", 2,
         "--seconds", 0.1, "--num_workers", 1, "--content_dir", ROOT / "imgs" / "content",
-        "--style_dir", ROOT / "imgs" / "style", "--amp", "off",
+        "--style_dir", ROOT / "imgs" / "style", "--amp", "off", "--default_format",
     )
     for setting in ("ch_xor", "baseline"):
         steps = report["steps"][setting]
-        assert steps.keys() == {"plain", "plain, memory kept", "this trainer"}
+        assert steps.keys() == {"plain", "plain, memory kept", "this trainer", "this trainer, default format"}
         for each in steps.values():
             seconds = each["seconds"]
             assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"] and seconds["runs"] == 2

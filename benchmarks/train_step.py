@@ -112,13 +112,13 @@ def operations(step: Callable, content: torch.Tensor, style: torch.Tensor) -> in
 
 
 def measure_steps(
-    arguments: argparse.Namespace, config: TrainConfig, device: torch.device, peaks: dict[str, float]
+    arguments: argparse.Namespace, config: TrainConfig, steps: dict[str, Callable], device: torch.device,
+    peaks: dict[str, float],
 ) -> dict[str, dict]:
     """Rate, operations and memory of every variant. peaks: FLOP/s of a matrix product by data type."""
     generator = torch.Generator().manual_seed(1)
     shape = (config.batch_size, 3, config.cropsize, config.cropsize)
     content, style = (torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(2))
-    steps = build_steps(arguments, config, device)
     count = arguments.steps or (20 if device.type == "cuda" else 1)
 
     def turn(step: Callable) -> Callable:
@@ -205,10 +205,10 @@ def fill_cache(cache: PictureCache, config: TrainConfig, paths: list) -> dict:
 
 
 def measure_end_to_end(
-    arguments: argparse.Namespace, config: TrainConfig, device: torch.device, paths: list, cache: PictureCache
+    arguments: argparse.Namespace, config: TrainConfig, steps: dict[str, Callable], device: torch.device, paths: list,
+    cache: PictureCache,
 ) -> dict[str, float]:
     """Iterations a second with the pictures coming from files: plain loader and step, this loader and step."""
-    steps = build_steps(arguments, config, device)
     plain = zip(*(plain_loader(folder, config.imsize, config.cropsize, config.batch_size) for folder in paths))
     results = {}
     for name, step in steps.items():
@@ -268,10 +268,6 @@ def run(arguments: argparse.Namespace) -> None:
           f"Python {report['python']}; matrix product: "
           + ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {dtype}" for dtype, peak in peaks.items()))
 
-    for name, config in configs.items():
-        report["steps"][name] = measure_steps(arguments, config, device, peaks)
-        print_steps(name, report["steps"][name])
-        gc.collect()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         paths = [
@@ -286,8 +282,13 @@ def run(arguments: argparse.Namespace) -> None:
         report["loader"] = measure_loader(arguments, base, device, paths, cache)
         print_rates(f"loader alone, batches/s ({arguments.num_workers} workers; plain: none)", report["loader"])
         for name, config in configs.items():
-            rates = report["end_to_end"][name] = measure_end_to_end(arguments, config, device, paths, cache)
+            steps = build_steps(arguments, config, device)  # once: compiling takes minutes
+            report["steps"][name] = measure_steps(arguments, config, steps, device, peaks)
+            print_steps(name, report["steps"][name])
+            rates = report["end_to_end"][name] = measure_end_to_end(arguments, config, steps, device, paths, cache)
             print_rates(f"{name}: pictures from files, iterations/s", rates)
+            del steps
+            gc.collect()
     print_json(report)
 
 

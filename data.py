@@ -210,6 +210,20 @@ def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> t
     return [path for path in paths if place(path) >= share], held_out
 
 
+def find_measured(folder: Path, flag: str, holdout: float) -> list[Path]:
+    """The pictures to measure: those that training with the same `holdout` left out; all when it is 0.
+
+    Raises UserError, naming `flag`, when there are none.
+    """
+    paths = find_pictures(folder, flag)
+    if holdout == 0:
+        return paths
+    held_out = split_holdout(paths, holdout)[1]
+    if not held_out:
+        raise UserError(f"{flag} {folder}: --holdout {holdout} holds none of its {len(paths)} pictures out")
+    return held_out
+
+
 class FailedPictures:
     """Counts a folder's unusable pictures, logs each path once, stops the run when they are too many."""
 
@@ -470,10 +484,10 @@ class ViewPairs(TrainingPictures):
     Like TrainingPictures, but positions go through the one or two folders in turn.
     """
 
-    def __init__(self, folders: list[list[Path]], crop: CropConfig, seed: int) -> None:
+    def __init__(self, folders: list[list[Path]], crop: CropConfig, seed: int, strength: float = 1.0) -> None:
         super().__init__(folders[0], folders[-1], crop, seed)
         self.folder_count = len(folders)
-        self.augment = photometric_augmentation(crop.cropsize)
+        self.augment = photometric_augmentation(crop.cropsize, strength)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
         """Returns the views, (2, 3, cropsize, cropsize), uint8, where their common part lies, (2, 5), see
@@ -498,14 +512,19 @@ class ViewPairs(TrainingPictures):
         return torch.stack(views), common_part(boxes, flips)
 
 
-def photometric_augmentation(size: int) -> v2.Compose:
-    """Random colours, greyscale, blur and solarising of a (3, size, size) picture, uint8."""
+def photometric_augmentation(size: int, strength: float) -> v2.Compose:
+    """Random colours, greyscale, blur and solarising of a (3, size, size) picture, uint8.
+
+    strength: 0..1, 0 leaves the picture as it is. Colours shift by as much less, the rest happens as much
+    more rarely.
+    """
     sigma = size / 64  # pixels: as strong at every size
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
     return v2.Compose([
-        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.3, hue=0.1)], 0.8),
-        v2.RandomGrayscale(0.2),
-        v2.RandomApply([v2.GaussianBlur(2 * math.ceil(2 * sigma) + 1, (0.1, sigma))], 0.5),
-        v2.RandomSolarize(128, 0.1),
+        v2.RandomApply([v2.ColorJitter(**{name: amount * strength for name, amount in jitter.items()})], 0.8),
+        v2.RandomGrayscale(0.2 * strength),
+        v2.RandomApply([v2.GaussianBlur(2 * math.ceil(2 * sigma) + 1, (0.1, sigma))], 0.5 * strength),
+        v2.RandomSolarize(128, 0.1 * strength),
     ])
 
 

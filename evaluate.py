@@ -23,13 +23,13 @@ from data import (
     OUTPUT_FORMATS,
     PictureError,
     denormalize,
-    find_pictures,
+    find_measured,
     normalize,
     prepare_picture,
     save_picture,
     to_pil,
 )
-from network import StyleTransferNetwork, count_parameters, find_model_file, load_network
+from network import COMPACT_MODEL, StyleTransferNetwork, count_parameters, find_model_file, load_network
 from quality import INTERVAL, LOSS_METRICS, METRICS, MIN_SIDE, Measurement, Meter
 from utils import (
     UserError,
@@ -44,6 +44,9 @@ from utils import (
 CELL = 256  # pixels: side of a picture in a sheet
 SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
 SMALLEST_CELL = 16
+DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
+DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
+OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 TITLE_HEIGHT = 32  # pixels
 COMPARED_ROWS = 16  # pairs in comparison.png at most
 
@@ -54,10 +57,11 @@ class TestConfig:
 
     __test__ = False  # not a pytest class
 
-    load_path: tuple[str, ...] | None = None
-    content: str | None = None
-    style: str | None = None
-    save_path: str | None = None
+    load_path: tuple[str, ...] = (str(COMPACT_MODEL),)
+    content: str = str(DEMO_CONTENT)
+    style: str = str(DEMO_STYLE)
+    save_path: str | None = None  # None: OUTPUT_NAME
+    holdout: float = 0.0
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
@@ -78,11 +82,28 @@ class TestConfig:
             return ()
         return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
 
+    @property
+    def names_a_folder(self) -> bool:
+        """Whether content or style is a folder of pictures."""
+        return Path(self.content).is_dir() or Path(self.style).is_dir()
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one picture comes out: one pair by one model."""
+        return not self.names_a_folder and len(self.load_path) == 1
+
+    @property
+    def output(self) -> Path:
+        """The picture file or folder to write."""
+        if self.save_path is not None:
+            return Path(self.save_path)
+        return Path(f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME)
+
     def check(self) -> None:
-        """Raises UserError for what is missing."""
-        for flag in ("load_path", "content", "style", "save_path"):
-            if not getattr(self, flag):
-                raise UserError(f"--{flag} is needed in test mode")
+        """Raises UserError for an empty path."""
+        for flag in ("content", "style", "save_path"):
+            if getattr(self, flag) == "":
+                raise UserError(f"--{flag} is empty; leave it out for the default")
 
 
 def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tuple[StyleTransferNetwork, dict]:
@@ -209,12 +230,12 @@ class _Pictures:
     names: list[str]
 
 
-def _find_inputs(path: str, flag: str) -> _Pictures:
-    """The picture that `path` names, or all of a folder."""
+def _find_inputs(path: str, flag: str, holdout: float) -> _Pictures:
+    """The picture that `path` names, or those of a folder."""
     root = Path(path)
     if not root.is_dir():
         return _Pictures(flag, [root], _names(root.parent, [root]))
-    paths = find_pictures(root, f"--{flag}")
+    paths = find_measured(root, f"--{flag}", holdout)
     return _Pictures(flag, paths, _names(root, paths))
 
 
@@ -269,12 +290,11 @@ def test(given: dict) -> int:
         for flag in given.keys() & {"vgg_weights", "style_loss"}:
             note(f"--{flag} has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
-    contents, styles = _find_inputs(config.content, "content"), _find_inputs(config.style, "style")
+    contents, styles = (_find_inputs(getattr(config, flag), flag, config.holdout) for flag in ("content", "style"))
     pairs = choose_pairs(len(contents.paths), len(styles.paths), config.pairs, config.seed)
-    save_path = Path(config.save_path)
+    save_path = config.output
     to_file = save_path.suffix.lower() in OUTPUT_FORMATS
-    is_single = not (Path(config.content).is_dir() or Path(config.style).is_dir()) and len(config.load_path) == 1
-    if to_file and (config.measured or not is_single):
+    if to_file and (config.measured or not config.is_single):
         raise UserError(f"--save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
                         f"{len(config.load_path)} model(s){', and their metrics' if config.measured else ''}; "
                         "name a folder")
@@ -285,21 +305,23 @@ def test(given: dict) -> int:
     folders = [make_folder(folder / model.name, "--save_path") for model in models] if len(models) > 1 else [folder]
     meter = _open_meter(config, models, device)
 
-    sheet = None
-    if len(models) > 1 or config.pairs is not None and not is_single:
-        sheet = comparison_sheet(pairs, [model.name for model in models])
-    elif not is_single:
-        sheet = contact_sheet(pairs)
+    names = [model.name for model in models]
+    sheets = []
+    if len(models) > 1 or config.pairs is not None and not config.is_single:
+        sheets.append(comparison_sheet(pairs, names))
+    if config.names_a_folder and config.pairs is None:
+        sheets.append(contact_sheet(pairs, names))
     files = {pair: f"{contents.names[pair[0]]}_{styles.names[pair[1]]}.png" for pair in pairs}
     if to_file:
         files = {pairs[0]: save_path.name}
-    values = _stylize_pairs(models, pairs, contents, styles, config, sheet, meter,
+    values = _stylize_pairs(models, pairs, contents, styles, config, sheets, meter,
                             {pair: [each / name for each in folders] for pair, name in files.items()})
     written = f"{len(pairs) * len(models)} pictures" if len(pairs) * len(models) > 1 else files[pairs[0]]
-    if sheet is not None and sheet.save(folder):
-        written += f", {sheet.name}"
+    for sheet in sheets:
+        if sheet.save(folder):
+            written += f", {sheet.name}"
     if meter is not None:
-        measurement = Measurement(values.numpy(), pairs, [model.name for model in models], meter.metrics)
+        measurement = Measurement(values.numpy(), pairs, names, meter.metrics)
         report = _report(measurement, models, contents, styles, config, meter)
         write_text_atomically(folder / "metrics.json", json.dumps(report, indent=1) + "\n")
         print(measurement.table())
@@ -310,9 +332,9 @@ def test(given: dict) -> int:
 
 def _stylize_pairs(
     models: list[_Model], pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures, config: TestConfig,
-    sheet: "_Sheet | None", meter: Meter | None, files: dict[tuple[int, int], list[Path]],
+    sheets: "list[_Sheet]", meter: Meter | None, files: dict[tuple[int, int], list[Path]],
 ) -> Tensor:
-    """Stylise every pair with every model, write the pictures to `files`, place all pictures on the sheet.
+    """Stylise every pair with every model, write the pictures to `files`, place all pictures on the sheets.
 
     Returns what the meter measured, (pairs, models, metrics), float64, on the CPU; empty without a meter.
     """
@@ -320,13 +342,13 @@ def _stylize_pairs(
     for number in sorted({style for _, style in pairs}):
         style = load_input(styles.paths[number], config, "style")
         codes[number] = [encode_style(model.network, style) for model in models]
-        if sheet is not None:
+        for sheet in sheets:
             sheet.place(to_pil(style.float() / 255.0), ("style", number))
     values = []
     with progress_bar(len(pairs) * len(models), "stylise", "picture") as bar:
         for number, same_content in groupby(pairs, key=lambda pair: pair[0]):
             content = load_input(contents.paths[number], config, "content")
-            if sheet is not None:
+            for sheet in sheets:
                 sheet.place(to_pil(content.float() / 255.0), ("content", number))
             for pair in same_content:
                 outputs = []
@@ -334,7 +356,7 @@ def _stylize_pairs(
                     outputs.append(stylize(model.network, content, codes[pair[1]][column], config.style_strength))
                     picture = to_pil(denormalize(outputs[-1]))
                     save_picture(picture, files[pair][column])
-                    if sheet is not None:
+                    for sheet in sheets:
                         sheet.place(picture, (*pair, column))
                     bar.update()
                 if meter is not None:
@@ -377,14 +399,20 @@ def _report(
 # ------------------------------------------------------------------------------------------------- sheets
 
 
-def contact_sheet(pairs: list[tuple[int, int]]) -> "_Sheet":
-    """For every content with every style: styles along the top, contents down the left, the outputs between."""
+def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "_Sheet":
+    """For every content with every style: styles along the top, contents down the left, the outputs between,
+    those of several models side by side."""
     places = defaultdict(list)
+    models = len(names)
+    styles = 1 + max(style for _, style in pairs)
     for content, style in pairs:
+        first = 1 + style * models
         places["content", content] = [(content + 1, 0)]
-        places["style", style] = [(0, style + 1)]
-        places[content, style, 0] = [(content + 1, style + 1)]
-    return _Sheet("contact_sheet.png", places, inputs=(1, 1))
+        places["style", style] = [(0, first + (models - 1) / 2)]  # in the middle over its outputs
+        for model in range(models):
+            places[content, style, model] = [(content + 1, first + model)]
+    titles = ("", *names * styles) if models > 1 else ()
+    return _Sheet("contact_sheet.png", places, inputs=(1, 1), titles=titles)
 
 
 def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "_Sheet":
@@ -403,14 +431,15 @@ def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "_Sheet"
 class _Sheet:
     """Pictures in cells of one size, with a title over every column where there are titles.
 
-    places: for the key of each picture, the cells it goes to, (row, column); a picture without a cell is left
-    out. inputs: how many rows at the top and columns at the left hold inputs: a rule sets them off.
+    places: for the key of each picture, the cells it goes to, (row, column), a half being between two; a picture
+    without a cell is left out. inputs: how many rows at the top and columns at the left hold inputs: a rule sets
+    them off.
     """
 
     def __init__(self, name: str, places: dict, inputs: tuple[int, int], titles: tuple[str, ...] = ()) -> None:
         self.name, self.places, self.inputs = name, places, inputs
         cells = [cell for each in places.values() for cell in each]
-        rows, columns = (max(cell[axis] for cell in cells) + 1 for axis in range(2))
+        rows, columns = (int(max(cell[axis] for cell in cells)) + 1 for axis in range(2))
         self.top = TITLE_HEIGHT if titles else 0
         self.cell = min(CELL, (SHEET_SIDE - self.top) // max(rows, columns))
         self.image = None
@@ -435,8 +464,8 @@ class _Sheet:
         picture = picture.copy()
         picture.thumbnail((inner, inner))
         for row, column in self.places[key]:
-            left = column * self.cell + (self.cell - picture.width) // 2
-            top = self.top + row * self.cell + (self.cell - picture.height) // 2
+            left = round(column * self.cell + (self.cell - picture.width) / 2)
+            top = round(self.top + row * self.cell + (self.cell - picture.height) / 2)
             self.image.paste(picture, (left, top))
 
     def save(self, folder: Path) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from data import PICTURE_SUFFIXES
-from evaluate import TestConfig, test
+from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES, VIEW_LOSSES
 from network import BACKBONES, VGG_SOURCES
 from pretrain import PretrainConfig, pretrain
@@ -97,14 +97,13 @@ _SWITCH = {"action": "store_true"}
 FLAGS = (
     Flag("gpu_no", "device: -1 is the CPU, n that GPU (default: GPU 0 when there is one, else the CPU)", {"type": int}),
     Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from; "
-         "test compares several", {"nargs": "+"}),
-    Flag("save_path", "train, prune, pretrain: the folder to write to; test: a picture file, or a folder"),
+         "test compares several (default: none; in test the compact model of model-store/)", {"nargs": "+"}),
+    Flag("save_path", "train, prune, pretrain: the folder to write to; test: a picture file, or a folder (default: "
+         f"none; in test {OUTPUT_NAME}.png for one picture, the folder {OUTPUT_NAME} for more)"),
     Flag("content_dir", f"folder of photographs, searched recursively for {' '.join(PICTURE_SUFFIXES)} in any case"),
     Flag("style_dir", "folder of paintings, likewise"),
-    Flag("content", "content picture (test: or a folder of them; prune: for the picture grid, "
-         "default there: a bundled one)"),
-    Flag("style", "style picture (test: or a folder of them; prune: for the picture grid, "
-         "default there: a bundled one)"),
+    Flag("content", "content picture (test: or a folder of them; prune: for the picture grid; default: a bundled one)"),
+    Flag("style", "style picture (test: or a folder of them; prune: for the picture grid; default: a bundled one)"),
     Flag("backbone", "VGG of encoder and loss network; in test and prune the file says which, and another is refused",
          {"choices": BACKBONES}),
     Flag("swap_max_pool", "average pooling in place of max pooling in the encoder", _SWITCH),
@@ -122,10 +121,13 @@ FLAGS = (
          "metrics.json; without names, all (default: measure nothing)", {"nargs": "*", "choices": tuple(METRICS)}),
     Flag("vgg_weights", f"where encoder (train) and loss network start: {', '.join(VGG_SOURCES)}, or the path of a "
          ".pth or .safetensors file with torchvision's keys"),
-    Flag("holdout", "share of each folder's pictures, chosen by name, that is not learned from",
+    Flag("holdout", "share of each folder's pictures, chosen by name, that is not learned from; test and prune take "
+         "only this share of a folder, or with 0 all of it",
          {"type": share}),
     Flag("lr", "learning rate (train: of encoder and decoder where theirs is not given; pretrain: the highest, "
          "between a warm-up and a decay to 0 at --max_iter)", {"type": amount}),
+    Flag("view_strength", "strength of the views' random colours, greyscale, blur and solarising, from 0, none, to 1",
+         {"type": fraction}),
     Flag("view_loss", "how two views of a place are compared", {"choices": tuple(VIEW_LOSSES)}),
     Flag("weight_decay", "weight decay of AdamW", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),

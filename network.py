@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
 
 ADAIN_EPS = 1e-5
-BUNDLED_VGG19 = Path(__file__).parent / "model-store" / "vgg19_features.pth"
+MODEL_STORE = Path(__file__).parent / "model-store"
+BUNDLED_VGG19 = MODEL_STORE / "vgg19_features.pth"
+COMPACT_MODEL = MODEL_STORE / "ch_xor_small_pruned.pth"  # what test mode uses where no model is named
 VGG_SOURCES = ("imagenet", "bundled", "random")
 
 _POOL = "pool"

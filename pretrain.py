@@ -64,6 +64,7 @@ class PretrainConfig:
     cropsize: int = 96
     max_pixels: int = MAX_PIXELS
     holdout: float = 0.1
+    view_strength: float = 1.0
     view_loss: str = "vicreg"
     lr: float = 1e-3
     weight_decay: float = 1e-2
@@ -362,11 +363,11 @@ class _Run:
                     lists.append(part)
         self.picture_counts = [len(paths) for paths in folders]
         crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
-        self.pairs = ViewPairs(folders, crop, config.seed)
+        self.pairs = ViewPairs(folders, crop, config.seed, config.view_strength)
         self.held_out = None  # or always the same views and their common parts, in whole batches
         measured = [(paths, tally) for paths, tally in zip(held_out, self.tallies) if paths]
         if measured:
-            pairs = ViewPairs([paths for paths, _ in measured], crop, config.seed)
+            pairs = ViewPairs([paths for paths, _ in measured], crop, config.seed, config.view_strength)
             count = max(1, HELD_OUT_PAIRS // config.batch_size) * config.batch_size
             *self.held_out, failures = collate([pairs[position] for position in range(count)])
             check_failures(failures, [tally for _, tally in measured])

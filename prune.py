@@ -17,12 +17,12 @@ from data import (
     FailedPictures,
     PictureError,
     denormalize,
-    find_pictures,
+    find_measured,
     normalize,
     prepare_picture,
     to_pil,
 )
-from evaluate import encode_style, load_input, open_model, stylize_picture
+from evaluate import DEMO_CONTENT, DEMO_STYLE, encode_style, load_input, open_model, stylize_picture
 from loss import L0_EPS, channel_norm, l0_norm
 from network import (
     StyleTransferNetwork,
@@ -45,8 +45,6 @@ from utils import (
 )
 
 PRUNED_NAME = "pruned.pth"
-DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
-DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
 REPORT_SIZE = 512  # pixels: side of the pictures that multiply-adds and latency are given for
 COMPARED_PAIRS = 8  # measured pairs that are stylised before and after the cut
 LOADING_CHUNK = 16  # pictures decoded ahead
@@ -68,6 +66,7 @@ class PruneConfig:
     imsize: int = 512
     cropsize: int = 512
     max_pixels: int = MAX_PIXELS
+    holdout: float = 0.0
     prune_images: int = 1000
     prune_num: int | None = None
     prune_channels: tuple[int, ...] | None = None
@@ -164,7 +163,7 @@ def measure_responses(network: StyleTransferNetwork, config: PruneConfig) -> Res
     rows, used = [], []
     counts = []
     for folder, flag in ((config.content_dir, "--content_dir"), (config.style_dir, "--style_dir")):
-        paths = find_pictures(folder, flag)
+        paths = find_measured(folder, flag, config.holdout)
         if len(paths) > config.prune_images:
             paths = sorted(random.Random(0).sample(paths, config.prune_images))
         failed = FailedPictures(folder, flag, len(paths))
@@ -355,7 +354,7 @@ def format_report(report: dict) -> str:
 # ------------------------------------------------------------------------------------------------- plots
 
 
-def _new_figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """A matplotlib figure without pyplot: no display, no state left behind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -368,7 +367,7 @@ def _new_figure(width: float, height: float):
 def plot_l0_map(responses: Responses, path: Path) -> None:
     """Pictures down, channels across; white: the channel responds to the picture, black: it is zero."""
     is_on = responses.l2 > 0
-    figure = _new_figure(9, 5)
+    figure = new_figure(9, 5)
     axes = figure.subplots()
     axes.imshow(is_on, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     styles = len(is_on) - responses.contents
@@ -384,7 +383,7 @@ def plot_l0_map(responses: Responses, path: Path) -> None:
 def plot_l2_curve(responses: Responses, path: Path) -> None:
     """Summed l2 norm of the channels, weakest first; the order in which they are cut."""
     order = responses.weakest_first
-    figure = _new_figure(7, 4.2)
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
     for name, rows in (("content", responses.l2[: responses.contents]), ("style", responses.l2[responses.contents :])):
         axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], linewidth=0.8, alpha=0.7, label=name)
@@ -413,7 +412,7 @@ def plot_prune_grid(
         panels.append((f"Prune {number} channels", output))
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _new_figure(2.6 * columns, 2.9 * rows)
+    figure = new_figure(2.6 * columns, 2.9 * rows)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, (title, picture) in zip(figure.axes, panels):

@@ -11,7 +11,6 @@ own mean squared difference is measured beside the features. The last line of th
 
 import argparse
 import io
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,16 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import print_json, versions
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from data import find_pictures, normalize, prepare_picture, split_holdout  # noqa: E402
-from network import LossNetwork, load_vgg  # noqa: E402
-from quality import load_stlpips  # noqa: E402
-from utils import UserError, describe_device, note, resolve_device  # noqa: E402
+from data import find_measured, find_pictures, normalize, prepare_picture
+from network import LossNetwork, load_vgg
+from quality import load_stlpips
+from utils import UserError, describe_device, note, resolve_device
 
 RESAMPLES = 2000  # of the bootstrap
 
@@ -186,10 +184,10 @@ def held_out_pictures(options: argparse.Namespace) -> list[Path]:
     for flag in ("content_dir", "style_dir"):
         folder = getattr(options, flag)
         if folder:
-            found = find_pictures(folder, f"--{flag}")
-            paths += found if options.holdout >= 1 else split_holdout(found, options.holdout)[1]
+            paths += (find_pictures(folder, f"--{flag}") if options.holdout >= 1
+                      else find_measured(folder, f"--{flag}", options.holdout))
     if not paths:
-        raise UserError("--content_dir, --style_dir: no held-out picture in them")
+        raise UserError("--content_dir or --style_dir is needed")
     return paths
 
 
@@ -213,10 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
         results[name] = agreement(votes(distance, triplets, device) == desired, len(paths))
         results[name]["origin"] = getattr(distance, "origin", "pixels")
         print("{agreement:.3f} ({low:.3f} to {high:.3f})  {origin}".format(**results[name]), flush=True)
-    print(json.dumps({
+    print_json({
         "metric": f"ST-LPIPS ({options.trunk})", "triplets": len(triplets), "pictures": len(paths),
-        "size": options.size, "seed": options.seed, "results": results,
-    }))
+        "size": options.size, "seed": options.seed, "results": results, **versions(device),
+    })
     return 0
 
 

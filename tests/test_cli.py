@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data import find_pictures, split_holdout
+from evaluate import DEMO_CONTENT, DEMO_STYLE
 from main import main
-from network import NetworkConfig, StyleTransferNetwork, model_checkpoint
+from network import COMPACT_MODEL, NetworkConfig, StyleTransferNetwork, model_checkpoint
 from utils import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +148,39 @@ def test_output_has_the_size_of_the_content(trained, tmp_path, size):
     assert Image.open(out).size == size
 
 
+def test_test_mode_without_paths_stylises_a_bundled_pair_with_the_compact_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--mode", "test", "--gpu_no", "-1"]) == 0
+    model = ["--load_path", str(COMPACT_MODEL), "--content", str(DEMO_CONTENT), "--style", str(DEMO_STYLE)]
+    assert main(["--mode", "test", "--gpu_no", "-1", *model, "--save_path", "named.png"]) == 0
+    actual, desired = (np.asarray(Image.open(name)) for name in ("stylised.png", "named.png"))
+    np.testing.assert_array_equal(actual, desired)
+    assert actual.shape[:2] == Image.open(DEMO_CONTENT).size[::-1]
+
+
+def test_holdout_takes_what_training_left_out(trained, tmp_path):
+    """In test and prune mode: 3 of the 16 bundled pictures at 0.3, those that the split by name gives."""
+    desired = {}
+    for flag, folder in (("content", CONTENT_DIR), ("style", STYLE_DIR)):
+        desired[flag] = split_holdout(find_pictures(folder, ""), 0.3)[1]
+        assert 0 < len(desired[flag]) < 8
+    common = ["--gpu_no", "-1", "--load_path", str(trained), "--imsize", "64", "--cropsize", "64", "--holdout", "0.3"]
+    assert main(["--mode", "test", *common, "--content", str(CONTENT_DIR), "--style", str(STYLE_DIR),
+                 "--save_path", str(tmp_path / "test")]) == 0
+    written = {path.name for path in (tmp_path / "test").iterdir()} - {"contact_sheet.png"}
+    assert written == {f"{content.stem}_{style.stem}.png"
+                       for content in desired["content"] for style in desired["style"]}
+    assert main(["--mode", "prune", *common, "--content_dir", str(CONTENT_DIR), "--style_dir", str(STYLE_DIR),
+                 "--latency_runs", "1", "--prune_nums", "0", "--save_path", str(tmp_path / "prune")]) == 0
+    measured = np.load(tmp_path / "prune" / "responses.npz")["paths"].tolist()
+    assert measured == [str(path) for path in (*desired["content"], *desired["style"])]
+
+
+def test_holdout_that_leaves_nothing_to_measure_is_refused(test_flags, tmp_path, capsys):
+    line = refusal(capsys, *words(test_flags | {"--content": CONTENT_DIR, "--holdout": 1e-9, "--save_path": tmp_path}))
+    assert "--holdout 1e-09 holds none of its 8 pictures out" in line
+
+
 def test_original_model_files_work(trained, tmp_path):
     """A file that holds only `state_dict` gives the picture of the checkpoint it was taken from."""
     state = torch.load(trained / "check_point.pth", weights_only=True)["state_dict"]
@@ -241,8 +276,7 @@ def test_bad_flags_of_test_mode(test_flags, capsys, change, needed):
 
 
 def test_missing_flags_are_named(capsys, small_model):
-    assert "--load_path is needed" in refusal(capsys, "--mode", "test")
-    assert "--content is needed" in refusal(capsys, "--mode", "test", "--load_path", small_model)
+    assert "--style is empty" in refusal(capsys, "--mode", "test", "--load_path", small_model, "--style", "")
     assert "--content_dir is needed" in refusal(capsys, "--mode", "train")
     assert "--save_path is needed" in refusal(capsys, "--mode", "prune", "--load_path", small_model)
 

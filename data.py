@@ -1,7 +1,6 @@
 """Images in and out: finding, decoding, cropping and sampling pictures; normalisation; saving and grids."""
 
 import hashlib
-import math
 import os
 import random
 import re
@@ -484,10 +483,10 @@ class ViewPairs(TrainingPictures):
     Like TrainingPictures, but positions go through the one or two folders in turn.
     """
 
-    def __init__(self, folders: list[list[Path]], crop: CropConfig, seed: int, strength: float = 1.0) -> None:
+    def __init__(self, folders: list[list[Path]], crop: CropConfig, seed: int, strength: float) -> None:
         super().__init__(folders[0], folders[-1], crop, seed)
         self.folder_count = len(folders)
-        self.augment = photometric_augmentation(crop.cropsize, strength)
+        self.augment = photometric_augmentation(strength)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
         """Returns the views, (2, 3, cropsize, cropsize), uint8, where their common part lies, (2, 5), see
@@ -512,18 +511,16 @@ class ViewPairs(TrainingPictures):
         return torch.stack(views), common_part(boxes, flips)
 
 
-def photometric_augmentation(size: int, strength: float) -> v2.Compose:
-    """Random colours, greyscale, blur and solarising of a (3, size, size) picture, uint8.
+def photometric_augmentation(strength: float) -> v2.Compose:
+    """Random colours, greyscale and solarising of a (3, H, W) picture, uint8.
 
     strength: 0..1, 0 leaves the picture as it is. Colours shift by as much less, the rest happens as much
-    more rarely.
+    more rarely. No blur: features that overlook blur rate pictures unlike people do (README, Pretrain).
     """
-    sigma = size / 64  # pixels: as strong at every size
     jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
     return v2.Compose([
         v2.RandomApply([v2.ColorJitter(**{name: amount * strength for name, amount in jitter.items()})], 0.8),
         v2.RandomGrayscale(0.2 * strength),
-        v2.RandomApply([v2.GaussianBlur(2 * math.ceil(2 * sigma) + 1, (0.1, sigma))], 0.5 * strength),
         v2.RandomSolarize(128, 0.1 * strength),
     ])
 

@@ -126,7 +126,7 @@ FLAGS = (
          {"type": share}),
     Flag("lr", "learning rate (train: of encoder and decoder where theirs is not given; pretrain: the highest, "
          "between a warm-up and a decay to 0 at --max_iter)", {"type": amount}),
-    Flag("view_strength", "strength of the views' random colours, greyscale, blur and solarising, from 0, none, to 1",
+    Flag("view_strength", "strength of the views' random colours, greyscale and solarising, from 0, none, to 1",
          {"type": fraction}),
     Flag("view_loss", "how two views of a place are compared", {"choices": tuple(VIEW_LOSSES)}),
     Flag("weight_decay", "weight decay of AdamW", {"type": amount}),

@@ -3,7 +3,8 @@
 For triplets of a held-out picture and two distorted copies, the features' distance (unit-normalised channels,
 summed squared difference, averaged over positions and over the taps, as in LPIPS without its learned weights;
 Zhang et al., arXiv 1801.03924) votes for one copy, ST-LPIPS (Ghildyal & Liu, arXiv 2207.13686; PyPI
-`stlpips-pytorch`, its weights are in the package) for one; the figure is the share of equal votes. The pixels'
+`stlpips-pytorch`, its weights are in the package) for one; the figure is the share of equal votes. Beside it stands
+what each distance minds: its mean for copies with one kind of distortion, over the mean of all kinds. The pixels'
 own mean squared difference is measured beside the features. The last line of the output is JSON.
 
     python benchmarks/vgg_agreement.py --content_dir PHOTOS --style_dir PAINTINGS --vgg_weights random bundled
@@ -39,7 +40,7 @@ def distort(picture: Tensor, generator: torch.Generator) -> Tensor:
 
     picture: (3, H, W), uint8. Returns the same.
     """
-    kinds = (blur, noise, jpeg, warp, shift_colors)
+    kinds = tuple(KINDS.values())
     number = int(torch.randint(1, 4, (), generator=generator))
     for kind in torch.randperm(len(kinds), generator=generator)[:number].tolist():
         picture = kinds[kind](picture, float(torch.rand((), generator=generator)), generator)
@@ -85,6 +86,9 @@ def _to_uint8(picture: Tensor) -> Tensor:
     return picture.round().clamp(0, 255).byte()
 
 
+KINDS = {"blur": blur, "noise": noise, "JPEG": jpeg, "warp": warp, "colours": shift_colors}
+
+
 def make_triplets(paths: list[Path], count: int, size: int, seed: int) -> Tensor:
     """Pictures in turn, each with two distorted copies of its centre: (count, 3, 3, size, size), uint8."""
     triplets = []
@@ -92,6 +96,20 @@ def make_triplets(paths: list[Path], count: int, size: int, seed: int) -> Tensor
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         picture = prepare_picture(paths[number % len(paths)], size, size)[0]
         triplets.append(torch.stack([picture, distort(picture, generator), distort(picture, generator)]))
+    return torch.stack(triplets)
+
+
+def make_single_distortions(paths: list[Path], size: int, seed: int) -> Tensor:
+    """Every picture's centre with two copies distorted in one way at half strength, for each kind in turn.
+
+    Returns (pictures * kinds, 3, 3, size, size), uint8.
+    """
+    triplets = []
+    for number, path in enumerate(paths):
+        picture = prepare_picture(path, size, size)[0]
+        for kind in KINDS.values():
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            triplets.append(torch.stack([picture, *(kind(picture, 0.5, generator) for _ in range(2))]))
     return torch.stack(triplets)
 
 
@@ -142,14 +160,22 @@ class ShiftTolerantLpips(nn.Module):
 
 
 @torch.inference_mode()
-def votes(distance: nn.Module, triplets: Tensor, device: torch.device, batch_size: int = 32) -> np.ndarray:
-    """Whether the first copy is nearer, for every triplet. triplets: (n, 3, 3, H, W), uint8. Returns (n,)."""
+def measure(distance: nn.Module, triplets: Tensor, device: torch.device, batch_size: int = 32) -> np.ndarray:
+    """Distances of both copies, (n, 2). triplets: (n, 3, 3, H, W), uint8."""
     distance = distance.to(device).eval()
-    nearer = []
-    for batch in triplets.to(device).split(batch_size):
-        distances = distance(batch)
-        nearer.append(distances[:, 0] < distances[:, 1])
-    return torch.cat(nearer).cpu().numpy()
+    return torch.cat([distance(batch) for batch in triplets.to(device).split(batch_size)]).cpu().numpy()
+
+
+def votes(distance: nn.Module, triplets: Tensor, device: torch.device) -> np.ndarray:
+    """Whether the first copy is nearer, for every triplet. triplets: (n, 3, 3, H, W), uint8. Returns (n,)."""
+    first, second = measure(distance, triplets, device).T
+    return first < second
+
+
+def minds(distance: nn.Module, singles: Tensor, device: torch.device) -> dict[str, float]:
+    """The mean distance of each kind of distortion over the mean of all. singles: `make_single_distortions`."""
+    by_kind = measure(distance, singles, device).reshape(-1, len(KINDS), 2).mean(axis=(0, 2))
+    return dict(zip(KINDS, (by_kind / by_kind.mean()).round(3).tolist()))
 
 
 def agreement(equal: np.ndarray, pictures: int) -> dict[str, float]:
@@ -191,6 +217,10 @@ def held_out_pictures(options: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def _row(values: dict[str, float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values.values())
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
@@ -200,19 +230,25 @@ def main(arguments: list[str] | None = None) -> int:
         distances = {"pixels": PixelDistance()} | {source: FeatureDistance(source) for source in options.vgg_weights}
         metric = ShiftTolerantLpips(options.trunk)
         triplets = make_triplets(paths, options.triplets, options.size, options.seed)
+        singles = make_single_distortions(paths, options.size, options.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     note(f"{len(triplets)} triplets of {len(paths)} held-out pictures, {options.size} x {options.size}, "
          f"on {describe_device(device)}")
     desired = votes(metric, triplets, device)
+    metric_minds = minds(metric, singles, device)
+    print(f"agreement, 95% interval; what it minds: {', '.join(KINDS)}")
+    print(f"{'':24}{_row(metric_minds)}  ST-LPIPS ({options.trunk})", flush=True)
     results = {}
     for name, distance in distances.items():
         results[name] = agreement(votes(distance, triplets, device) == desired, len(paths))
-        results[name]["origin"] = getattr(distance, "origin", "pixels")
-        print("{agreement:.3f} ({low:.3f} to {high:.3f})  {origin}".format(**results[name]), flush=True)
+        results[name] |= {"minds": minds(distance, singles, device), "origin": getattr(distance, "origin", "pixels")}
+        print("{agreement:.3f} ({low:.3f} to {high:.3f})  ".format(**results[name])
+              + f"{_row(results[name]['minds'])}  {results[name]['origin']}", flush=True)
     print_json({
-        "metric": f"ST-LPIPS ({options.trunk})", "triplets": len(triplets), "pictures": len(paths),
+        "metric": f"ST-LPIPS ({options.trunk})", "metric_minds": metric_minds, "triplets": len(triplets),
+        "pictures": len(paths),
         "size": options.size, "seed": options.seed, "results": results, **versions(device),
     })
     return 0

@@ -55,6 +55,31 @@ def test_agreement_by_hand():
     assert vgg_agreement.agreement(np.ones(7, bool), 3) == {"agreement": 1.0, "low": 1.0, "high": 1.0}
 
 
+def test_what_a_distance_minds_by_hand():
+    """Rows go kind by kind, picture by picture; here the distance is written into the pictures."""
+    kinds = len(vgg_agreement.KINDS)
+    amounts = torch.tensor([[1, 3], [2, 2], [0, 0], [0, 4], [6, 2]])  # of both copies: means 2, 2, 0, 2, 4
+    singles = torch.zeros(2 * kinds, 3, 3, 4, 4, dtype=torch.uint8)
+    singles[:, 1:] = torch.cat([amounts, amounts])[:, :, None, None, None].byte()
+
+    class Written(torch.nn.Module):
+        def forward(self, triplets):
+            return triplets[:, 1:].float().mean(dim=(2, 3, 4))
+
+    actual = vgg_agreement.minds(Written(), singles, torch.device("cpu"))
+    assert actual == {"blur": 1.0, "noise": 1.0, "JPEG": 0.0, "warp": 1.0, "colours": 2.0}
+
+
+def test_single_distortions_go_kind_by_kind():
+    paths = find_pictures(CONTENT_DIR, "")[:2]
+    singles = vgg_agreement.make_single_distortions(paths, 32, seed=0)
+    assert singles.shape == (2 * len(vgg_agreement.KINDS), 3, 3, 32, 32)
+    for row, (picture, first, second) in enumerate(singles):
+        assert torch.equal(picture, singles[row // 5 * 5, 0]) and not torch.equal(picture, first)
+        kind = list(vgg_agreement.KINDS)[row % 5]
+        assert torch.equal(first, second) == (kind in ("blur", "JPEG"))  # the two that draw nothing
+
+
 def test_last_line_is_json(monkeypatch, capsys):
     monkeypatch.setattr(vgg_agreement, "ShiftTolerantLpips", lambda trunk: vgg_agreement.PixelDistance())
     code = vgg_agreement.main(f"--content_dir {CONTENT_DIR} --holdout 1 --triplets 6 --size 32 --gpu_no -1".split())

@@ -500,7 +500,9 @@ class ViewPairs(TrainingPictures):
 
     def _cut(self, path: Path, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         image = load_resized(path, self.crop.imsize, self.crop.max_pixels)
-        boxes, flips = draw_boxes(image.size, generator), generator.random(2) < 0.5
+        # Both views are mirrored or neither: features that take a place for its mirror image tell nothing of how
+        # an edge across runs, and a decoder learns stripes from them.
+        boxes, flips = draw_boxes(image.size, generator), np.full(2, generator.random() < 0.5)
         size = (self.crop.cropsize, self.crop.cropsize)
         views = []
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms know only torch's global generator

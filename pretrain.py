@@ -64,7 +64,7 @@ class PretrainConfig:
     cropsize: int = 96
     max_pixels: int = MAX_PIXELS
     holdout: float = 0.1
-    view_strength: float = 0.5
+    view_strength: float = 0.4
     view_loss: str = "vicreg"
     lr: float = 1e-3
     weight_decay: float = 1e-2

@@ -180,7 +180,7 @@ def measure_responses(network: StyleTransferNetwork, config) -> Responses:
                     feature = network.encoder(network.pad(normalize(picture.to(device))))
                     rows.append(channel_norm(feature)[0].cpu())
                     used.append(str(path))
-                    if flag == "--style_dir":
+                    if config.every_layer and flag == "--style_dir":
                         style_codes.append(channel_statistics(feature))
             counts.append(len(paths) - len(failed.paths))
             if not counts[-1]:

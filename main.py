@@ -13,7 +13,7 @@ from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES, VIEW_LOSSES
 from network import BACKBONES, VGG_SOURCES
 from pretrain import PretrainConfig, pretrain
-from prune import PruneConfig, prune
+from prune import PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
 from train import TrainConfig, train
 from utils import UserError, note
@@ -49,6 +49,7 @@ count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
 amount = _number(float, 0, math.inf, "a number, 0 or more,")
 positive = _number(float, 0, math.inf, "a number above 0", exclude_low=True)
 fraction = _number(float, 0, 1, "a number from 0 to 1")
+positive_fraction = _number(float, 0, 1, "a number above 0, at most 1,", exclude_low=True)
 share = _number(float, 0, 0.9, "a number from 0 to 0.9")
 
 
@@ -159,6 +160,11 @@ FLAGS = (
     Flag("wb_notes", "notes on the wandb run"),
     Flag("wb_tags", "tags of the wandb run", {"nargs": "+"}),
     Flag("prune_images", "pictures of each folder to measure", {"type": count}),
+    Flag("prune_layers", "cut channels of the bottleneck alone, or of every layer", {"choices": PRUNED_LAYERS}),
+    Flag("prune_macs", "cut channels of all layers, the least important first, until this part of the multiply-adds is "
+         "left (default: only channels that are off or constant for everything measured)", {"type": positive_fraction}),
+    Flag("round_to", "leave widths that are multiples of this, where the width before is not less: fewer channels are "
+         "cut, or more with --prune_macs", {"type": count}),
     Flag("prune_num", "cut this many channels, weakest first (default: those that are zero for every measured picture)",
          {"type": count_or_zero}),
     Flag("prune_channels", "cut these channels, by index (default: see --prune_num)", {"type": int, "nargs": "+"}),

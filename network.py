@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -84,6 +85,16 @@ class NetworkConfig:
         """Plain types, for a checkpoint or a JSON file."""
         values = asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output channels of every conv, encoder then decoder, in forward order."""
+        return self.encoder_widths + self.decoder_widths
+
+    def with_widths(self, widths: Sequence[int]) -> "NetworkConfig":
+        """The same network with other `widths`. Raises ValueError when they do not fit."""
+        convs = len(self.encoder_widths)
+        return replace(self, encoder_widths=tuple(widths[:convs]), decoder_widths=tuple(widths[convs:]))
 
     @property
     def bottleneck_width(self) -> int:
@@ -489,3 +500,57 @@ def count_macs(config: NetworkConfig, size: int) -> int:
         network.encoder(image)
         network.decoder.layers[0](network.encoder(image))
     return counter.get_total_flops() // 2  # the counter takes a multiply-add for two operations
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """One conv of a network, and what it costs.
+
+    name: its prefix in the state dict; kind: encoder, bottleneck (the encoder's last), decoder, or output (RGB).
+    positions: at which the filters are applied for one pair, content and style in the encoder.
+    """
+
+    name: str
+    kind: str
+    width_in: int
+    width: int
+    positions: int
+
+    @property
+    def parameters(self) -> int:
+        return self.width * (9 * self.width_in + 1)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one pair, of the layer as it is defined."""
+        return 9 * self.width_in * self.width * self.positions
+
+
+def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
+    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures.
+
+    The multiply-adds add up to `count_macs(config, size)`, without a network being built.
+    """
+    layout, widths = _ENCODERS[config.backbone], iter(config.widths)
+    layers, width_in, side, index = [], 3, size, 0
+    for entry in layout:  # conv, ReLU; or pooling
+        if entry == _POOL:
+            side, index = side // 2, index + 1
+            continue
+        kind = "bottleneck" if len(layers) + 1 == len(config.encoder_widths) else "encoder"
+        layers.append(ConvLayer(f"encoder.layers.0.{index}", kind, width_in, next(widths), 2 * side * side))
+        width_in, index = layers[-1].width, index + 2
+    index = 0
+    for entry in reversed(layout):  # padding, conv, ReLU; or upsampling
+        if entry == _POOL:
+            side, index = side * 2, index + 1
+            continue
+        kind = "output" if len(layers) + 1 == len(config.widths) else "decoder"
+        layers.append(ConvLayer(f"decoder.layers.0.{index + 1}", kind, width_in, next(widths), side * side))
+        width_in, index = layers[-1].width, index + 3
+    return layers
+
+
+def bottleneck_conv(config: NetworkConfig) -> str:
+    """The name of the encoder's last conv, whose output channels are the bottleneck."""
+    return next(layer.name for layer in conv_layers(config, size=0) if layer.kind == "bottleneck")

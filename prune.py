@@ -1,53 +1,43 @@
-"""`--mode prune`: measure the bottleneck channels, cut the inactive ones out, report what that changes."""
+"""`--mode prune`: measure the channels, cut the inactive or least important ones out, report what that changes."""
 
 import io
 import json
-import random
 import statistics
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import (
-    MAX_PIXELS,
-    FailedPictures,
-    PictureError,
-    denormalize,
-    find_measured,
-    normalize,
-    prepare_picture,
-    to_pil,
-)
+from data import MAX_PIXELS, denormalize, normalize, to_pil
 from evaluate import DEMO_CONTENT, DEMO_STYLE, encode_style, load_input, open_model, stylize_picture
-from loss import L0_EPS, channel_norm, l0_norm
 from network import (
     StyleTransferNetwork,
+    bottleneck_conv,
+    conv_layers,
     count_macs,
     count_parameters,
     find_model_file,
     model_checkpoint,
 )
+from responses import Responses, measure_responses
+from selection import Selection, most_macs, rounded_width, select_channels
+from surgery import cut_bottleneck, cut_channels
 from utils import (
     UserError,
     describe_device,
     make_folder,
     note,
-    progress_bar,
     resolve_device,
     save_checkpoint,
     time_in_turns,
-    write_atomically,
     write_text_atomically,
 )
 
 PRUNED_NAME = "pruned.pth"
 REPORT_SIZE = 512  # pixels: side of the pictures that multiply-adds and latency are given for
 COMPARED_PAIRS = 8  # measured pairs that are stylised before and after the cut
-LOADING_CHUNK = 16  # pictures decoded ahead
+PRUNED_LAYERS = ("bottleneck", "all")
 
 
 @dataclass(frozen=True)
@@ -68,6 +58,9 @@ class PruneConfig:
     max_pixels: int = MAX_PIXELS
     holdout: float = 0.0
     prune_images: int = 1000
+    prune_layers: str = "bottleneck"
+    prune_macs: float | None = None  # of the multiply-adds before; implies all layers
+    round_to: int = 1
     prune_num: int | None = None
     prune_channels: tuple[int, ...] | None = None
     prune_nums: tuple[int, ...] = (0, 100, 200, 300, 400, 470, 490, 500)
@@ -76,6 +69,10 @@ class PruneConfig:
     latency_runs: int = 9
     gpu_no: int | None = None
 
+    @property
+    def every_layer(self) -> bool:
+        return self.prune_layers == "all" or self.prune_macs is not None
+
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
         for flag in ("load_path", "save_path", "content_dir", "style_dir"):
@@ -83,160 +80,46 @@ class PruneConfig:
                 raise UserError(f"--{flag} is needed in prune mode")
         if self.prune_num is not None and self.prune_channels is not None:
             raise UserError("--prune_num and --prune_channels: give one of the two")
+        for flag in ("prune_num", "prune_channels"):
+            if self.every_layer and getattr(self, flag) is not None:
+                other = "--prune_layers all" if self.prune_macs is None else f"--prune_macs {self.prune_macs}"
+                raise UserError(f"--{flag} and {other}: give one of the two, --{flag} is of the bottleneck alone")
 
 
-# ------------------------------------------------------------------------------------------- measurement
-
-
-@dataclass(frozen=True)
-class Responses:
-    """l2 norms of the bottleneck channels: l2 (n, C), rows in the order of `paths`, content before style."""
-
-    l2: np.ndarray
-    paths: list[str]
-    contents: int
-
-    @property
-    def always_zero(self) -> np.ndarray:
-        """Indices of the channels that are zero for every picture."""
-        return np.flatnonzero((self.l2 == 0).all(axis=0))
-
-    @property
-    def ever_zero(self) -> np.ndarray:
-        """Indices of the channels that are zero for at least one picture."""
-        return np.flatnonzero((self.l2 == 0).any(axis=0))
-
-    @property
-    def weakest_first(self) -> np.ndarray:
-        """Channel indices by their l2 norm summed over all pictures, smallest first."""
-        return np.argsort(self.l2.sum(axis=0, dtype=np.float64), kind="stable")
-
-    def save(self, path: Path) -> None:
-        arrays = {"l2": self.l2, "l0": l0_norm(torch.from_numpy(self.l2), L0_EPS).numpy(),
-                  "paths": np.array(self.paths), "contents": np.array(self.contents)}
-        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
-
-    @classmethod
-    def load(cls, path: Path, width: int) -> "Responses":
-        """Raises UserError when the file is none, or was measured on a network of another width."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                responses = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]))
-        # NumPy passes on what the zip reader, zlib and the array parser met in a damaged file.
-        except Exception as error:
-            raise UserError(f"--responses {path}: not a responses.npz of this tool ({type(error).__name__}: "
-                            f"{error})") from error
-        if responses.l2.ndim != 2 or len(responses.l2) != len(responses.paths):
-            raise UserError(f"--responses {path}: not a responses.npz of this tool (l2 has shape "
-                            f"{responses.l2.shape} for {len(responses.paths)} pictures)")
-        if responses.l2.shape[1] != width:
-            raise UserError(f"--responses {path}: measured on {responses.l2.shape[1]} channels, "
-                            f"the network has {width}")
-        return responses
-
-
-def _load_ahead(paths: list[Path], config: PruneConfig) -> Iterator[tuple[Path, torch.Tensor | PictureError]]:
-    """Decode pictures in threads, a chunk ahead of their use."""
-
-    def load(path: Path):
-        try:
-            return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
-        except PictureError as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        chunks = [paths[start : start + LOADING_CHUNK] for start in range(0, len(paths), LOADING_CHUNK)]
-        pending = [pool.submit(load, path) for path in chunks[0]]
-        for chunk, following in zip(chunks, [*chunks[1:], []]):
-            ready, pending = pending, [pool.submit(load, path) for path in following]
-            yield from zip(chunk, (future.result() for future in ready))
-
-
-@torch.inference_mode()
-def measure_responses(network: StyleTransferNetwork, config: PruneConfig) -> Responses:
-    """The l2 norm of every bottleneck channel for up to `prune_images` pictures of each folder.
-
-    A picture that cannot be used is skipped with its path logged. Raises UserError when over 10% of a
-    folder's chosen pictures, or all of them, fail.
-    """
-    device = next(network.parameters()).device
-    rows, used = [], []
-    counts = []
-    for folder, flag in ((config.content_dir, "--content_dir"), (config.style_dir, "--style_dir")):
-        paths = find_measured(folder, flag, config.holdout)
-        if len(paths) > config.prune_images:
-            paths = sorted(random.Random(0).sample(paths, config.prune_images))
-        failed = FailedPictures(folder, flag, len(paths))
-        with progress_bar(len(paths), f"measure {flag[2:]}", "picture") as bar:
-            for path, picture in _load_ahead(paths, config):
-                bar.update()
-                if isinstance(picture, PictureError):
-                    failed.add(path, str(picture))
-                    continue
-                rows.append(channel_norm(network.encoder(network.pad(normalize(picture.to(device)))))[0].cpu())
-                used.append(str(path))
-        counts.append(len(paths) - len(failed.paths))
-        if not counts[-1]:
-            raise UserError(f"{flag} {folder}: none of {len(paths)} pictures can be used")
-        note(failed.summary())
-    return Responses(torch.stack(rows).numpy(), used, counts[0])
-
-
-# ----------------------------------------------------------------------------------------------- surgery
-
-
-def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> StyleTransferNetwork:
-    """A new network without the given bottleneck channels; `network` stays as it is.
-
-    channels: indices into the encoder's last conv. Its filters go, and the decoder's first conv loses
-    the inputs they fed; AdaIN treats channels one by one, so the others are untouched.
-    Raises UserError for an index that is not there, twice the same, or when no channel would be left.
-    """
-    width = network.config.bottleneck_width
-    channels = [int(channel) for channel in channels]
-    unknown = [channel for channel in channels if not 0 <= channel < width]
-    if unknown:
-        raise UserError(f"channel {unknown[0]}: the network has {width} bottleneck channels, 0 to {width - 1}")
-    if len(set(channels)) != len(channels):
-        raise UserError(f"channel {max(channels, key=channels.count)} is named more than once")
-    if len(channels) >= width:
-        raise UserError(f"{len(channels)} channels to cut: the network has {width}, at most {width - 1} can go")
-    kept = torch.ones(width, dtype=torch.bool)
-    kept[channels] = False
-    kept = kept.nonzero().flatten()
-
-    widths = (*network.config.encoder_widths[:-1], len(kept))
-    cut = StyleTransferNetwork(replace(network.config, encoder_widths=widths))
-    state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-    last_encoder_conv = list(network.encoder.state_dict())[-2].removesuffix(".weight")
-    first_decoder_conv = list(network.decoder.state_dict())[0].removesuffix(".weight")
-    kept = kept.to(state[f"encoder.{last_encoder_conv}.weight"].device)
-    for name in (f"encoder.{last_encoder_conv}.weight", f"encoder.{last_encoder_conv}.bias"):
-        state[name] = state[name][kept]
-    state[f"decoder.{first_decoder_conv}.weight"] = state[f"decoder.{first_decoder_conv}.weight"][:, kept]
-    cut.load_state_dict(state)
-    cut.train(network.training)
-    return cut.to(kept.device, memory_format=torch.channels_last)
+# ------------------------------------------------------------------------------------------------ choice
 
 
 def choose_channels(config: PruneConfig, responses: Responses) -> list[int]:
-    """The channels to cut: those named, the N weakest, or those zero for every picture.
+    """The bottleneck channels to cut: those named, the N weakest, or those zero for every picture.
 
+    Without the strongest of them where the width that is left is to be a multiple of `round_to`.
     Raises UserError with the numbers when they cannot be cut.
     """
     width = responses.l2.shape[1]
     if config.prune_channels is not None:
-        return list(config.prune_channels)
-    if config.prune_num is not None:
+        channels = list(config.prune_channels)
+    elif config.prune_num is not None:
         if config.prune_num >= width:
             raise UserError(f"--prune_num {config.prune_num}: the network has {width} bottleneck channels, "
                             f"at most {width - 1} can be cut")
-        return responses.weakest_first[: config.prune_num].tolist()
-    zero = responses.always_zero.tolist()
-    if len(zero) == width:
-        raise UserError(f"all {width} bottleneck channels are zero for every measured picture: nothing would be "
-                        "left; train with a smaller --channel_loss_weight or --l0_eps")
-    return zero
+        channels = responses.weakest_first[: config.prune_num].tolist()
+    else:
+        channels = responses.always_zero.tolist()
+        if len(channels) == width:
+            raise UserError(f"all {width} bottleneck channels are zero for every measured picture: nothing would be "
+                            "left; train with a smaller --channel_loss_weight or --l0_eps")
+    cut = width - rounded_width(width - len(channels), width, config.round_to)
+    going = [channel for channel in responses.weakest_first if channel in channels][:cut]
+    return [channel for channel in channels if channel in going]
+
+
+def _select(network: StyleTransferNetwork, responses: Responses, config: PruneConfig, macs: float | None) -> Selection:
+    """What to cut: of every layer, `macs` multiply-adds at most where given, or of the bottleneck alone."""
+    if config.every_layer:
+        return select_channels(conv_layers(network.config, REPORT_SIZE), responses.layers, macs, config.round_to)
+    bottleneck = bottleneck_conv(network.config)
+    channels = choose_channels(config, responses)
+    return Selection({bottleneck: channels}, {}, {bottleneck: len(responses.always_zero)}, {bottleneck: 0})
 
 
 def grid_numbers(config: PruneConfig, width: int, is_given: bool) -> list[int]:
@@ -293,8 +176,27 @@ def _compared_pairs(responses: Responses, config: PruneConfig) -> list[tuple[tor
     return pairs
 
 
+def _layer_rows(before: StyleTransferNetwork, after: StyleTransferNetwork, selection: Selection) -> list[dict]:
+    """A row a conv, in forward order; the numbers of channels are None where that was not measured."""
+    return [
+        {
+            "name": old.name,
+            "kind": old.kind,
+            "width_before": old.width,
+            "width_after": new.width,
+            "parameters_before": old.parameters,
+            "parameters_after": new.parameters,
+            "macs_before": old.macs,
+            "macs_after": new.macs,
+            "channels_off_for_all": selection.off.get(old.name),
+            "channels_constant_folded": selection.folded.get(old.name),
+        }
+        for old, new in zip(conv_layers(before.config, REPORT_SIZE), conv_layers(after.config, REPORT_SIZE))
+    ]
+
+
 def build_report(
-    before: StyleTransferNetwork, after: StyleTransferNetwork, channels: list[int], responses: Responses,
+    before: StyleTransferNetwork, after: StyleTransferNetwork, selection: Selection, responses: Responses,
     pairs: list, config: PruneConfig, model_file: Path,
 ) -> dict:
     """What the cut changed, as plain values for `report.json`."""
@@ -324,12 +226,16 @@ def build_report(
         "latency_runs": config.latency_runs,
         "device": describe_device(device),
         "torch": torch.__version__,
-        "cut_channels": sorted(channels),
+        "cut_channels": sorted(selection.cuts[bottleneck_conv(before.config)]),
+        "prune_layers": "all" if config.every_layer else "bottleneck",
+        "prune_macs": config.prune_macs,
+        "round_to": config.round_to,
+        "layers": _layer_rows(before, after, selection),
     }
 
 
 def format_report(report: dict) -> str:
-    """The report as a table for the terminal."""
+    """The report as a table for the terminal, with the width of every conv where all were open to cuts."""
     size = report["size_of_macs_and_latency"]
     rows = (
         ("bottleneck channels", "channels", 1, "d"),
@@ -343,6 +249,14 @@ def format_report(report: dict) -> str:
         before, after = report[f"{key}_before"], report[f"{key}_after"]
         shown = [format(value if unit == 1 else value / unit, form) for value in (before, after)]
         lines.append(f"{title:34}{shown[0]:>12}{shown[1]:>12}{(after - before) / before:>+9.1%}")
+    if report["prune_layers"] == "all":
+        for layer in report["layers"]:
+            before, after = layer["width_before"], layer["width_after"]
+            title = f"channels of {layer['name']}"
+            lines.append(f"{title:34}{before:>12}{after:>12}{(after - before) / before:>+9.1%}")
+        off, folded = (sum(layer[f"channels_{key}"] or 0 for layer in report["layers"])
+                       for key in ("off_for_all", "constant_folded"))
+        lines.append(f"in all layers: {off} channels off for everything measured, {folded} constant ones folded away")
     lines.append(f"largest pixel difference over {report['compared_pairs']} pairs: "
                  f"{report['max_pixel_difference']:.4f} of 255")
     lines.append(f"zero for every one of {report['content_pictures']} + {report['style_pictures']} pictures: "
@@ -400,6 +314,24 @@ def plot_l2_curve(responses: Responses, path: Path) -> None:
     figure.savefig(path)
 
 
+def plot_widths(layers: list[dict], path: Path) -> None:
+    """The channels of every conv before and after the cut, in forward order; layers: rows of the report."""
+    places = np.arange(len(layers))
+    figure = new_figure(9, 4.2)
+    axes = figure.subplots()
+    axes.bar(places, [layer["width_before"] for layer in layers], color="lightgray", label="before")
+    bars = axes.bar(places, [layer["width_after"] for layer in layers], width=0.55, color="tab:blue", label="after")
+    axes.bar_label(bars, fontsize=7)
+    axes.set_xticks(places, [layer["name"].replace(".layers.0.", " ") for layer in layers], rotation=60, ha="right",
+                    rotation_mode="anchor", fontsize=8)
+    axes.margins(x=0.01)
+    axes.set_ylabel("channels")
+    totals = [sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after")]
+    axes.set_title(f"multiply-adds at {REPORT_SIZE} x {REPORT_SIZE}: {totals[0]:.2f} to {totals[1]:.2f} x $10^9$")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def plot_prune_grid(
     network: StyleTransferNetwork, responses: Responses, numbers: list[int], config: PruneConfig, path: Path
 ) -> None:
@@ -436,6 +368,8 @@ def prune(given: dict) -> int:
     # All that can be refused is refused before the long measurement.
     numbers = grid_numbers(config, width, is_given="prune_nums" in given)
     choose_channels(config, Responses(np.ones((1, width), np.float32), [], 0))
+    layers = conv_layers(network.config, REPORT_SIZE)
+    macs = None if config.prune_macs is None else most_macs(layers, config.prune_macs, config.round_to)
     if config.prune_channels is not None:
         cut_bottleneck(network, config.prune_channels)
     for flag in ("content", "style"):
@@ -444,12 +378,18 @@ def prune(given: dict) -> int:
     if (folder / PRUNED_NAME).exists() and (folder / PRUNED_NAME).samefile(model_file):
         raise UserError(f"--save_path {folder}: would overwrite the model that --load_path names; choose another")
 
-    responses = Responses.load(config.responses, width) if config.responses else measure_responses(network, config)
+    if config.responses:
+        responses = Responses.load(config.responses, width)
+        if config.every_layer:
+            responses.check_layers(config.responses, layers[:-1])
+    else:
+        responses = measure_responses(network, config)
     responses.save(folder / "responses.npz")
-    channels = choose_channels(config, responses)
-    if not channels:
-        note("no channel is zero for every picture, so none is cut; --prune_num N cuts the N weakest")
-    pruned = cut_bottleneck(network, channels)
+    selection = _select(network, responses, config, macs)
+    if not any(selection.cuts.values()):
+        note("no channel is zero for every picture, so none is cut; --prune_num N cuts the N weakest, "
+             "--prune_macs F the least important of all layers")
+    pruned = cut_channels(network, selection.cuts, selection.constants)
     dtype = torch.float16 if config.half else torch.float32
     for parameter in pruned.parameters():  # the report is of the weights as they are written
         parameter.data = parameter.data.to(dtype).float()
@@ -460,7 +400,8 @@ def prune(given: dict) -> int:
             iteration=checkpoint.get("iteration"),
             vgg_weights=checkpoint.get("vgg_weights"),
             train_config=checkpoint.get("train_config"),
-            pruned_channels=sorted(channels),
+            pruned_channels=sorted(selection.cuts[bottleneck_conv(network.config)]),
+            **({"pruned_layers": selection.cuts} if config.every_layer else {}),
         ),
         folder / PRUNED_NAME,
     )
@@ -468,8 +409,13 @@ def prune(given: dict) -> int:
     plot_l2_curve(responses, folder / "l2_curve.png")
     plot_prune_grid(network, responses, numbers, config, folder / "prune_grid.png")
     pairs = _compared_pairs(responses, config)
-    report = build_report(network, pruned, channels, responses, pairs, config, model_file)
+    report = build_report(network, pruned, selection, responses, pairs, config, model_file)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    if config.every_layer:
+        plot_widths(report["layers"], folder / "widths.png")
     print(format_report(report))
-    note(f"wrote {PRUNED_NAME}, report.json, responses.npz, l0_map.png, l2_curve.png and prune_grid.png to {folder}")
+    figures = "l0_map.png, l2_curve.png and prune_grid.png"
+    if config.every_layer:
+        figures = f"widths.png, {figures}"
+    note(f"wrote {PRUNED_NAME}, report.json, responses.npz, {figures} to {folder}")
     return 0

@@ -180,13 +180,15 @@ class TargetSteering:
     """Steers the channel loss's weight so that a run ends at a fraction of the full network's multiply-adds.
 
     A schedule goes from the network's fraction at the start down to the target in a straight line, and stays
-    there from SCHEDULE_END of the run on. The weight's logarithm moves with the distance to it, and is held
-    within RANGE of the weight at the start. Everything stays on the device.
+    there from SCHEDULE_END of the run on. The weight is that at the start times exp(DAMPING x distance to the
+    schedule + GAIN x the distances summed up / iterations of the run). Sum and exponent are held, so that the
+    weight stays within a factor RANGE of its start and comes back soon. Everything stays on the device.
     """
 
     SCHEDULE_END = 0.6  # the rest of the run is for the pictures
-    GAIN = 200.0  # a distance of 0.01 over a tenth of the run changes the weight by a factor e^0.2
-    RANGE = 1e4
+    GAIN = 3000.0
+    DAMPING = 20.0
+    RANGE = 1e3
 
     def __init__(self, weight: float, start: float, target: float, max_iter: int, device: torch.device) -> None:
         self.weight, self.start, self.target, self.max_iter = weight, start, target, max_iter
@@ -197,11 +199,10 @@ class TargetSteering:
         """The weight for the next step, a scalar. macs: scalar, the fraction now."""
         self.iteration = self.iteration + 1
         progress = (self.iteration / (self.SCHEDULE_END * self.max_iter)).clamp(max=1.0)
-        scheduled = self.start + (self.target - self.start) * progress
+        distance = macs - (self.start + (self.target - self.start) * progress)
         limit = math.log(self.RANGE)
-        change = self.GAIN / self.max_iter * (macs - scheduled)
-        self.log_change = (self.log_change + change).clamp(-limit, limit)
-        return self.weight * self.log_change.exp()
+        self.log_change = (self.log_change + self.GAIN / self.max_iter * distance).clamp(-limit, limit)
+        return self.weight * (self.DAMPING * distance + self.log_change).clamp(-limit, limit).exp()
 
     def state(self) -> dict[str, Tensor]:
         return {"iteration": self.iteration.cpu(), "log_change": self.log_change.cpu()}

@@ -93,6 +93,14 @@ class NetworkCost:
         return (self.factors * widths[:-1] * widths[1:] + self.bias * widths[1:]).sum()
 
 
+def range_of_macs(network: NetworkConfig, layers: str) -> tuple[float, float]:
+    """The multiply-adds without any channel of the selected layers, and with all, as fractions of the full
+    network's."""
+    cost = NetworkCost(network, "macs", torch.device("cpu"))
+    none = {part: torch.zeros(len(widths)) for part, widths in selected_widths(network, layers).items()}
+    return cost(none).item(), cost({}).item()
+
+
 class CompactLosses:
     """The channel and xor losses over the selected layers of a network.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import loss as losses
-from compact import COMPACT_LAYERS, ChannelCensus, CompactLosses, Epsilon, NetworkCost, TargetSteering, selected_widths
+from compact import COMPACT_LAYERS, ChannelCensus, CompactLosses, Epsilon, TargetSteering, range_of_macs
 from data import (
     MAX_PIXELS,
     CropConfig,
@@ -67,7 +67,7 @@ from utils import (
 TERMS = ("content", "style", "uncorrelation", "channel", "xor")
 METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")
 PREVIEW_PICTURES = 4
-CENSUS_MEMORY = 100  # batches, in which a channel that is on for any picture counts as on; 1% of shorter runs
+CENSUS_MEMORY = 100  # batches
 STOP_INTERVAL = 16  # iterations on GPUs between two askings whether another process was told to stop
 
 
@@ -144,6 +144,11 @@ class TrainConfig:
         return (self.compact_layers, self.compact_cost, self.target_macs) != ("bottleneck", "count", None)
 
     @property
+    def census_memory(self) -> int:
+        """Batches in which a channel that is on for any picture counts as on: 1% of the run, at most CENSUS_MEMORY."""
+        return max(1, min(CENSUS_MEMORY, self.max_iter // 100))
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The names of what a step returns: METRICS, and what the settings add; terms before their total."""
         terms = () if self.teacher is None else ("distillation",)
@@ -188,10 +193,7 @@ class TrainConfig:
         """Raises UserError for a `target_macs` that `network` is below already, or that the layers cannot reach."""
         if self.target_macs is None:
             return
-        cost = NetworkCost(network, "macs", torch.device("cpu"))
-        widths = selected_widths(network, self.compact_layers)
-        start = cost({}).item()
-        least = cost({part: torch.zeros(len(layers)) for part, layers in widths.items()}).item()
+        least, start = range_of_macs(network, self.compact_layers)
         if start <= self.target_macs:
             raise UserError(f"--target_macs {self.target_macs}: the network has {start:.3f} of the full network's "
                             "multiply-adds already")
@@ -358,20 +360,18 @@ class Trainer:
         for part, rate in config.learning_rates.items():
             module = getattr(self.network, part).requires_grad_(rate > 0)
             if rate > 0:
-                taught = self.losses.projection.parameters() if teacher is not None and part == "decoder" else ()
-                groups.append({"params": [*module.parameters(), *taught], "lr": rate})
+                groups.append({"params": list(module.parameters()), "lr": rate})
             self.losses.formats[part] = conv_format(device, amp_dtype, is_trained=rate > 0)
             module.to(memory_format=self.losses.formats[part])
+        if teacher is not None:
+            groups[-1]["params"] += self.losses.projection.parameters()  # the decoder's
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.census = self.steering = None
         if config.takes_census:
-            memory = max(1, min(CENSUS_MEMORY, config.max_iter // 100))
-            self.census = ChannelCensus(network.config, config.compact_layers, memory, device)
+            self.census = ChannelCensus(network.config, config.compact_layers, config.census_memory, device)
         if config.target_macs is not None:
-            start = self.census.macs().item()
-            self.steering = TargetSteering(
-                config.channel_loss_weight, start, config.target_macs, config.max_iter, device
-            )
+            weight, start = config.channel_loss_weight, self.census.macs().item()
+            self.steering = TargetSteering(weight, start, config.target_macs, config.max_iter, device)
         self.model = self.losses
         if processes > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -389,10 +389,8 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
         terms, norms = self.model(normalize(content), normalize(style), all_terms)
-        progress = self.follow(norms)
-        steered = {"channel": progress["channel_weight"]} if "channel_weight" in progress else {}
-        weights = self.config.weights
-        total = sum((steered.get(name, weights[name])) * terms[name] for name in weights if weights[name])
+        weights, progress = self.follow(norms)
+        total = sum(weights[name] * terms[name] for name, weight in self.config.weights.items() if weight)
         total.backward()
         self.optimizer.step()
         norm = norms["encoder"][:, -self.network.config.bottleneck_width :]  # (2B, C)
@@ -404,13 +402,19 @@ class Trainer:
             "channels_off_for_some": off.any(dim=0).sum().float(),
         }
 
-    def follow(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Count the batch's channels, where they are counted, and steer the channel loss's weight, where it is."""
+    def follow(self, norms: dict[str, Tensor]) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
+        """Count the channels that are left, and steer the channel loss's weight, where the settings want it.
+
+        Returns the weights of the terms, and the metrics of it.
+        """
+        weights = self.config.weights
         if self.census is None:
-            return {}
+            return weights, {}
         self.census.add(norms)
-        macs = self.census.macs()
-        return {"macs": macs} if self.steering is None else {"macs": macs, "channel_weight": self.steering.update(macs)}
+        progress = {"macs": self.census.macs()}
+        if self.steering is not None:
+            weights["channel"] = progress["channel_weight"] = self.steering.update(progress["macs"])
+        return weights, progress
 
     def layer_widths(self) -> list[int]:
         """The channels on in each selected layer, encoder then decoder, in forward order."""

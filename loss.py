@@ -50,7 +50,7 @@ def uncorrelation_loss(feature: Tensor) -> Tensor:
     """Mean absolute correlation between different channels, summed over the batch (Kim et al., Neural
     Networks 2021, arXiv 1807.01493; the published weight of 50 counts on the sum).
 
-    feature: (B, C, H, W), C >= 2. A channel that is constant correlates with nothing: 0, gradient 0.
+    feature: (B, C, H, W). A channel that is constant, or the only one, correlates with nothing: 0, gradient 0.
     """
     flat = feature.float().flatten(2)  # (B, C, H*W)
     centred = flat - flat.mean(dim=2, keepdim=True)
@@ -59,7 +59,7 @@ def uncorrelation_loss(feature: Tensor) -> Tensor:
     correlation = covariance / (norm[:, :, None] * norm[:, None, :] + CORRELATION_EPS)
     channels = feature.shape[1]
     diagonal = correlation.diagonal(dim1=1, dim2=2).abs().sum()
-    return (correlation.abs().sum() - diagonal) / (channels * (channels - 1))
+    return (correlation.abs().sum() - diagonal) / max(1, channels * (channels - 1))
 
 
 def channel_norm(feature: Tensor) -> Tensor:
@@ -70,16 +70,16 @@ def channel_norm(feature: Tensor) -> Tensor:
     return torch.linalg.vector_norm(feature.float().flatten(2), dim=2)
 
 
-def l0_norm(norm: Tensor, eps: float = L0_EPS) -> Tensor:
+def l0_norm(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     """l0 = norm / (norm + eps), 0 for a channel that is off, near 1 for one that is on (Kim & Choi, eq. 3).
 
-    norm: (..., C) from `channel_norm`. Written as 1 - eps / (norm + eps): in float32 the quotient's
-    gradient is round-off for norms above about 75.
+    norm: (..., C) from `channel_norm`; eps: a number, or (C,). Written as 1 - eps / (norm + eps): in float32
+    the quotient's gradient is round-off for norms above about 75.
     """
     return 1.0 - eps / (norm + eps)
 
 
-def channel_loss(norm: Tensor, eps: float = L0_EPS) -> Tensor:
+def channel_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     """Mean of l0 over pictures and channels: the share of channels that are on (Kim & Choi, eq. 4).
 
     norm: (n, C), the `channel_norm` of content and style features together.
@@ -87,7 +87,7 @@ def channel_loss(norm: Tensor, eps: float = L0_EPS) -> Tensor:
     return l0_norm(norm, eps).mean()
 
 
-def xor_loss(norm: Tensor, eps: float = L0_EPS) -> Tensor:
+def xor_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     """Mean of |l0_i - l0_j| over channels and pairs of pictures: 0 when the same channels are on for every
     picture (Kim & Choi, eq. 5).
 
@@ -108,6 +108,19 @@ def xor_loss(norm: Tensor, eps: float = L0_EPS) -> Tensor:
 def nonzero_channels(norm: Tensor) -> Tensor:
     """Number of channels with any response, averaged over pictures. norm: (n, C) from `channel_norm`."""
     return (norm > 0).sum(dim=1).float().mean()
+
+
+def distillation_loss(
+    output: Tensor, teacher_output: Tensor, feature: Tensor, teacher_feature: Tensor, teacher_square: Tensor
+) -> Tensor:
+    """How far a student is from its teacher: mean squared error of the outputs, plus that of the bottleneck
+    features as a share of the teacher's mean square.
+
+    output, teacher_output: (B, 3, H, W); feature, teacher_feature: (2B, C, h, w), the student's projected to
+    the teacher's channels; teacher_square: scalar, the mean square of the teacher's features.
+    """
+    feature_error = F.mse_loss(feature.float(), teacher_feature.float())
+    return F.mse_loss(output.float(), teacher_output.float()) + feature_error / teacher_square.clamp_min(1e-12)
 
 
 # --------------------------------------------------------------------- two views of a place, in pretraining

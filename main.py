@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
 from data import PICTURE_SUFFIXES
 from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES, VIEW_LOSSES
@@ -30,13 +31,16 @@ OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original impleme
 # -------------------------------------------------------------------------------------------- value types
 
 
-def _number(kind: Callable, low: float, high: float, needed: str, exclude_low: bool = False) -> Callable:
+def _number(
+    kind: Callable, low: float, high: float, needed: str, exclude_low: bool = False, exclude_high: bool = False
+) -> Callable:
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text!r}, {needed} is needed") from None
-        if not math.isfinite(value) or not low <= value <= high or (exclude_low and value == low):
+        excluded = (exclude_low and value == low) or (exclude_high and value == high)
+        if not math.isfinite(value) or not low <= value <= high or excluded:
             raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
         return value
 
@@ -47,10 +51,19 @@ count = _number(int, 1, math.inf, "a whole number, 1 or more,")
 count_or_zero = _number(int, 0, math.inf, "a whole number, 0 or more,")
 count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
 amount = _number(float, 0, math.inf, "a number, 0 or more,")
-positive = _number(float, 0, math.inf, "a number above 0", exclude_low=True)
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 positive_fraction = _number(float, 0, 1, "a number above 0, at most 1,", exclude_low=True)
 share = _number(float, 0, 0.9, "a number from 0 to 0.9")
+proper_fraction = _number(float, 0, 1, "a number between 0 and 1", exclude_low=True, exclude_high=True)
+
+
+def epsilon(text: str) -> float | str:
+    """A number as such; `relative:NUMBER` as the text it is."""
+    try:
+        parsed = Epsilon.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, a number above 0 or relative:NUMBER is needed") from None
+    return text if parsed.is_relative else parsed.value
 
 
 # -------------------------------------------------------------------------------------------------- flags
@@ -141,7 +154,16 @@ FLAGS = (
     Flag("channel_loss_weight", "weight of the channel loss", {"type": amount}),
     Flag("xor_loss_weight", "weight of the xor loss", {"type": amount}),
     Flag("l0_eps", "epsilon of the channel and xor losses, in units of a channel's l2 norm; larger switches off "
-         "stronger channels", {"type": positive}),
+         "stronger channels; relative:X is X times the mean norm of each layer in the batch", {"type": epsilon}),
+    Flag("compact_layers", "layers whose channels the channel and xor losses act on: the paper's, or all of encoder, "
+         "decoder (but its last), or both", {"choices": tuple(COMPACT_LAYERS)}),
+    Flag("compact_cost", "what the channel loss measures: the share of those channels that are on, or the parameters "
+         "or multiply-adds with as many on, as a fraction of the full network's", {"choices": COMPACT_COSTS}),
+    Flag("target_macs", "steer the weight of the channel loss so that the run ends at this fraction of the full "
+         "network's multiply-adds; --channel_loss_weight is where it starts", {"type": proper_fraction}),
+    Flag("teacher", "model file, or the folder of a run, whose outputs and bottleneck features are to be matched "
+         "(distillation)"),
+    Flag("teacher_weight", "weight of the distillation loss, with --teacher", {"type": amount}),
     Flag("check_iter", "iterations between checks (metrics, picture grid or exported weights, checkpoint)",
          {"type": count}),
     Flag("keep_checkpoints", "numbered checkpoints to keep beside the newest; -1 keeps all", {"type": count_or_all}),

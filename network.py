@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -187,6 +188,15 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return self.layers[0](image)
 
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The output of every conv after its ReLU, shallow to deep; the last is what `forward` returns."""
+        features = []
+        for layer in self.layers[0]:
+            image = layer(image)
+            if isinstance(layer, nn.ReLU):
+                features.append(image)
+        return features
+
 
 class Decoder(nn.Module):
     """The mirrored encoder: (B, C, H/stride, W/stride) to (B, 3, H, W), ImageNet-normalised."""
@@ -197,16 +207,30 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([_decoder_layers(layout, config.bottleneck_width, config.decoder_widths)])
 
     def forward(self, feature: Tensor) -> Tensor:
-        """`self.layers[0](feature)`, with each upsampling and the conv after it as one `upsampled_conv`."""
+        for step in self._steps():
+            feature = step(feature)
+        return feature
+
+    def features(self, feature: Tensor) -> list[Tensor]:
+        """The output of every conv but the last after its ReLU, then the picture that `forward` returns."""
+        features = []
+        for step in self._steps():
+            feature = step(feature)
+            if isinstance(step, nn.ReLU):
+                features.append(feature)
+        return [*features, feature]
+
+    def _steps(self) -> list[Callable]:
+        """`self.layers[0]`, with each upsampling and the conv after it as one `upsampled_conv`."""
         remaining = iter(self.layers[0])
+        steps = []
         for layer in remaining:
             if isinstance(layer, nn.Upsample):
                 next(remaining)  # its reflection padding
                 conv = next(remaining)
-                feature = upsampled_conv(feature, conv.weight, conv.bias)
-            else:
-                feature = layer(feature)
-        return feature
+                layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
+            steps.append(layer)
+        return steps
 
 
 class StyleTransferNetwork(nn.Module):
@@ -403,41 +427,44 @@ def model_checkpoint(network: StyleTransferNetwork, dtype: torch.dtype = torch.f
     return {"format": CHECKPOINT_FORMAT, "config": network.config.to_dict(), "state_dict": tensors, **more}
 
 
-def find_model_file(path: Path) -> Path:
+def find_model_file(path: Path, flag: str = "--load_path") -> Path:
     """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
     path = Path(path)
     if path.is_dir():
         for name in (CHECKPOINT_NAME, "pruned.pth"):
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"--load_path {path}: the folder holds neither {CHECKPOINT_NAME} nor pruned.pth")
+        raise UserError(f"{flag} {path}: the folder holds neither {CHECKPOINT_NAME} nor pruned.pth")
     return path
 
 
-def load_network(path: Path, swap_max_pool: bool = False) -> tuple[StyleTransferNetwork, dict]:
+def load_network(
+    path: Path, swap_max_pool: bool = False, flag: str = "--load_path"
+) -> tuple[StyleTransferNetwork, dict]:
     """Rebuild the network in a model file, full or pruned, on the CPU, in float32 and evaluation mode.
 
     Files of the original implementation hold only `state_dict`: widths are read off the tensors, and
     `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
-    Returns the network and the whole checkpoint dictionary. Raises UserError when it is no model.
+    Returns the network and the whole checkpoint dictionary. Raises UserError, naming `flag`, when it is
+    no model.
     """
-    path = find_model_file(path)
-    checkpoint = load_checkpoint(path)
+    path = find_model_file(path, flag)
+    checkpoint = load_checkpoint(path, flag)
     state_dict = checkpoint.get("state_dict")
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise UserError(f"--load_path {path}: no model (a dictionary with a state_dict of tensors is needed)")
+        raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed)")
     try:
         if "config" in checkpoint:
             config = NetworkConfig.from_dict(checkpoint["config"])
         else:
             config = _config_from_tensors(state_dict, "avg" if swap_max_pool else "max")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--load_path {path}: no style-transfer network ({error})") from error
+        raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error
     if swap_max_pool and config.pooling != "avg":
         raise UserError(f"--swap_max_pool: {path} was made with max pooling; leave the flag out")
     with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out
         wanted = StyleTransferNetwork(config).state_dict()
-    _check_tensors(path, state_dict, wanted)
+    _check_tensors(f"{flag} {path}", state_dict, wanted)
     network = StyleTransferNetwork(config)
     network.load_state_dict(state_dict)
     return network.eval(), checkpoint
@@ -467,19 +494,19 @@ def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> Network
     raise ValueError(f"found {found} under <part>.layers.0.<n>, which is neither {' nor '.join(BACKBONES)}")
 
 
-def _check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def _check_tensors(source: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for key in wanted.keys() - found.keys():
-        raise UserError(f"--load_path {path}: the tensor {key} is missing")
+        raise UserError(f"{source}: the tensor {key} is missing")
     for key in found.keys() - wanted.keys():
-        raise UserError(f"--load_path {path}: the tensor {key} belongs to no layer of this network")
+        raise UserError(f"{source}: the tensor {key} belongs to no layer of this network")
     for key, tensor in found.items():
         if tensor.shape != wanted[key].shape:
             raise UserError(
-                f"--load_path {path}: {key} has shape {tuple(tensor.shape)}, "
+                f"{source}: {key} has shape {tuple(tensor.shape)}, "
                 f"its configuration says {tuple(wanted[key].shape)}"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"--load_path {path}: {key} holds values that are not finite")
+            raise UserError(f"{source}: {key} holds values that are not finite")
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -554,3 +581,9 @@ def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
 def bottleneck_conv(config: NetworkConfig) -> str:
     """The name of the encoder's last conv, whose output channels are the bottleneck."""
     return next(layer.name for layer in conv_layers(config, size=0) if layer.kind == "bottleneck")
+
+
+def macs_per_channel_pair(backbone: str, size: int) -> tuple[int, ...]:
+    """Multiply-adds of every conv, encoder then decoder, for each of its pairs of an input and an output channel:
+    filter taps x positions, counted as in `count_macs`. size: a multiple of the stride, pixels."""
+    return tuple(9 * layer.positions for layer in conv_layers(NetworkConfig.full(backbone), size))

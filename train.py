@@ -1,15 +1,17 @@
-"""`--mode train`: learn style transfer while the channel and xor losses switch encoder channels off."""
+"""`--mode train`: learn style transfer while the channel and xor losses switch channels off."""
 
 import os
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import loss as losses
+from compact import COMPACT_LAYERS, ChannelCensus, CompactLosses, Epsilon, TargetSteering, range_of_macs
 from data import (
     MAX_PIXELS,
     CropConfig,
@@ -65,6 +67,7 @@ from utils import (
 TERMS = ("content", "style", "uncorrelation", "channel", "xor")
 METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")
 PREVIEW_PICTURES = 4
+CENSUS_MEMORY = 100  # batches
 STOP_INTERVAL = 16  # iterations on GPUs between two askings whether another process was told to stop
 
 
@@ -96,7 +99,12 @@ class TrainConfig:
     uncorrelation_loss_weight: float = 0.01
     channel_loss_weight: float = 1.0
     xor_loss_weight: float = 1.0
-    l0_eps: float = losses.L0_EPS
+    l0_eps: float | str = losses.L0_EPS  # a number, or relative:NUMBER, see compact.Epsilon
+    compact_layers: str = "bottleneck"
+    compact_cost: str = "count"
+    target_macs: float | None = None  # None: the channel loss keeps its weight
+    teacher: str | None = None
+    teacher_weight: float = 1.0
     check_iter: int = 500
     keep_checkpoints: int = 3
     amp: str = "auto"
@@ -120,14 +128,33 @@ class TrainConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of every term in the total loss."""
-        return {
+        """The weight of every term in the total loss; with `target_macs`, the channel loss's at the start."""
+        weights = {
             "content": 1.0,
             "style": self.style_loss_weight,
             "uncorrelation": self.uncorrelation_loss_weight,
             "channel": self.channel_loss_weight,
             "xor": self.xor_loss_weight,
         }
+        return weights if self.teacher is None else weights | {"distillation": self.teacher_weight}
+
+    @property
+    def takes_census(self) -> bool:
+        """Whether the multiply-adds that are left are followed: in all but the published method."""
+        return (self.compact_layers, self.compact_cost, self.target_macs) != ("bottleneck", "count", None)
+
+    @property
+    def census_memory(self) -> int:
+        """Batches in which a channel that is on for any picture counts as on: 1% of the run, at most CENSUS_MEMORY."""
+        return max(1, min(CENSUS_MEMORY, self.max_iter // 100))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what a step returns: METRICS, and what the settings add; terms before their total."""
+        terms = () if self.teacher is None else ("distillation",)
+        macs = ("macs",) if self.takes_census else ()
+        channel_weight = () if self.target_macs is None else ("channel_weight",)
+        return (*terms, *METRICS, *macs, *channel_weight)
 
     @property
     def crop(self) -> CropConfig:
@@ -143,9 +170,50 @@ class TrainConfig:
             raise UserError(f"--cropsize {self.cropsize}: a multiple of {stride}, {2 * stride} or more, is needed")
         if not any(self.learning_rates.values()):
             raise UserError("--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be learned")
+        if self.teacher and not self.learning_rates["decoder"]:
+            raise UserError("--teacher: the projection to the teacher's channels learns at the decoder's rate, and "
+                            "--decoder_lr is 0")
+        self._check_compacting()
+
+    def _check_compacting(self) -> None:
+        layers = f"--compact_layers {self.compact_layers}"
+        if self.target_macs is not None and not self.channel_loss_weight:
+            raise UserError(f"--target_macs {self.target_macs} steers the weight of the channel loss, and "
+                            "--channel_loss_weight is 0")
+        switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
+        for part in COMPACT_LAYERS[self.compact_layers]:
+            if switches_off and not self.learning_rates[part]:
+                raise UserError(f"{layers} with --{part}_lr 0: a frozen {part}'s channels stay as they are; choose "
+                                "other layers, or --channel_loss_weight 0 --xor_loss_weight 0")
+        if "decoder" in COMPACT_LAYERS[self.compact_layers] and self.batch_size * process_count() < 2:
+            raise UserError(f"{layers} with --batch_size {self.batch_size}: the xor loss compares the outputs of 2 "
+                            "pictures or more")
+
+    def check_target(self, network: NetworkConfig) -> None:
+        """Raises UserError for a `target_macs` that `network` is below already, or that the layers cannot reach."""
+        if self.target_macs is None:
+            return
+        least, start = range_of_macs(network, self.compact_layers)
+        if start <= self.target_macs:
+            raise UserError(f"--target_macs {self.target_macs}: the network has {start:.3f} of the full network's "
+                            "multiply-adds already")
+        if least >= self.target_macs:
+            raise UserError(f"--target_macs {self.target_macs}: without any channel of --compact_layers "
+                            f"{self.compact_layers}, {least:.3f} of the multiply-adds are left; choose more layers")
 
 
 # ----------------------------------------------------------------------------------------------- step
+
+
+class Pass(NamedTuple):
+    """What one forward pass computed, for the terms of the loss to take."""
+
+    both: Tensor  # (2B, 3, H, W), content then style
+    feature: Tensor  # (2B, C, H/stride, W/stride), of the bottleneck
+    norms: dict[str, Tensor]  # "encoder": (2B * processes, C), "decoder": (B * processes, C'), see CompactLosses
+    output: Tensor  # (B, 3, H, W)
+    output_features: list[Tensor]  # of the loss network, shallow to deep
+    targets: list[Tensor]  # likewise, of `both`
 
 
 class TransferLosses(nn.Module):
@@ -155,7 +223,8 @@ class TransferLosses(nn.Module):
     """
 
     def __init__(
-        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TrainConfig, amp_dtype, processes: int
+        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TrainConfig, amp_dtype, processes: int,
+        device: torch.device, teacher: StyleTransferNetwork | None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -166,75 +235,125 @@ class TransferLosses(nn.Module):
         self.gather = gather_with_gradient
         # The memory format of what goes into each.
         self.formats = {part: torch.channels_last for part in ("encoder", "decoder", "loss_network")}
-        self.encoder_is_loss_network = config.learning_rates["encoder"] == 0 and _same_weights(network, loss_network)
+        self.compact = CompactLosses(
+            network.config, config.compact_layers, config.compact_cost, Epsilon.parse(config.l0_eps), device
+        )
+        self.all_encoder_layers = config.compact_layers in ("encoder", "all")
+        is_frozen = config.learning_rates["encoder"] == 0 and not self.all_encoder_layers
+        self.encoder_is_loss_network = is_frozen and _same_weights(network, loss_network)
+        self.teacher = teacher
+        if teacher is not None:
+            # Used in training only: at 0, its features count as a plain mean square, 1, and it learns from there.
+            self.projection = nn.Conv2d(network.config.bottleneck_width, teacher.config.bottleneck_width, 1)
+            for parameter in self.projection.requires_grad_(config.teacher_weight > 0).parameters():
+                nn.init.zeros_(parameter)
 
     def autocast(self, device: torch.device):
         return torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def forward(self, content: Tensor, style: Tensor, all_terms: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(
+        self, content: Tensor, style: Tensor, all_terms: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of the loss for one batch (Kim & Choi, eq. 6: total = content + sum of weight * term).
 
         content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with
         `all_terms` measured without a gradient. Returns the terms by name, and the channel norms of the
-        global batch, (2B * processes, C). Averaged over processes, terms and gradients are those of one
-        process with the whole batch.
+        global batch, as in `Pass`; the encoder's end with the bottleneck's. Averaged over processes, terms and
+        gradients are those of one process with the whole batch.
         """
         pictures = len(content)
         both = torch.cat([content, style])  # (2B, 3, H, W)
         with self.autocast(both.device):
             with torch.no_grad():
                 targets = self.loss_network(both.contiguous(memory_format=self.formats["loss_network"]))
-            if self.encoder_is_loss_network:
-                feature = targets[-1]
-            else:
-                feature = self.network.encoder(both.contiguous(memory_format=self.formats["encoder"]))
+            encoder_features = self._encode(both, targets)
+        feature = encoder_features[-1]
         content_feature, style_feature = feature[:pictures], feature[pictures:]  # (B, C, H/stride, W/stride)
         aligned = adain(content_feature, *channel_statistics(style_feature))
         with self.autocast(both.device):
-            output = self.network.decoder(aligned.contiguous(memory_format=self.formats["decoder"]))  # (B, 3, H, W)
+            *decoder_features, output = self._decode(aligned)  # output: (B, 3, H, W)
             output_features = self.loss_network(output.contiguous(memory_format=self.formats["loss_network"]))
 
-        norm = self.gather(losses.channel_norm(feature))  # (2B * processes, C)
-        terms = {
-            name: self._term(name, feature, norm, output_features, targets)
-            for name, weight in self.config.weights.items()
-            if weight
-        }
+        norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C)
+        if decoder_features:
+            norms["decoder"] = self._norms(decoder_features)  # (B * processes, C')
+        passed = Pass(both, feature, norms, output, output_features, targets)
+        terms = {name: self._term(name, passed) for name, weight in self.config.weights.items() if weight}
         if all_terms:
             with torch.no_grad():
-                for name in TERMS:
+                for name in self.config.weights:
                     if name not in terms:
-                        terms[name] = self._term(name, feature, norm, output_features, targets)
-        return terms, norm.detach()
+                        terms[name] = self._term(name, passed)
+        return terms, {part: norm.detach() for part, norm in norms.items()}
 
-    def _term(self, name: str, feature, norm, output_features: list[Tensor], targets: list[Tensor]) -> Tensor:
-        pictures = len(feature) // 2
+    def _encode(self, both: Tensor, targets: list[Tensor]) -> list[Tensor]:
+        """The features that are looked at, shallow to deep; the last is the bottleneck's."""
+        if self.encoder_is_loss_network:
+            return targets[-1:]
+        both = both.contiguous(memory_format=self.formats["encoder"])
+        if self.all_encoder_layers:
+            return self.network.encoder.features(both)
+        return [self.network.encoder(both)]
+
+    def _decode(self, aligned: Tensor) -> list[Tensor]:
+        """The features that are looked at, deep to shallow, then the output."""
+        aligned = aligned.contiguous(memory_format=self.formats["decoder"])
+        if "decoder" in self.compact.widths:
+            return self.network.decoder.features(aligned)
+        return [self.network.decoder(aligned)]
+
+    def _norms(self, features: list[Tensor]) -> Tensor:
+        """The channel norms of a part's layers side by side, of the global batch."""
+        return self.gather(torch.cat([losses.channel_norm(feature) for feature in features], dim=1))
+
+    def _term(self, name: str, passed: Pass) -> Tensor:
+        pictures = len(passed.output)
         match name:
             case "content":
-                return losses.content_loss(output_features, [target[:pictures] for target in targets])
+                return losses.content_loss(passed.output_features, [target[:pictures] for target in passed.targets])
             case "style":
-                style_targets = [target[pictures:] for target in targets]
-                return losses.style_loss(output_features, style_targets, self.config.style_loss)
+                style_targets = [target[pictures:] for target in passed.targets]
+                return losses.style_loss(passed.output_features, style_targets, self.config.style_loss)
             case "uncorrelation":
                 # The mean of content and style, each a sum over the batch: over the global one.
-                return 0.5 * self.processes * losses.uncorrelation_loss(feature)
+                return 0.5 * self.processes * losses.uncorrelation_loss(passed.feature)
             case "channel":
-                return losses.channel_loss(norm, self.config.l0_eps)
+                return self.compact.channel_loss(passed.norms)
             case "xor":
-                return losses.xor_loss(norm, self.config.l0_eps)
+                return self.compact.xor_loss(passed.norms)
+            case "distillation":
+                return self._distillation(passed)
+
+    def _distillation(self, passed: Pass) -> Tensor:
+        """See `losses.distillation_loss`."""
+        pictures = len(passed.output)
+        with torch.no_grad(), self.autocast(passed.both.device):
+            teacher_feature = self.teacher.encoder(passed.both.contiguous(memory_format=torch.channels_last))
+            style_code = channel_statistics(teacher_feature[pictures:])
+            aligned = adain(teacher_feature[:pictures], *style_code)
+            teacher_output = self.teacher.decoder(aligned.contiguous(memory_format=torch.channels_last))
+        with self.autocast(passed.both.device):
+            projected = self.projection(passed.feature)  # (2B, C of the teacher, H/stride, W/stride)
+        square = self.gather(teacher_feature.float().square().mean().reshape(1)).mean()  # of the global batch
+        return losses.distillation_loss(passed.output, teacher_output, projected, teacher_feature, square)
 
 
 class Trainer:
     """The networks, the optimiser and one training step."""
 
     def __init__(
-        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TrainConfig, device: torch.device
+        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TrainConfig, device: torch.device,
+        teacher: StyleTransferNetwork | None = None,
     ) -> None:
         self.config = config
         self.device = device
         self.network = network.to(device).train()
         amp_dtype, processes = autocast_dtype(config.amp, device), process_count()
-        self.losses = TransferLosses(self.network, loss_network.to(device), config, amp_dtype, processes)
+        if teacher is not None:
+            teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.losses = TransferLosses(
+            self.network, loss_network.to(device), config, amp_dtype, processes, device, teacher
+        ).to(device)
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(amp_dtype or torch.float32, memory_format=self.losses.formats["loss_network"])
         groups = []
@@ -244,7 +363,15 @@ class Trainer:
                 groups.append({"params": list(module.parameters()), "lr": rate})
             self.losses.formats[part] = conv_format(device, amp_dtype, is_trained=rate > 0)
             module.to(memory_format=self.losses.formats[part])
+        if teacher is not None:
+            groups[-1]["params"] += self.losses.projection.parameters()  # the decoder's
         self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.census = self.steering = None
+        if config.takes_census:
+            self.census = ChannelCensus(network.config, config.compact_layers, config.census_memory, device)
+        if config.target_macs is not None:
+            weight, start = config.channel_loss_weight, self.census.macs().item()
+            self.steering = TargetSteering(weight, start, config.target_macs, config.max_iter, device)
         self.model = self.losses
         if processes > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -256,21 +383,66 @@ class Trainer:
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
     def step(self, content: Tensor, style: Tensor, all_terms: bool = False) -> dict[str, Tensor]:
-        """One step of Adam. content, style: (B, 3, H, W), uint8. Returns METRICS as scalars on the device."""
+        """One step of Adam. content, style: (B, 3, H, W), uint8. Returns `TrainConfig.metrics` as
+        scalars on the device, without terms that were left out."""
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
-        terms, norm = self.model(normalize(content), normalize(style), all_terms)
-        total = sum(weight * terms[name] for name, weight in self.config.weights.items() if weight)
+        terms, norms = self.model(normalize(content), normalize(style), all_terms)
+        weights, progress = self.follow(norms)
+        total = sum(weights[name] * terms[name] for name, weight in self.config.weights.items() if weight)
         total.backward()
         self.optimizer.step()
-        off = norm == 0  # (2B, C)
-        return {name: term.detach() for name, term in terms.items()} | {
+        norm = norms["encoder"][:, -self.network.config.bottleneck_width :]  # (2B, C)
+        off = norm == 0
+        return {name: term.detach() for name, term in terms.items()} | progress | {
             "total": total.detach(),
             "nonzero_channels": losses.nonzero_channels(norm),
             "channels_off_for_all": off.all(dim=0).sum().float(),
             "channels_off_for_some": off.any(dim=0).sum().float(),
         }
+
+    def follow(self, norms: dict[str, Tensor]) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
+        """Count the channels that are left, and steer the channel loss's weight, where the settings want it.
+
+        Returns the weights of the terms, and the metrics of it.
+        """
+        weights = self.config.weights
+        if self.census is None:
+            return weights, {}
+        self.census.add(norms)
+        progress = {"macs": self.census.macs()}
+        if self.steering is not None:
+            weights["channel"] = progress["channel_weight"] = self.steering.update(progress["macs"])
+        return weights, progress
+
+    def layer_widths(self) -> list[int]:
+        """The channels on in each selected layer, encoder then decoder, in forward order."""
+        return torch.cat(list(self.census.widths().values())).int().tolist()
+
+    def state(self) -> dict[str, dict]:
+        """What a checkpoint needs beside the network to go on: plain types and tensors."""
+        parts = {"census": self.census, "steering": self.steering}
+        state = {name: part.state() for name, part in parts.items() if part is not None}
+        if self.losses.teacher is not None:
+            state["projection"] = self.losses.projection.state_dict()
+        return state | {"optimizer": self.optimizer.state_dict()}
+
+    def restore(self, checkpoint: dict) -> None:
+        """Put back `state`. Raises ValueError when other parts were trained. What the run did not count or steer
+        before starts anew."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, filter(None, self.config.learning_rates.values())):
+            group["lr"] = rate  # load_state_dict put the old rate back
+        if self.losses.teacher is not None:
+            self.losses.projection.load_state_dict(checkpoint["projection"])
+        same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
+        if self.census is not None and same_layers and "census" in checkpoint:
+            self.census.restore(checkpoint["census"])
+        if self.steering is not None:
+            if "steering" in checkpoint:
+                self.steering.restore(checkpoint["steering"])
+            self.steering.iteration.fill_(checkpoint["iteration"])
 
     @torch.no_grad()
     def preview(self, content: Tensor, style: Tensor):
@@ -315,25 +487,26 @@ def _same_weights(network: StyleTransferNetwork, loss_network: LossNetwork) -> b
 
 
 class MetricSums:
-    """Means of METRICS since the last check, and the first iteration at which each was not finite.
+    """Means of a run's metrics since the last check, and the first iteration at which each was not finite.
 
     Both stay on the device: reading them costs a synchronisation, so the loop does that seldom.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(METRICS), device=device)
-        self.counts = torch.zeros(len(METRICS), device=device)
-        self.latest = torch.zeros(len(METRICS), device=device)
-        self.first_bad = torch.full((len(METRICS),), -1, device=device, dtype=torch.int64)
+    def __init__(self, device: torch.device, names: tuple[str, ...] = METRICS) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.counts = torch.zeros(len(names), device=device)
+        self.latest = torch.zeros(len(names), device=device)
+        self.first_bad = torch.full((len(names),), -1, device=device, dtype=torch.int64)
         self._zero = torch.zeros((), device=device)
         self._present: dict[frozenset, Tensor] = {}  # one mask for each set of measured terms
 
     def add(self, metrics: dict[str, Tensor], iteration: int) -> None:
         names = frozenset(metrics)
         if names not in self._present:
-            self._present[names] = torch.tensor([name in names for name in METRICS], device=self.sums.device)
+            self._present[names] = torch.tensor([name in names for name in self.names], device=self.sums.device)
         present = self._present[names]
-        values = torch.stack([metrics.get(name, self._zero) for name in METRICS])
+        values = torch.stack([metrics.get(name, self._zero) for name in self.names])
         self.sums += values
         self.counts += present
         self.latest = torch.where(present, values, self.latest)
@@ -341,7 +514,7 @@ class MetricSums:
 
     def raise_if_bad(self, newest: Path) -> None:
         """Raises UserError naming the first term that was not finite, and its iteration."""
-        bad = {name: at for name, at in zip(METRICS, self.first_bad.tolist()) if at >= 0}
+        bad = {name: at for name, at in zip(self.names, self.first_bad.tolist()) if at >= 0}
         if not bad:
             return
         name = min(bad, key=bad.get)  # the earliest; of equals the first, and terms stand before their total
@@ -351,7 +524,7 @@ class MetricSums:
 
     def means(self) -> dict[str, float]:
         """The means over all iterations since `clear`, and over all processes (each must call this)."""
-        return dict(zip(METRICS, (average_over_processes(self.sums) / self.counts).tolist()))
+        return dict(zip(self.names, (average_over_processes(self.sums) / self.counts).tolist()))
 
     def clear(self) -> None:
         self.sums.zero_()
@@ -359,11 +532,15 @@ class MetricSums:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint; of several processes each must call this."""
-        return {"sums": average_over_processes(self.sums).cpu(), "counts": self.counts.cpu()}
+        sums = average_over_processes(self.sums).cpu()
+        return {"names": list(self.names), "sums": sums, "counts": self.counts.cpu()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.sums.copy_(state["sums"])
-        self.counts.copy_(state["counts"])
+    def restore(self, state: dict) -> None:
+        """Put back `state`; metrics that it lacks stay without a value."""
+        names = state.get("names", METRICS)  # an older run's file has no names
+        for own, stored in ((self.sums, state["sums"]), (self.counts, state["counts"])):
+            values = dict(zip(names, stored.tolist()))
+            own.copy_(torch.tensor([values.get(name, 0.0) for name in self.names]))
 
 
 # ------------------------------------------------------------------------------------------ start, resume
@@ -388,7 +565,7 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
     for name, value in given.items():
-        if name in ("backbone", "swap_max_pool", "vgg_weights", "load_path") and value != stored[name]:
+        if name in ("backbone", "swap_max_pool", "vgg_weights", "load_path", "teacher") and value != stored[name]:
             raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
         if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
             note(f"resuming with --{name} {value} (it was {stored[name]})")
@@ -412,16 +589,25 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if network.config.backbone != config.backbone:
             raise UserError(f"--load_path {config.load_path} is a {network.config.backbone} network, "
                             f"--backbone says {config.backbone}")
-    trainer = Trainer(network, loss_network, config, device)
+    config.check_target(network.config)
+    trainer = Trainer(network, loss_network, config, device, _load_teacher(config, network.config))
     if checkpoint is not None:
         try:
-            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+            trainer.restore(checkpoint)
         except ValueError as error:
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
                             "start a new run with --load_path for that") from error
-        for group, rate in zip(trainer.optimizer.param_groups, filter(None, config.learning_rates.values())):
-            group["lr"] = rate  # load_state_dict put the old rate back
     return trainer, origin
+
+
+def _load_teacher(config: TrainConfig, student: NetworkConfig) -> StyleTransferNetwork | None:
+    if config.teacher is None:
+        return None
+    teacher, _ = load_network(config.teacher, flag="--teacher")
+    if teacher.config.stride != student.stride:
+        raise UserError(f"--teacher {config.teacher} is a {teacher.config.backbone} network, with a bottleneck of "
+                        f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
+    return teacher
 
 
 # ------------------------------------------------------------------------------------------------ loop
@@ -515,7 +701,7 @@ class _Run:
         save_path = Path(self.config.save_path)
         self.metrics = MetricFile(save_path / "metrics.jsonl")
         self.samples = make_folder(save_path / "samples", "--save_path")
-        self.sums = MetricSums(self.trainer.device)
+        self.sums = MetricSums(self.trainer.device, self.config.metrics)
 
     def loop(self, start: int) -> int:
         """Iterations start + 1 to max_iter. Returns the exit code: 0, or 128 + the signal that stopped it."""
@@ -557,16 +743,20 @@ class _Run:
         return stop.exit_code if stop else 0  # 0 where another process was told to stop
 
     def _progress(self) -> str:
-        values = dict(zip(METRICS, self.sums.latest.tolist()))
-        shown = [f"{name} {values[name]:.4g}" for name in (*TERMS, "total") if self.config.weights.get(name, 1)]
-        return ", ".join([*shown, f"nonzero {values['nonzero_channels']:.0f}"])
+        values = dict(zip(self.sums.names, self.sums.latest.tolist()))
+        names = [name for name, weight in self.config.weights.items() if weight]
+        names += [name for name in ("total", "macs", "channel_weight") if name in values]
+        return ", ".join([*(f"{name} {values[name]:.4g}" for name in names),
+                          f"nonzero {values['nonzero_channels']:.0f}"])
 
     def check(self, iteration: int, first: tuple[Tensor, Tensor, list]) -> None:
         """Every `check_iter`: metrics, a picture grid, a checkpoint."""
         means = self.sums.means()
         self.sums.clear()
         if is_first_process():
-            self.metrics.append({"iteration": iteration, **means})
+            has_layers = self.config.compact_layers != "bottleneck"
+            layers = {"layer_widths": self.trainer.layer_widths()} if has_layers else {}
+            self.metrics.append({"iteration": iteration, **means, **layers})
             path = self.samples / f"iteration_{iteration:07d}.png"
             save_picture(self.trainer.preview(*first[:2]), path)
             self.wandb_run.log(means, iteration, path)
@@ -587,7 +777,7 @@ class _Run:
             train_config={name: list(value) if isinstance(value, tuple) else value
                           for name, value in asdict(self.config).items()},
             vgg_weights=self.vgg_origin,
-            optimizer=self.trainer.optimizer.state_dict(),
+            **self.trainer.state(),
             random_state=random_state(),
             metric_sums=metric_sums,
             samples_seen=self.samples_seen,

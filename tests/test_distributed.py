@@ -19,27 +19,33 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 GRADIENTS = """
+import json
 import sys
 sys.path.insert(0, {root!r})
 import torch
 from data import normalize
-from network import NetworkConfig, build_from_vgg, load_vgg
+from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, load_vgg
 from train import TrainConfig, Trainer
 from utils import process_count, process_group, process_rank
 
 device = torch.device("cpu")
 with process_group(device):
-    config = TrainConfig(amp="off", compile=sys.argv[2] == "compile", encoder_lr=1e-5, l0_eps=1.0,
-                         uncorrelation_loss_weight=50.0, channel_loss_weight=1e3, xor_loss_weight=500.0)
+    config = TrainConfig(amp="off", compile=sys.argv[2] == "compile", encoder_lr=1e-5,
+                         uncorrelation_loss_weight=50.0, channel_loss_weight=1e3, xor_loss_weight=500.0,
+                         **({{"l0_eps": 1.0}} | json.loads(sys.argv[3])))
     torch.manual_seed(0)
     network, loss_network = build_from_vgg(NetworkConfig.full(), load_vgg("vgg19", "random")[0])
-    trainer = Trainer(network, loss_network, config, device)
+    teacher = StyleTransferNetwork(NetworkConfig.full()) if config.teacher else None
+    trainer = Trainer(network, loss_network, config, device, teacher)
+    if teacher:  # at 0 the projection would pass no gradient on
+        torch.nn.init.normal_(trainer.losses.projection.weight, std=0.05, generator=torch.Generator().manual_seed(2))
     pictures = torch.randint(0, 256, (2, 4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     share = 4 // process_count()
     own = slice(process_rank() * share, (process_rank() + 1) * share)
     metrics = trainer.step(pictures[0, own], pictures[1, own], all_terms=True)
     if process_rank() == 0:
-        torch.save({{"gradients": {{n: p.grad for n, p in network.named_parameters()}},
+        trained = [*network.named_parameters(), *getattr(trainer.losses, "projection", network).named_parameters()]
+        torch.save({{"gradients": {{n: p.grad for n, p in trained}},
                     "weights": network.state_dict(), "metrics": metrics}}, sys.argv[1])
 """
 
@@ -47,21 +53,30 @@ with process_group(device):
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
+EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, teacher="given", max_iter=100)
+# An epsilon relative to the mean over both processes' pictures.
+RELATIVE = dict(compact_layers="decoder", l0_eps="relative:0.1")
+
+
 # Compiled code rounds in another order, and a ReLU whose input comes out on the other side of zero moves gradients.
-@pytest.mark.parametrize("kind, tolerance", [("eager", 1e-5), pytest.param("compile", 0.03, marks=needs_compiler)])
-def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, kind, tolerance):
+@pytest.mark.parametrize("kind, settings, tolerance", [
+    ("eager", {}, 1e-5), ("eager", EVERY_LAYER, 1e-5), ("eager", RELATIVE, 1e-5),
+    pytest.param("compile", {}, 0.03, marks=needs_compiler),
+], ids=["eager", "every layer", "relative", "compiled"])
+def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, kind, settings, tolerance):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS.format(root=str(ROOT)))
     results = []
     for name, launcher, how in (("one", [sys.executable], "eager"), ("two", TORCHRUN, kind)):
-        command = [*launcher, str(script), str(tmp_path / name), how]
+        command = [*launcher, str(script), str(tmp_path / name), how, json.dumps(settings)]
         subprocess.run(command, check=True, env=ENVIRONMENT, timeout=600)
         results.append(torch.load(tmp_path / name, weights_only=True))
     desired, actual = results
     for name, gradient in desired["gradients"].items():
         error = (actual["gradients"][name] - gradient).norm() / gradient.norm()
         assert error < tolerance, (name, float(error))
-    for name in ("channel", "xor", "nonzero_channels"):  # of the global batch in every process
+    of_all = {"channel", "xor", "nonzero_channels", "macs", "channel_weight"} & desired["metrics"].keys()
+    for name in of_all:  # of the global batch in every process
         assert_close(actual["metrics"][name], desired["metrics"][name], rtol=1e-5, atol=1e-7, msg=name)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_speed import ON, VGG, batch
+from conftest import small_network
+from test_speed import EVERY_LAYER, ON, VGG, batch
 
 from data import TrainingPictures, training_loader
 from network import NetworkConfig, build_from_vgg
@@ -23,16 +24,19 @@ GPU = torch.device("cuda", 0)
 def make_trainer(**settings) -> Trainer:
     torch.manual_seed(0)
     config = TrainConfig(**(dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | settings))
-    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, GPU)
+    teacher = small_network(width=20) if config.teacher else None
+    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, GPU, teacher)
 
 
 def batches(count: int) -> list[list[torch.Tensor]]:
     return [[pictures.to(GPU) for pictures in batch(number, 64, 2)] for number in range(count)]
 
 
+@pytest.mark.parametrize("more", [{}, EVERY_LAYER], ids=["bottleneck", "every layer"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_step_never_waits_for_the_gpu(compiled):
-    trainer, sums = make_trainer(compile=compiled), MetricSums(GPU)
+def test_step_never_waits_for_the_gpu(compiled, more):
+    trainer = make_trainer(compile=compiled, **more)
+    sums = MetricSums(GPU, trainer.config.metrics)
     pictures = batches(6)
     for number, pair in enumerate(pictures[:4], 1):  # caches, compilation, graphs
         sums.add(trainer.step(*pair), number)

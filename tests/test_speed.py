@@ -27,12 +27,14 @@ ON = dict(style_loss_weight=100.0, uncorrelation_loss_weight=50.0, channel_loss_
 WEIGHTS = {"content": OFF, "all": ON} | {
     name.removesuffix("_loss_weight"): OFF | {name: weight} for name, weight in ON.items()
 }
+EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l0_eps="relative:0.1", teacher="given")
 VGG = load_vgg("vgg19", "random")[0]
 
 
 def make_trainer(config: TrainConfig) -> Trainer:
     torch.manual_seed(0)
-    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, CPU)
+    teacher = small_network(width=20) if config.teacher else None
+    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, CPU, teacher)
 
 
 def batch(seed: int, size: int = 16, pictures: int = 2) -> list[torch.Tensor]:
@@ -93,9 +95,10 @@ def test_bfloat16_curves_stay_together():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_step_equals_eager_step():
+@pytest.mark.parametrize("more", [{}, EVERY_LAYER], ids=["bottleneck", "every layer"])
+def test_compiled_step_equals_eager_step(more):
     """Losses and gradients, also where a check measures the terms of weight 0."""
-    settings = dict(amp="off", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0, **(ON | {"xor_loss_weight": 0.0}))
+    settings = dict(amp="off", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | {"xor_loss_weight": 0.0} | more
     eager, compiled = make_trainer(TrainConfig(**settings)), make_trainer(TrainConfig(compile=True, **settings))
     for number, all_terms in enumerate((False, True, False)):
         desired, actual = (trainer.step(*batch(number), all_terms=all_terms) for trainer in (eager, compiled))

@@ -161,6 +161,8 @@ FLAGS = (
          "or multiply-adds with as many on, as a fraction of the full network's", {"choices": COMPACT_COSTS}),
     Flag("target_macs", "steer the weight of the channel loss so that the run ends at this fraction of the full "
          "network's multiply-adds; --channel_loss_weight is where it starts", {"type": proper_fraction}),
+    Flag("new_weights", "take only the widths from --load_path, and new weights (He initialisation): a narrow network "
+         "from scratch", _SWITCH),
     Flag("teacher", "model file, or the folder of a run, whose outputs and bottleneck features are to be matched "
          "(distillation)"),
     Flag("teacher_weight", "weight of the distillation loss, with --teacher", {"type": amount}),

@@ -411,11 +411,17 @@ def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[Style
     network = StyleTransferNetwork(config)
     encoder = network.encoder.layers[0]
     encoder.load_state_dict({name: vgg[name] for name in encoder.state_dict()})
-    convs = [layer for layer in network.decoder.layers[0] if isinstance(layer, nn.Conv2d)]
-    for conv in convs:
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is convs[-1] else "relu")
-        nn.init.zeros_(conv.bias)
+    initialize(network.decoder, network)
     return network, loss_network
+
+
+def initialize(part: nn.Module, network: StyleTransferNetwork) -> None:
+    """He initialisation of every conv in a part of the network, in place, from torch's global generator."""
+    output = network.decoder.layers[0][-1]  # gives the picture, without a ReLU behind it
+    for conv in part.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is output else "relu")
+            nn.init.zeros_(conv.bias)
 
 
 # ---------------------------------------------------------------------------------------- model files

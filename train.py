@@ -35,6 +35,7 @@ from network import (
     adain,
     build_from_vgg,
     channel_statistics,
+    initialize,
     load_network,
     load_vgg,
     model_checkpoint,
@@ -79,6 +80,7 @@ class TrainConfig:
     style_dir: str | None = None
     save_path: str | None = None
     load_path: str | None = None
+    new_weights: bool = False
     resume: bool = False
     backbone: str = "vgg19"
     swap_max_pool: bool = False
@@ -168,6 +170,10 @@ class TrainConfig:
         stride = 8  # of the deepest tap of both loss networks
         if self.cropsize < 2 * stride or self.cropsize % stride:
             raise UserError(f"--cropsize {self.cropsize}: a multiple of {stride}, {2 * stride} or more, is needed")
+        if self.new_weights and not self.load_path:
+            raise UserError("--new_weights: --load_path says the network whose widths to start with")
+        if self.new_weights and not all(self.learning_rates.values()):
+            raise UserError("--new_weights: with --encoder_lr 0 or --decoder_lr 0 random weights would stay so")
         if not any(self.learning_rates.values()):
             raise UserError("--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be learned")
         if self.teacher and not self.learning_rates["decoder"]:
@@ -564,8 +570,9 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
     stored = asdict(TrainConfig()) | {  # a flag that is newer than the run stood at its default
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
+    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher")
     for name, value in given.items():
-        if name in ("backbone", "swap_max_pool", "vgg_weights", "load_path", "teacher") and value != stored[name]:
+        if name in fixed and value != stored[name]:
             raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
         if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
             note(f"resuming with --{name} {value} (it was {stored[name]})")
@@ -589,6 +596,8 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if network.config.backbone != config.backbone:
             raise UserError(f"--load_path {config.load_path} is a {network.config.backbone} network, "
                             f"--backbone says {config.backbone}")
+        if config.new_weights:
+            initialize(network, network)
     config.check_target(network.config)
     trainer = Trainer(network, loss_network, config, device, _load_teacher(config, network.config))
     if checkpoint is not None:

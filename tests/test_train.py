@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import train as train_module
 from data import normalize
 from network import (
     NetworkConfig,
+    StyleTransferNetwork,
     adain,
     build_from_vgg,
     channel_statistics,
@@ -26,7 +28,7 @@ from network import (
     model_checkpoint,
 )
 from prune import cut_bottleneck
-from train import METRICS, MetricSums, TrainConfig, Trainer, train
+from train import METRICS, MetricSums, TrainConfig, Trainer, build_trainer, train
 from utils import UserError, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +147,33 @@ def test_pruned_network_trains_on(tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_new_weights_keep_the_widths_alone(tmp_path):
+    """He initialisation: every conv anew, of the variance that keeps the signal's size; the seed decides."""
+    full = NetworkConfig.full()
+    narrow = StyleTransferNetwork(replace(full, encoder_widths=(*full.encoder_widths[:-1], 200)))
+    save_checkpoint(model_checkpoint(narrow), tmp_path / "narrow.pth")
+    config = TrainConfig(**SMALL | {"load_path": str(tmp_path / "narrow.pth"), "new_weights": True, "save_path": "x"})
+    networks = [build_trainer(config, torch.device("cpu"), None)[0].network for _ in range(2)]
+    assert networks[0].config == narrow.config
+    for name, actual in networks[0].state_dict().items():
+        assert torch.equal(actual, networks[1].state_dict()[name])
+        if name.endswith("bias"):
+            assert not actual.any()
+            continue
+        assert not torch.equal(actual, narrow.state_dict()[name])
+        gain = 1.0 if actual.shape[0] == 3 else 2.0
+        assert actual.std().item() == pytest.approx((gain / actual[0].numel()) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("change, needed", [
+    ({"new_weights": True}, "--load_path says"),
+    ({"new_weights": True, "load_path": "m.pth", "encoder_lr": 0.0}, "would stay so"),
+])
+def test_new_weights_that_make_no_sense_are_refused(change, needed):
+    with pytest.raises(UserError, match=needed):
+        TrainConfig(**SMALL | {"save_path": "x"} | change).check()
+
+
 def test_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     folder = tmp_path / "run"
     process = start_training(folder, num_workers=1)

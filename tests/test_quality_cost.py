@@ -1,0 +1,78 @@
+"""The plot of quality against cost: losses as measured, costs of the very files, one line for what is wrong."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality_cost  # noqa: E402
+
+from main import main  # noqa: E402
+from network import NetworkConfig, StyleTransferNetwork, count_macs, count_parameters, model_checkpoint  # noqa: E402
+from utils import save_checkpoint  # noqa: E402
+
+
+def narrow(width: int) -> StyleTransferNetwork:
+    full = NetworkConfig.full()
+    return StyleTransferNetwork(replace(full, encoder_widths=(width,) * 9, decoder_widths=(*(width,) * 8, 3)))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """metrics.json of three small networks on two pairs."""
+    folder = tmp_path_factory.mktemp("measured")
+    for width in (4, 6, 8):
+        save_checkpoint(model_checkpoint(narrow(width)), folder / f"narrow_{width}.pth")
+    models = [str(folder / f"narrow_{width}.pth") for width in (8, 4, 6)]
+    pictures = ["--content", str(ROOT / "imgs" / "content"), "--style", str(ROOT / "imgs" / "style")]
+    flags = ["--imsize", "32", "--pairs", "4", "--metrics", "content", "style", "--vgg_weights", "random"]
+    assert main(["--mode", "test", "--gpu_no", "-1", "--load_path", *models, *pictures, *flags,
+                 "--save_path", str(folder / "out")]) == 0
+    return folder / "out" / "metrics.json"
+
+
+def test_points_are_the_measured_losses_and_the_files_costs(measured, tmp_path, capsys):
+    path = tmp_path / "plots" / "plot.png"
+    arguments = ["--metrics", str(measured), "--group", "small=narrow_[46]", "--style_weight", "10", "--size", "32",
+                 "--runs", "1", "--gpu_no", "-1", "--save_path", str(path)]
+    assert quality_cost.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert [(point["name"], point["group"]) for point in result["points"]] == [
+        ("narrow_8", "other"), ("narrow_4", "small"), ("narrow_6", "small")]
+    report = json.loads(measured.read_text())
+    for point, width in zip(result["points"], (8, 4, 6)):
+        pairs = [pair["metrics"][point["name"]] for pair in report["pairs"]]
+        assert point["loss"] == pytest.approx(np.mean([pair["content"] + 10 * pair["style"] for pair in pairs]))
+        assert point["parameters"] == count_parameters(narrow(width))
+        assert point["macs"] == count_macs(narrow(width).config, 32)
+        assert point["latency_ms"]["median"] > 0
+    assert result["vgg_weights_of_losses"].startswith("random")
+    assert Image.open(path).width > 1000
+
+
+def test_refusals(measured, tmp_path, capsys):
+    report = json.loads(measured.read_text())
+    changed, without = tmp_path / "changed.json", tmp_path / "without.json"
+    changed.write_text(json.dumps(report | {"models": [report["models"][0] | {"sha256": "0" * 64}]}))
+    without.write_text(json.dumps(report | {"models": [report["models"][0] | {"metrics": {"ssim": {}}}]}))
+    (tmp_path / "none.json").write_text("[]")
+    cases = [
+        (["--metrics", str(changed)], "was changed; measure again"),
+        (["--metrics", str(without)], "lacks a loss"),
+        (["--metrics", str(tmp_path / "none.json")], "not a metrics.json"),
+        (["--metrics", str(measured), "--runs", "0"], "--runs 0"),
+        (["--metrics", str(measured), "--group", "all"], "NAME=PATTERN is needed"),
+    ]
+    for arguments, needed in cases:
+        assert quality_cost.main([*arguments, "--gpu_no", "-1", "--save_path", str(tmp_path / "plot.png")]) == 2
+        captured = capsys.readouterr()
+        assert needed in captured.err and captured.err.count("\n") == 1
+        assert not (tmp_path / "plot.png").exists()

@@ -147,8 +147,8 @@ class TrainConfig:
 
     @property
     def census_memory(self) -> int:
-        """Batches in which a channel that is on for any picture counts as on: 1% of the run, at most CENSUS_MEMORY."""
-        return max(1, min(CENSUS_MEMORY, self.max_iter // 100))
+        """Batches in which a channel that is on for any picture counts as on: 5% of the run, at most CENSUS_MEMORY."""
+        return max(1, min(CENSUS_MEMORY, self.max_iter // 20))
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -317,9 +317,9 @@ def test_bottleneck_metrics_are_those_of_the_bottleneck_whatever_the_layers():
 
 def test_channels_go_off_in_every_part():
     """Against the same steps without the two losses, since a new decoder loses channels by itself."""
-    settings = dict(compact_layers="all", l0_eps="relative:0.1", encoder_lr=5e-4, max_iter=100)
+    settings = dict(compact_layers="all", l0_eps="relative:0.1", encoder_lr=5e-4, max_iter=20)
     widths = {}
-    for weight in (0.0, 1e3):  # in a run of 100 iterations, the last batch alone counts
+    for weight in (0.0, 1e3):  # in a run of 20 iterations, the last batch alone counts
         trainer = make_trainer(**settings, channel_loss_weight=weight, xor_loss_weight=weight / 20)
         for _ in range(10):
             metrics = trainer.step(*random_batch(), all_terms=True)

@@ -53,7 +53,7 @@ with process_group(device):
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
-EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, teacher="given", max_iter=100)
+EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, teacher="given", max_iter=20)
 # An epsilon relative to the mean over both processes' pictures.
 RELATIVE = dict(compact_layers="decoder", l0_eps="relative:0.1")
 

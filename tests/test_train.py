@@ -143,10 +143,6 @@ def test_pruned_network_trains_on(tmp_path):
     assert load_network(tmp_path / "on")[0].config.bottleneck_width == 112
 
 
-# --------------------------------------------------------------------------------- signals, kill, bad losses
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_new_weights_keep_the_widths_alone(tmp_path):
     """He initialisation: every conv anew, of the variance that keeps the signal's size; the seed decides."""
     full = NetworkConfig.full()
@@ -174,6 +170,10 @@ def test_new_weights_that_make_no_sense_are_refused(change, needed):
         TrainConfig(**SMALL | {"save_path": "x"} | change).check()
 
 
+# --------------------------------------------------------------------------------- signals, kill, bad losses
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     folder = tmp_path / "run"
     process = start_training(folder, num_workers=1)

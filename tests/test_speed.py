@@ -104,11 +104,15 @@ def test_compiled_step_equals_eager_step(more):
         desired, actual = (trainer.step(*batch(number), all_terms=all_terms) for trainer in (eager, compiled))
         assert desired.keys() == actual.keys()
         for name, value in desired.items():
-            assert_close(actual[name], value, rtol=1e-3, atol=1e-6, msg=f"{name} of step {number}")
-        if number == 0:  # later ones start from weights that rounding, through Adam, has made a little different
+            # A count may move by one where a channel's only response is rounding.
+            assert_close(actual[name], value, rtol=2e-2 if "channels" in name else 1e-3, atol=1e-6,
+                         msg=lambda text, place=f"{name} of step {number}": f"{place}: {text}")
+        if number == 0:  # the random start; later, one ReLU's input on the other side of zero moves many gradients
             errors = [((one.grad - other.grad).norm() / one.grad.norm()).item()
                       for one, other in zip(eager.network.parameters(), compiled.network.parameters())]
-            assert max(errors) < 0.05, errors  # a ReLU's input on the other side of zero moves some
+            assert max(errors) < 0.05, errors
+        # Adam makes much of rounding: where a gradient is next to nothing, its sign decides the first step.
+        compiled.losses.load_state_dict(eager.losses.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------- its parts

@@ -142,13 +142,12 @@ def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype = torch.
 
 
 @torch.inference_mode()
-def measure_latency(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[float]:
-    """Median milliseconds of stylising one random pair of `size` x `size` pictures, for each network."""
+def time_pairs(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[list[float]]:
+    """Seconds of stylising one random pair of `size` x `size` pictures, `runs` times, for each network in turns."""
     device = next(networks[0].parameters()).device
     generator = torch.Generator().manual_seed(0)
     content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    times = time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)
-    return [statistics.median(taken) * 1000.0 for taken in times]
+    return time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)
 
 
 @torch.inference_mode()
@@ -200,7 +199,8 @@ def build_report(
     pairs: list, config: PruneConfig, model_file: Path,
 ) -> dict:
     """What the cut changed, as plain values for `report.json`."""
-    latency = measure_latency([before, after], REPORT_SIZE, config.latency_runs)
+    times = time_pairs([before, after], REPORT_SIZE, config.latency_runs)
+    latency = [statistics.median(taken) * 1000.0 for taken in times]
     device = next(before.parameters()).device
     return {
         "load_path": str(model_file),

@@ -124,12 +124,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [{"run": run.name, options.against or "": run.settings.get(options.against), **run.last(options.last)}
+    settings = [options.against] if options.against else []
+    rows = [{"run": run.name, **{name: run.settings[name] for name in settings}, **run.last(options.last)}
             for run in runs]
     for row in rows:
         print(", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in row.items() if name))
-    print_json({"runs": [{name: value for name, value in row.items() if name} for row in rows]})
+                        for name, value in row.items()))
+    print_json({"runs": rows})
     return 0
 
 

@@ -22,9 +22,9 @@ import torch
 from measure import print_json, spread, versions
 
 from network import StyleTransferNetwork, count_macs, count_parameters, load_network
-from prune import new_figure
+from prune import new_figure, time_pairs
 from quality import mean_and_margin
-from utils import UserError, make_folder, resolve_device, time_in_turns
+from utils import UserError, make_folder, resolve_device
 
 ALONE = "other"  # the group of models that no pattern takes; no line joins them
 
@@ -79,18 +79,6 @@ def group_of(name: str, groups: dict[str, str]) -> str:
     return next((group for group, pattern in groups.items() if fnmatchcase(name, pattern)), ALONE)
 
 
-@torch.inference_mode()
-def measure_latency(
-    networks: dict[str, StyleTransferNetwork], size: int, runs: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of one random pair of `size` x `size` pictures, by model, the models taking turns."""
-    generator = torch.Generator().manual_seed(0)
-    content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    placed = {name: network.to(device, memory_format=torch.channels_last) for name, network in networks.items()}
-    times = time_in_turns([lambda net=net: net(content, style) for net in placed.values()], runs, device)
-    return {name: spread(taken, 1e-3) for name, taken in zip(placed, times)}
-
-
 def plot(points: list[Point], size: int, style_weight: float, device: str, path: Path) -> None:
     """Two panels: the loss over multiply-adds and over latency, both logarithmic, a colour a group."""
     figure = new_figure(11, 4.4)
@@ -138,18 +126,19 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--group {options.group}: NAME=PATTERN is needed")
         device = resolve_device(options.gpu_no)
         report = read_report(options.metrics)
-        networks = open_models(report, f"--metrics {options.metrics}")
+        networks = {name: network.to(device, memory_format=torch.channels_last)
+                    for name, network in open_models(report, f"--metrics {options.metrics}").items()}
         path = Path(options.save_path)
         make_folder(path.parent, "--save_path")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    latencies = measure_latency(networks, options.size, options.runs, device)
+    times = time_pairs(list(networks.values()), options.size, options.runs)
     points = []
-    for name, network in networks.items():
+    for (name, network), taken in zip(networks.items(), times):
         loss, margin = losses_of(report, name, options.style_weight)
         points.append(Point(name, group_of(name, groups), loss, margin, count_parameters(network),
-                            count_macs(network.config, options.size), latencies[name]))
+                            count_macs(network.config, options.size), spread(taken, 1e-3)))
     print(f"{'model':32}{'group':12}{'loss':>18}{'parameters':>12}{'10^9 MAC':>10}{'latency, ms':>14}")
     for point in points:
         print(f"{point.name[-32:]:32}{point.group[:11]:12}{f'{point.loss:.4g} ± {point.margin:.2g}':>18}"

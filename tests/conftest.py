@@ -1,6 +1,8 @@
 """Shared by all tests: the repository root on the path, the reference values, small pictures."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train as train_module  # noqa: E402
 from network import NetworkConfig, StyleTransferNetwork  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -59,6 +62,23 @@ def small_network(backbone: str = "vgg19", pooling: str = "max", width: int = 6,
             scale = (2.0 / parameter[0].numel()) ** 0.5 if parameter.dim() == 4 else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return network.eval()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_after(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training in this process gets SIGTERM within `iteration`, until `monkeypatch.undo()`."""
+
+    class StoppingSums(train_module.MetricSums):
+        def add(self, metrics, at):
+            super().add(metrics, at)
+            if at == iteration:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "MetricSums", StoppingSums)
 
 
 @pytest.fixture(scope="session")

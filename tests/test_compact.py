@@ -1,19 +1,15 @@
 """Compacting any layers: costs, epsilon, census and steering by hand; steps, resume and refusals by the trainer."""
 
-import json
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config, small_network
+from conftest import read_metrics, small_config, small_network, stop_after
 from torch import nn
 from torch.testing import assert_close
 
 import loss as losses
-import train as train_module
 from compact import ChannelCensus, CompactLosses, Epsilon, NetworkCost, TargetSteering, selected_widths
 from data import normalize
 from main import main
@@ -30,7 +26,7 @@ from network import (
     macs_per_channel_pair,
     model_checkpoint,
 )
-from train import METRICS, MetricSums, TrainConfig, Trainer, train
+from train import METRICS, TrainConfig, Trainer, train
 from utils import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -379,10 +375,6 @@ def test_teacher_feature_part_reaches_the_encoder():
 # -------------------------------------------------------------------------------------------- whole trainings
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_steered_and_taught_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Stopped inside a check interval and resumed: weights, metrics, census, steering, projection as without."""
     settings = SMALL | dict(
@@ -392,13 +384,7 @@ def test_steered_and_taught_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     )
     train(settings | {"save_path": str(tmp_path / "whole")})
 
-    class StopAtThree(MetricSums):
-        def add(self, metrics, iteration):
-            super().add(metrics, iteration)
-            if iteration == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train_module, "MetricSums", StopAtThree)
+    stop_after(3, monkeypatch)
     assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
     monkeypatch.undo()
     assert train({"save_path": str(tmp_path / "halves"), "resume": True}) == 0

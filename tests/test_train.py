@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_metrics, stop_after
 from torch.testing import assert_close
 
 import loss as losses
-import train as train_module
 from data import normalize
 from network import (
     NetworkConfig,
@@ -37,10 +37,6 @@ SMALL = dict(
     imsize=40, cropsize=32, batch_size=2, num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off",
     encoder_lr=5e-5, decoder_lr=1e-3, channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
 )
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def flags(settings: dict) -> list[str]:
@@ -92,13 +88,7 @@ def test_interruption_inside_a_check_interval_keeps_its_sums(tmp_path, monkeypat
     settings = SMALL | {"check_iter": 6, "max_iter": 6}
     train(settings | {"save_path": str(tmp_path / "whole")})
 
-    class StopAtThree(MetricSums):
-        def add(self, metrics, iteration):
-            super().add(metrics, iteration)
-            if iteration == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train_module, "MetricSums", StopAtThree)
+    stop_after(3, monkeypatch)
     assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
     monkeypatch.undo()
     assert torch.load(tmp_path / "halves" / "check_point.pth", weights_only=True)["iteration"] == 3

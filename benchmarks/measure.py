@@ -92,6 +92,13 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int], seed: int) -
     return paths
 
 
+def label_plainly(axis) -> None:
+    """Numbers as they are on a logarithmic axis of matplotlib: its powers of ten overlap where the range is narrow."""
+    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatter("{x:g}")
+    axis.set_tick_params(which="both", labelsize=7, labelrotation=45 if axis.axis_name == "x" else 0)
+
+
 def print_json(values: dict) -> None:
     """The last line of every benchmark."""
     print(json.dumps(values))

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import print_json
+from measure import label_plainly, print_json
 
 from evaluate import model_names
 from prune import new_figure
@@ -90,6 +90,7 @@ def _finish(figure, panels: dict, against: str, unit: str, path: Path) -> None:
         axes.grid(alpha=0.25)
         if title != "channels off":
             axes.set_yscale("log")
+            label_plainly(axes.yaxis)
     panels["channels off"].set_ylabel(f"of the bottleneck's channels,\n{unit}", fontsize=8)
     panels["channels off"].set_ylim(bottom=0)
     panels["channels off"].legend(frameon=False, fontsize=8)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import print_json, spread, versions
+from measure import label_plainly, print_json, spread, versions
 
 from network import StyleTransferNetwork, count_macs, count_parameters, load_network
 from prune import new_figure, time_pairs
@@ -95,6 +95,7 @@ def plot(points: list[Point], size: int, style_weight: float, device: str, path:
                 axes.annotate(point.name, (cost(point), point.loss), fontsize=6, xytext=(3, 3),
                               textcoords="offset points")
         axes.set_xscale("log")
+        label_plainly(axes.xaxis)
         axes.set_xlabel(title)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel(f"content + {style_weight:g} x style loss")

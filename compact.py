@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import loss as losses
-from network import NetworkConfig, macs_per_channel_pair
+from network import NetworkConfig, least_kept, macs_per_channel_pair
 
 # The parts that the channel and xor losses act on; of the encoder, "bottleneck" takes the last layer only.
 COMPACT_LAYERS = {
@@ -62,6 +62,19 @@ class Epsilon:
         return (self.value * torch.cat(means)).clamp_min(losses.L0_EPS)
 
 
+def spare_strongest(norm: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """The same norms, without a gradient to the `least_kept` channels of each layer with the largest means, so that
+    no layer goes off altogether: the picture would be one colour.
+
+    norm: (n, C), of layers side by side, C the sum of widths.
+    """
+    with torch.no_grad():
+        spared = torch.zeros(norm.shape[1], dtype=torch.bool, device=norm.device)
+        for means, of_layer in zip(norm.mean(dim=0).split(widths), spared.split(widths)):
+            of_layer[means.topk(least_kept(len(means))).indices] = True
+    return torch.where(spared, norm.detach(), norm)
+
+
 class NetworkCost:
     """The parameters ("params") or multiply-adds ("macs") of a network that has some channels off, as a fraction of
     the full network's, `NetworkConfig.full`: fractions compare between runs, and a pruned network's is below 1.
@@ -105,7 +118,8 @@ class CompactLosses:
     """The channel and xor losses over the selected layers of a network.
 
     They take `norms`: by part, the `channel_norm` of its selected layers side by side: "encoder": (2B, C),
-    content and style together; "decoder": (B, C').
+    content and style together; "decoder": (B, C'). With other layers than the bottleneck, the strongest channels
+    of each layer get no gradient, see `spare_strongest`.
     """
 
     def __init__(
@@ -113,6 +127,7 @@ class CompactLosses:
     ) -> None:
         self.widths = selected_widths(network, layers)
         self.epsilon = epsilon
+        self.spares = layers != "bottleneck"  # the paper's losses spare none
         self.cost = None if cost == "count" else NetworkCost(network, cost, device)
 
     def channel_loss(self, norms: dict[str, Tensor]) -> Tensor:
@@ -122,7 +137,8 @@ class CompactLosses:
             return self._mean_over_channels(losses.channel_loss, norms)
         channels_on = {}
         for part, widths in self.widths.items():
-            on = losses.l0_norm(norms[part], self.epsilon.of_layers(norms[part], widths)).mean(dim=0)  # (C,)
+            norm = self._spared(norms[part], widths)
+            on = losses.l0_norm(norm, self.epsilon.of_layers(norm, widths)).mean(dim=0)  # (C,)
             channels_on[part] = torch.stack([layer.sum() for layer in on.split(widths)])
         return self.cost(channels_on)
 
@@ -130,11 +146,14 @@ class CompactLosses:
         """Kim & Choi, eq. 5, as the mean over all selected channels."""
         return self._mean_over_channels(losses.xor_loss, norms)
 
+    def _spared(self, norm: Tensor, widths: tuple[int, ...]) -> Tensor:
+        return spare_strongest(norm, widths) if self.spares else norm
+
     def _mean_over_channels(self, loss: Callable, norms: dict[str, Tensor]) -> Tensor:
-        values = [
-            (loss(norms[part], self.epsilon.of_layers(norms[part], widths)), sum(widths))
-            for part, widths in self.widths.items()
-        ]
+        values = []
+        for part, widths in self.widths.items():
+            norm = self._spared(norms[part], widths)
+            values.append((loss(norm, self.epsilon.of_layers(norm, widths)), sum(widths)))
         if len(values) == 1:
             return values[0][0]
         channels = sum(count for _, count in values)

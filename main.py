@@ -14,7 +14,7 @@ from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES, VIEW_LOSSES
 from network import BACKBONES, VGG_SOURCES
 from pretrain import PretrainConfig, pretrain
-from prune import PRUNED_LAYERS, PruneConfig, prune
+from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
 from train import TrainConfig, train
 from utils import UserError, note
@@ -143,6 +143,8 @@ FLAGS = (
     Flag("view_strength", "strength of the views' random colours, greyscale and solarising, from 0, none, to 1",
          {"type": fraction}),
     Flag("view_loss", "how two views of a place are compared", {"choices": tuple(VIEW_LOSSES)}),
+    Flag("reconstruction_weight", "weight of the error with which each tap's features give the view back",
+         {"type": amount}),
     Flag("weight_decay", "weight decay of AdamW", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
@@ -187,6 +189,9 @@ FLAGS = (
     Flag("prune_layers", "cut channels of the bottleneck alone, or of every layer", {"choices": PRUNED_LAYERS}),
     Flag("prune_macs", "cut channels of all layers, the least important first, until this part of the multiply-adds is "
          "left (default: only channels that are off or constant for everything measured)", {"type": positive_fraction}),
+    Flag("prune_rank", "what --prune_macs goes by: how much the picture changes without a channel, per multiply-add "
+         "saved, its mean in its place; or magnitude, to compare with: the same share of every layer, the channels of "
+         "the smallest filter weights", {"choices": PRUNE_RANKS}),
     Flag("round_to", "leave widths that are multiples of this, where the width before is not less: fewer channels are "
          "cut, or more with --prune_macs", {"type": count}),
     Flag("prune_num", "cut this many channels, weakest first (default: those that are zero for every measured picture)",

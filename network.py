@@ -535,6 +535,11 @@ def count_macs(config: NetworkConfig, size: int) -> int:
     return counter.get_total_flops() // 2  # the counter takes a multiply-add for two operations
 
 
+def least_kept(width: int) -> int:
+    """The channels, of `width`, that compacting several layers leaves in a layer: a tenth, at least one."""
+    return math.ceil(0.1 * width)
+
+
 @dataclass(frozen=True)
 class ConvLayer:
     """One conv of a network, and what it costs.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data import (
     MAX_PIXELS,
@@ -43,7 +44,7 @@ from utils import (
 
 EXPORT_NAME = "vgg19_features.pth"
 TAPS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
-METRICS = ("loss", *(f"{name}_{tap}" for name in ("loss", "std", "match") for tap in TAPS))
+METRICS = ("loss", *(f"{name}_{tap}" for name in ("loss", "reconstruction", "std", "match") for tap in TAPS))
 
 GRID = 4  # places a side at which two views are compared
 HEAD_WIDTH, EMBEDDING_WIDTH = 512, 128
@@ -66,6 +67,7 @@ class PretrainConfig:
     holdout: float = 0.1
     view_strength: float = 0.4
     view_loss: str = "vicreg"
+    reconstruction_weight: float = 25.0
     lr: float = 1e-3
     weight_decay: float = 1e-2
     max_iter: int = 10_000
@@ -118,7 +120,8 @@ def _cell_shares(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 
 class PretrainNetwork(nn.Module):
-    """VGG19 to relu4_1 with batch normalisation behind every conv, and a projection head at each tap."""
+    """VGG19 to relu4_1 with batch normalisation behind every conv; at each tap a projection head, and a linear
+    map from each position's channels to the square of pixels behind it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,28 +134,35 @@ class PretrainNetwork(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 layer.bias = None  # the normalisation has one
                 self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+        widths = [self.layers[index - 1].out_channels for index in self.taps.values()]
         self.heads = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(self.layers[index - 1].out_channels, HEAD_WIDTH),
+                nn.Linear(width, HEAD_WIDTH),
                 nn.BatchNorm1d(HEAD_WIDTH),
                 nn.ReLU(),
                 nn.Linear(HEAD_WIDTH, EMBEDDING_WIDTH),
             )
-            for index in self.taps.values()
+            for width in widths
+        )
+        self.painters = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, 3 * 4**poolings, 1), nn.PixelShuffle(2**poolings))
+            for poolings, width in enumerate(widths)  # a pooling lies between two taps
         )
 
-    def forward(self, image: Tensor, part: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor, part: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """image: (B, 3, H, W), ImageNet-normalised; part: (B, 5), see `common_part`. Returns the embeddings
-        of each tap, (B * GRID**2, EMBEDDING_WIDTH)."""
-        embeddings = []
-        heads = iter(self.heads)
+        of each tap, (B * GRID**2, EMBEDDING_WIDTH), and the reconstructions from each, (B, 3, H, W)."""
+        embeddings, reconstructions = [], []
+        ends = iter(zip(self.heads, self.painters))
         for index, layer in enumerate(self.layers):
             image = layer(image)
             if str(index) in self.norms:
                 image = self.norms[str(index)](image)
             if index in self.taps.values():
-                embeddings.append(next(heads)(pool_places(image, part)))
-        return embeddings
+                head, painter = next(ends)
+                embeddings.append(head(pool_places(image, part)))
+                reconstructions.append(painter(image))
+        return embeddings, reconstructions
 
 
 class Pretrainer:
@@ -174,7 +184,7 @@ class Pretrainer:
         """views: (B, 2, 3, H, W), uint8; parts: (B, 2, 5). Returns the loss, and METRICS, (n,), detached."""
         pictures = normalize(views.flatten(0, 1)).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            embeddings = self.network(pictures, parts.flatten(0, 1))
+            embeddings, reconstructions = self.network(pictures, parts.flatten(0, 1))
         losses, stds, matches = [], [], []
         for embedding in embeddings:
             by_view = embedding.unflatten(0, (len(views), 2, GRID**2)).transpose(0, 1)
@@ -183,8 +193,9 @@ class Pretrainer:
             with torch.no_grad():
                 stds.append(relative_std(torch.cat([first, second])))
                 matches.append(found_share(first, second))
-        loss = torch.stack(losses).mean()
-        return loss, torch.stack([loss, *losses, *stds, *matches]).detach()
+        errors = [F.mse_loss(reconstruction.float(), pictures) for reconstruction in reconstructions]
+        loss = torch.stack(losses).mean() + self.config.reconstruction_weight * torch.stack(errors).mean()
+        return loss, torch.stack([loss, *losses, *errors, *stds, *matches]).detach()
 
     def step(self, views: Tensor, parts: Tensor, iteration: int) -> Tensor:
         """One step of AdamW. Returns METRICS, (n,), on the device."""

@@ -21,7 +21,7 @@ from network import (
     model_checkpoint,
 )
 from responses import Responses, measure_responses
-from selection import Selection, most_macs, rounded_width, select_channels
+from selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
 from surgery import cut_bottleneck, cut_channels
 from utils import (
     UserError,
@@ -38,6 +38,7 @@ PRUNED_NAME = "pruned.pth"
 REPORT_SIZE = 512  # pixels: side of the pictures that multiply-adds and latency are given for
 COMPARED_PAIRS = 8  # measured pairs that are stylised before and after the cut
 PRUNED_LAYERS = ("bottleneck", "all")
+PRUNE_RANKS = ("importance", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PruneConfig:
     prune_images: int = 1000
     prune_layers: str = "bottleneck"
     prune_macs: float | None = None  # of the multiply-adds before; implies all layers
+    prune_rank: str = "importance"
     round_to: int = 1
     prune_num: int | None = None
     prune_channels: tuple[int, ...] | None = None
@@ -84,6 +86,8 @@ class PruneConfig:
             if self.every_layer and getattr(self, flag) is not None:
                 other = "--prune_layers all" if self.prune_macs is None else f"--prune_macs {self.prune_macs}"
                 raise UserError(f"--{flag} and {other}: give one of the two, --{flag} is of the bottleneck alone")
+        if self.prune_rank == "magnitude" and self.prune_macs is None:
+            raise UserError("--prune_rank magnitude: how much is to be left, --prune_macs says")
 
 
 # ------------------------------------------------------------------------------------------------ choice
@@ -115,8 +119,13 @@ def choose_channels(config: PruneConfig, responses: Responses) -> list[int]:
 
 def _select(network: StyleTransferNetwork, responses: Responses, config: PruneConfig, macs: float | None) -> Selection:
     """What to cut: of every layer, `macs` multiply-adds at most where given, or of the bottleneck alone."""
+    layers = conv_layers(network.config, REPORT_SIZE)
+    if config.prune_rank == "magnitude":
+        weights = {layer.name: network.get_submodule(layer.name).weight.detach() for layer in layers}
+        magnitudes = {name: weight.abs().sum(dim=(1, 2, 3)).cpu().numpy() for name, weight in weights.items()}
+        return select_by_magnitude(layers, magnitudes, responses.layers, macs, config.round_to)
     if config.every_layer:
-        return select_channels(conv_layers(network.config, REPORT_SIZE), responses.layers, macs, config.round_to)
+        return select_channels(layers, responses.layers, macs, config.round_to)
     bottleneck = bottleneck_conv(network.config)
     channels = choose_channels(config, responses)
     return Selection({bottleneck: channels}, {}, {bottleneck: len(responses.always_zero)}, {bottleneck: 0})
@@ -229,6 +238,7 @@ def build_report(
         "cut_channels": sorted(selection.cuts[bottleneck_conv(before.config)]),
         "prune_layers": "all" if config.every_layer else "bottleneck",
         "prune_macs": config.prune_macs,
+        "prune_rank": config.prune_rank,
         "round_to": config.round_to,
         "layers": _layer_rows(before, after, selection),
     }

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from network import ConvLayer
+from network import ConvLayer, least_kept
 from responses import LayerResponses
 from utils import UserError
 
-LEAST_KEPT = 0.1  # of a layer's channels: a budget takes no more than the rest
+SHARE_STEPS = 1000  # shares of the channels that magnitude pruning tries
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def rounded_width(width: int, before: int, multiple: int) -> int:
 
 def least_widths(layers: list[ConvLayer], multiple: int) -> list[int]:
     """The widths that a budget never goes below; the picture keeps its three colours."""
-    return [layer.width if layer.kind == "output"
-            else rounded_width(math.ceil(LEAST_KEPT * layer.width), layer.width, multiple) for layer in layers]
+    return [layer.width if layer.kind == "output" else rounded_width(least_kept(layer.width), layer.width, multiple)
+            for layer in layers]
 
 
 def macs_of_widths(layers: list[ConvLayer], widths: list[int]) -> int:
@@ -89,6 +89,26 @@ def select_channels(
         constants[layer.name] = {channel: float(values[channel]) for channel in cuts[layer.name] if values[channel]}
         folded[layer.name] = len(set(cuts[layer.name]) & set(constant.tolist()))
     return Selection(cuts, constants, {name: len(responses[name].off) for name in cuts}, folded)
+
+
+def select_by_magnitude(
+    layers: list[ConvLayer], magnitudes: Mapping[str, np.ndarray], responses: Mapping[str, LayerResponses],
+    macs: float, multiple: int,
+) -> Selection:
+    """Plain magnitude pruning, to compare with: each layer keeps the same share of its channels, the largest that
+    meets `macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
+
+    magnitudes: l1 norms of the filters, by conv, (C,). Nothing takes the place of a cut channel.
+    """
+    least = least_widths(layers, multiple)
+    for kept in range(SHARE_STEPS, -1, -1):
+        widths = [max(floor, layer.width * kept // SHARE_STEPS // multiple * multiple)
+                  for layer, floor in zip(layers[:-1], least)] + [layers[-1].width]
+        if macs_of_widths(layers, widths) <= macs:
+            break
+    cuts = {layer.name: np.argsort(magnitudes[layer.name], kind="stable")[: layer.width - width].tolist()
+            for layer, width in zip(layers[:-1], widths)}
+    return Selection(cuts, {}, {name: len(responses[name].off) for name in cuts}, dict.fromkeys(cuts, 0))
 
 
 def _foldable(layer: ConvLayer, found: LayerResponses) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Compacting any layers: costs, epsilon, census and steering by hand; steps, resume and refusals by the trainer."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from network import (
     channel_statistics,
     count_macs,
     count_parameters,
+    least_kept,
     load_network,
     load_vgg,
     macs_per_channel_pair,
@@ -129,8 +131,29 @@ def test_gradient_goes_to_the_channels_that_cost_most(cost):
     for layer, width in enumerate((*FULL.encoder_widths, *FULL.decoder_widths[:-1]), 1):
         by_channel = factors[layer - 1] * widths[layer - 1] + factors[layer] * widths[layer + 1] + (cost == "params")
         desired = by_channel / count(FULL, cost) * 0.25 / 2  # dl0/dnorm = eps / (norm + eps)^2, mean of 2 rows
-        assert_close(gradients[:, first : first + width], torch.full((2, width), desired), rtol=1e-4, atol=0)
+        gradient = gradients[:, first : first + width]
+        gradient = gradient[:, (gradient != 0).all(dim=0)]  # the channels that are not spared
+        assert_close(gradient, torch.full((2, width - least_kept(width)), desired), rtol=1e-4, atol=0)
         first += width
+
+
+def test_strongest_channels_of_every_layer_are_spared():
+    config = replace(FULL, encoder_widths=(11, *FULL.encoder_widths[1:]))
+    generator = torch.Generator().manual_seed(0)
+    for layers, expected in (("all", [least_kept(11)] + [least_kept(width) for width in FULL.encoder_widths[1:]]),
+                             ("bottleneck", [0])):
+        norms = {part: (torch.rand(3, sum(widths), generator=generator) + 0.1).requires_grad_()
+                 for part, widths in selected_widths(config, layers).items()}
+        compact = CompactLosses(config, layers, "count", Epsilon(1.0), CPU)
+        (compact.channel_loss(norms) + compact.xor_loss(norms)).backward()
+        widths = selected_widths(config, layers)["encoder"]
+        for norm, grad, count in zip(norms["encoder"].split(widths, dim=1), norms["encoder"].grad.split(widths, dim=1),
+                                     expected):
+            spared = (grad == 0).all(dim=0)
+            assert int(spared.sum()) == count
+            if count:
+                assert norm.mean(dim=0)[spared].min() > norm.mean(dim=0)[~spared].max()
+    assert least_kept(11) == 2
 
 
 def test_losses_of_several_layers_by_hand():
@@ -291,6 +314,9 @@ def test_step_over_several_layers_matches_the_definition(layers):
     encoder = [torch.cat(pair) for pair in zip(content, style)]
     selected = {"encoder": encoder, "decoder": decoder, "all": encoder + decoder}[layers]
     norms = [losses.channel_norm(feature) for feature in selected]
+    for norm in norms:  # the strongest of the 6 channels is spared
+        strongest = norm.detach().mean(dim=0).argmax()
+        norm.register_hook(lambda gradient, channel=strongest: gradient * (torch.arange(6) != channel))
     channel = sum(losses.channel_loss(norm, 1.0) for norm in norms) / len(norms)  # layers of equal width
     xor = sum(losses.xor_loss(norm, 1.0) for norm in norms) / len(norms)
     assert_close(terms["channel"], channel, rtol=1e-5, atol=0)

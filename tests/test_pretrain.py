@@ -252,16 +252,20 @@ def test_relative_std_tells_a_collapse():
 
 
 @pytest.mark.parametrize("name", VIEW_LOSSES)
-def test_loss_is_the_mean_over_taps_of_matching_places(name):
-    trainer = Pretrainer(PretrainConfig(**SMALL, view_loss=name), torch.device("cpu"))
+def test_loss_is_the_mean_over_taps_of_matching_places_and_reconstructions(name):
+    config = PretrainConfig(**SMALL, view_loss=name, reconstruction_weight=3.0)
+    trainer = Pretrainer(config, torch.device("cpu"))
     views, parts = (torch.stack(each) for each in list(zip(*(view_pairs()[position] for position in range(3))))[:2])
     loss, metrics = trainer.losses(views, parts)
-    embeddings = trainer.network(normalize(views.flatten(0, 1)), parts.flatten(0, 1))
+    pictures = normalize(views.flatten(0, 1))
+    embeddings, reconstructions = trainer.network(pictures, parts.flatten(0, 1))
     desired = []
     for embedding in embeddings:
         rows = embedding.reshape(3, 2, GRID**2, -1)
         desired.append(VIEW_LOSSES[name](*(rows[:, view].reshape(3 * GRID**2, -1) for view in (0, 1))))
-    assert_close(loss, sum(desired) / len(TAPS), rtol=1e-4, atol=1e-5)
+    errors = [(reconstruction - pictures).square().mean() for reconstruction in reconstructions]
+    assert_close(loss, sum(desired) / len(TAPS) + 3.0 * sum(errors) / len(TAPS), rtol=1e-4, atol=1e-5)
+    assert_close(metrics[METRICS.index("reconstruction_relu3_1")], errors[2], rtol=1e-4, atol=1e-5)
     assert len(metrics) == len(METRICS) and metrics[METRICS.index("loss")] == loss
     assert_close(metrics[METRICS.index("loss_relu4_1")], desired[-1], rtol=1e-4, atol=1e-5)
 
@@ -273,6 +277,18 @@ def test_a_few_steps_lower_the_loss(name):
     losses = [float(trainer.step(views, parts, iteration)[0]) for iteration in range(1, 13)]
     assert losses[-1] < losses[0] - 0.5
     assert all(norm.weight.grad is not None for norm in trainer.network.norms.values())
+
+
+def test_reconstruction_weight_makes_features_give_the_view_back():
+    errors = {}
+    for weight in (0.0, 25.0):
+        config = PretrainConfig(**SMALL, max_iter=100, reconstruction_weight=weight)
+        trainer = Pretrainer(config, torch.device("cpu"))
+        views, parts = (torch.stack(each) for each in list(zip(*(view_pairs()[position] for position in range(4))))[:2])
+        for iteration in range(1, 13):
+            metrics = trainer.step(views, parts, iteration)
+        errors[weight] = metrics[[METRICS.index(f"reconstruction_{tap}") for tap in TAPS]]
+    assert (errors[25.0] < 0.8 * errors[0.0]).all()
 
 
 def test_learning_rate_rises_then_falls_to_nothing():

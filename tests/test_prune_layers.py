@@ -22,12 +22,13 @@ from network import (
     conv_layers,
     count_macs,
     count_parameters,
+    least_kept,
     load_network,
     model_checkpoint,
 )
 from prune import PruneConfig, choose_channels, largest_pixel_difference
 from responses import LayerResponses, Responses, measure_responses
-from selection import LEAST_KEPT, macs_of_widths, most_macs, select_channels
+from selection import macs_of_widths, most_macs, select_by_magnitude, select_channels
 from surgery import cut_bottleneck, cut_channels
 from utils import save_checkpoint
 
@@ -339,7 +340,7 @@ def test_a_budget_is_met_and_not_needlessly_undercut(backbone, budget, multiple)
     else:
         assert all(len(selection.cuts[name]) <= len(drawn[name].off) for name in drawn)
     for layer, width in zip(layers[:-1], widths):
-        assert width >= LEAST_KEPT * layer.width and width % multiple == 0
+        assert width >= least_kept(layer.width) and width % multiple == 0
 
 
 def test_the_least_important_go_first_and_their_mean_takes_their_place():
@@ -407,6 +408,22 @@ def test_a_budget_below_what_is_kept_is_refused():
     least = float(message.rsplit("which is ")[1].split()[0])
     assert most_macs(layers, least, 1) == pytest.approx(least * count_macs(NetworkConfig.full(), 512))
     assert "multiples of 32" in user_error(most_macs, layers, least, 32)
+
+
+def test_plain_magnitude_takes_the_same_share_of_every_layer():
+    config = small_config(width=10)
+    layers = conv_layers(config, 512)
+    magnitudes = {layer.name: np.array([3.0, 1, 2, 9, 8, 4, 7, 5, 6, 10]) for layer in layers}
+
+    def macs(width: int) -> int:
+        return macs_of_widths(layers, [width] * (len(layers) - 1) + [3])
+
+    selection = select_by_magnitude(layers, magnitudes, drawn_responses(config), macs(7), 1)
+    assert set(map(tuple, selection.cuts.values())) == {(1, 2, 0)} and not selection.constants
+    narrower = select_by_magnitude(layers, magnitudes, drawn_responses(config), macs(7) - 1, 1)
+    assert set(map(tuple, narrower.cuts.values())) == {(1, 2, 0, 5)}
+    even = select_by_magnitude(layers, magnitudes, drawn_responses(config), macs(7), 4)
+    assert set(map(tuple, even.cuts.values())) == {(1, 2, 0, 5, 7, 8)}
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -480,10 +497,23 @@ def test_a_budget_from_kept_responses(files, tmp_path, capsys):
     assert not (tmp_path / "bottleneck" / "widths.png").exists()
 
 
+def test_magnitude_rank_cuts_the_smallest_filters(files, measured, tmp_path):
+    flags = files["flags"] | {"--prune_macs": 0.4, "--responses": files["all"] / "responses.npz",
+                              "--save_path": tmp_path, "--prune_rank": "magnitude"}
+    assert main(words(flags)) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["prune_rank"] == "magnitude"
+    assert 0.2 * report["macs_before"] < report["macs_after"] <= 0.4 * report["macs_before"]
+    weight = measured[0].get_submodule(BOTTLENECK["vgg19"]).weight
+    smallest = weight.abs().sum(dim=(1, 2, 3)).argsort()[: len(report["cut_channels"])]
+    assert report["cut_channels"] == sorted(smallest.tolist())
+
+
 @pytest.mark.parametrize(("change", "needed"), [
     ({"--prune_macs": 0.5, "--prune_num": 1}, "--prune_num and --prune_macs 0.5"),
     ({"--prune_macs": 0.5, "--prune_channels": 1}, "--prune_channels and --prune_macs 0.5"),
     ({"--prune_layers": "all", "--prune_num": 1}, "--prune_num and --prune_layers all"),
+    ({"--prune_rank": "magnitude"}, "--prune_macs"),
     ({"--prune_macs": 0}, "--prune_macs"), ({"--prune_macs": 1.5}, "--prune_macs"),
     ({"--prune_macs": 0.001}, "--prune_macs 0.001"),
     ({"--prune_layers": "encoder"}, "--prune_layers"), ({"--round_to": 0}, "--round_to"),

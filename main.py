@@ -134,7 +134,8 @@ FLAGS = (
     Flag("metrics", "measure content and style loss as in training, SSIM and ST-LPIPS of content and output, and write "
          "metrics.json; without names, all (default: measure nothing)", {"nargs": "*", "choices": tuple(METRICS)}),
     Flag("vgg_weights", f"where encoder (train) and loss network start: {', '.join(VGG_SOURCES)}, or the path of a "
-         ".pth or .safetensors file with torchvision's keys"),
+         ".pth or .safetensors file with torchvision's keys; pretrain: learn a decoder for these (default: imagenet; "
+         "in pretrain none: learn such weights)"),
     Flag("holdout", "share of each folder's pictures, chosen by name, that is not learned from; test and prune take "
          "only this share of a folder, or with 0 all of it",
          {"type": share}),
@@ -148,6 +149,9 @@ FLAGS = (
     Flag("weight_decay", "weight decay of AdamW", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
+    Flag("warmup_iter", "first iterations, over which the learning rates rise from 0", {"type": count_or_zero}),
+    Flag("decay_iter", "last iterations of --max_iter, over which the learning rates fall to 0",
+         {"type": count_or_zero}),
     Flag("max_iter", "iterations to train for", {"type": count}),
     Flag("batch_size", "pictures per iteration (train: of content and of style, each)", {"type": count}),
     Flag("style_loss", "statistics that the style loss compares", {"choices": STYLE_LOSSES}),

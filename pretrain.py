@@ -1,4 +1,4 @@
-"""`--mode pretrain`: learn the VGG19 encoder from pictures alone, without labels."""
+"""`--mode pretrain`: learn the VGG19 encoder from pictures alone, without labels, then a decoder to start from."""
 
 import math
 import os
@@ -23,7 +23,14 @@ from data import (
     training_loader,
 )
 from loss import VIEW_LOSSES, found_share, relative_std
-from network import LossNetwork
+from network import (
+    LossNetwork,
+    NetworkConfig,
+    StyleTransferNetwork,
+    build_from_vgg,
+    load_vgg,
+    model_checkpoint,
+)
 from utils import (
     CHECKPOINT_FORMAT,
     CheckpointFolder,
@@ -42,7 +49,7 @@ from utils import (
     seed_everything,
 )
 
-EXPORT_NAME = "vgg19_features.pth"
+EXPORT_NAME, DECODER_EXPORT_NAME = "vgg19_features.pth", "autoencoder.pth"
 TAPS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
 METRICS = ("loss", *(f"{name}_{tap}" for name in ("loss", "reconstruction", "std", "match") for tap in TAPS))
 
@@ -64,6 +71,7 @@ class PretrainConfig:
     imsize: int = 256
     cropsize: int = 96
     max_pixels: int = MAX_PIXELS
+    vgg_weights: str | None = None  # None: learn them; else a decoder for them is learned
     holdout: float = 0.1
     view_strength: float = 0.4
     view_loss: str = "vicreg"
@@ -166,24 +174,33 @@ class PretrainNetwork(nn.Module):
 
 
 class Pretrainer:
-    """The network, the optimiser and one step."""
+    """The VGG that is learned, the optimiser and one step."""
+
+    metrics = METRICS
+    vgg_origin = None  # the weights are new
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         seed_everything(config.seed)
         self.config = config
         self.device = device
         self.amp_dtype = autocast_dtype(config.amp, device)
-        self.network = PretrainNetwork().to(device, memory_format=torch.channels_last).train()
+        self.network = self.build().to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
         )
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
+    def build(self) -> nn.Module:
+        return PretrainNetwork()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
     def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-        """views: (B, 2, 3, H, W), uint8; parts: (B, 2, 5). Returns the loss, and METRICS, (n,), detached."""
-        pictures = normalize(views.flatten(0, 1)).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        """views: (B, 2, 3, H, W), uint8; parts: (B, 2, 5). Returns the loss, and `metrics`, (n,), detached."""
+        pictures = _as_pictures(views)
+        with self.autocast():
             embeddings, reconstructions = self.network(pictures, parts.flatten(0, 1))
         losses, stds, matches = [], [], []
         for embedding in embeddings:
@@ -198,7 +215,7 @@ class Pretrainer:
         return loss, torch.stack([loss, *losses, *errors, *stds, *matches]).detach()
 
     def step(self, views: Tensor, parts: Tensor, iteration: int) -> Tensor:
-        """One step of AdamW. Returns METRICS, (n,), on the device."""
+        """One step of AdamW. Returns `metrics`, (n,), on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)
         loss, metrics = self.losses(views, parts)
@@ -209,7 +226,7 @@ class Pretrainer:
 
     @torch.no_grad()
     def measure(self, views: Tensor, parts: Tensor) -> dict[str, float]:
-        """METRICS of held-out pictures, normalised as in the export. views: (n, 2, 3, H, W), whole batches."""
+        """`metrics` of held-out pictures, normalised as in the export. views: (n, 2, 3, H, W), whole batches."""
         self.network.eval()
         size = self.config.batch_size
         metrics = [
@@ -217,7 +234,72 @@ class Pretrainer:
             for start in range(0, len(views), size)
         ]
         self.network.train()
-        return {f"held_out_{name}": value for name, value in zip(METRICS, torch.stack(metrics).mean(dim=0).tolist())}
+        means = torch.stack(metrics).mean(dim=0).tolist()
+        return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
+
+    def export(self, folder: Path, scale_pictures: Tensor) -> None:
+        """Write the weights for `--vgg_weights`."""
+        save_checkpoint(export_weights(self.network, scale_pictures, self.device), folder / EXPORT_NAME)
+
+
+class PretrainDecoder(nn.Module):
+    """The full decoder of a backbone with batch normalisation behind every conv but the last."""
+
+    def __init__(self, decoder: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = decoder
+        self.norms = nn.ModuleDict()
+        for index, layer in enumerate(decoder[:-1]):
+            if isinstance(layer, nn.Conv2d):
+                layer.bias = None  # the normalisation has one
+                self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, H/8, W/8), of the bottleneck, to (B, 3, H, W), ImageNet-normalised."""
+        for index, layer in enumerate(self.layers):
+            feature = layer(feature)
+            if str(index) in self.norms:
+                feature = self.norms[str(index)](feature)
+        return feature
+
+
+class DecoderPretrainer(Pretrainer):
+    """The decoder that is learned for a given VGG: it is to give the views back that the encoder saw.
+
+    Batch normalisation makes that quick, and is folded into the convolutions that `--mode train` goes on with.
+    """
+
+    metrics = ("loss",)
+
+    def build(self) -> nn.Module:
+        vgg, self.vgg_origin = load_vgg("vgg19", self.config.vgg_weights, self.config.seed)
+        network, _ = build_from_vgg(NetworkConfig.full(), vgg)
+        self.encoder = network.encoder.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        return PretrainDecoder(network.decoder.layers[0])
+
+    def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """views: (B, 2, 3, H, W), uint8. Returns the mean squared error of all of them, and `metrics`, (1,)."""
+        pictures = _as_pictures(views)
+        with self.autocast():
+            with torch.no_grad():
+                feature = self.encoder(pictures)
+            output = self.network(feature)
+        loss = F.mse_loss(output.float(), pictures)
+        return loss, loss.detach()[None]
+
+    def export(self, folder: Path, scale_pictures: Tensor) -> None:
+        """Write encoder and decoder as a model file for `--load_path`."""
+        network = StyleTransferNetwork(NetworkConfig.full())
+        network.encoder.load_state_dict(self.encoder.state_dict())
+        last = str(len(self.network.layers) - 1)
+        output = {f"{last}.{name}": tensor for name, tensor in self.network.layers[-1].state_dict().items()}
+        network.decoder.layers[0].load_state_dict(folded_weights(self.network) | output)
+        save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / DECODER_EXPORT_NAME)
+
+
+def _as_pictures(views: Tensor) -> Tensor:
+    """(B, 2, 3, H, W), uint8, to (2B, 3, H, W), ImageNet-normalised."""
+    return normalize(views.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
 
 
 def rate_share(iteration: int, max_iter: int) -> float:
@@ -231,10 +313,11 @@ def rate_share(iteration: int, max_iter: int) -> float:
 # ----------------------------------------------------------------------------------------------- export
 
 
-def folded_weights(network: PretrainNetwork) -> dict[str, Tensor]:
-    """The encoder as a plain VGG on the CPU: every normalisation, as in evaluation, folded into its conv.
+def folded_weights(network: PretrainNetwork | PretrainDecoder) -> dict[str, Tensor]:
+    """The convs behind which a normalisation stands, with it, as in evaluation, folded in; on the CPU.
 
-    Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N as in torchvision's `vgg.features`.
+    Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N the index in `network.layers`, in a VGG that of
+    torchvision's `vgg.features`.
     """
     weights = {}
     for index, norm in network.norms.items():
@@ -316,6 +399,9 @@ def resume_config(given: dict) -> tuple[PretrainConfig, dict]:
     known = {field.name for field in fields(PretrainConfig)}
     stored = {name: value for name, value in stored.items() if name in known}
     for name, value in given.items():
+        if name == "vgg_weights" and value != stored.get(name):
+            raise UserError(f"--resume: the run has --vgg_weights {stored.get(name)}, not {value}; start a new run for "
+                            "that")
         if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored.get(name):
             note(f"resuming with --{name} {value} (it was {stored.get(name)})")
     return PretrainConfig(**{**stored, **given, "resume": True}), checkpoint
@@ -350,9 +436,11 @@ class _Run:
     def __init__(self, config: PretrainConfig, folder: CheckpointFolder, checkpoint: dict | None) -> None:
         self.config = config
         self.folder = folder
-        self.trainer = Pretrainer(config, resolve_device(config.gpu_no))
+        kind = Pretrainer if config.vgg_weights is None else DecoderPretrainer
+        self.trainer = kind(config, resolve_device(config.gpu_no))
         self.iteration = self.samples_seen = self.steps = 0
-        self.sums = torch.zeros(len(METRICS), device=self.trainer.device)  # over `steps`, since the last check
+        # Over `steps`, since the last check.
+        self.sums = torch.zeros(len(self.trainer.metrics), device=self.trainer.device)
         held_out = self._open_folders()
         self.metrics = MetricFile(Path(config.save_path) / "metrics.jsonl")
         if checkpoint:
@@ -386,6 +474,9 @@ class _Run:
         return sum(map(len, held_out))
 
     def restore(self, checkpoint: dict) -> None:
+        if checkpoint.get("vgg_weights") != self.trainer.vgg_origin:
+            raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
+                            f"now they are {self.trainer.vgg_origin}")
         self.trainer.network.load_state_dict(checkpoint["state_dict"])
         self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
         self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
@@ -437,15 +528,14 @@ class _Run:
             raise UserError(f"iteration {self.iteration}: the loss is not finite; {good}. A lower --lr may help")
 
     def check(self) -> None:
-        """Every `check_iter`: metrics, the weights for `--vgg_weights`, a checkpoint."""
-        row = {"iteration": self.iteration, **dict(zip(METRICS, (self.sums / self.steps).tolist()))}
+        """Every `check_iter`: metrics, what was learned as a file for training, a checkpoint."""
+        row = {"iteration": self.iteration, **dict(zip(self.trainer.metrics, (self.sums / self.steps).tolist()))}
         self.sums.zero_()
         self.steps = 0
         if self.held_out:
             row |= self.trainer.measure(*self.held_out)
-        exported = export_weights(self.trainer.network, self.scale_pictures, self.trainer.device)
+        self.trainer.export(Path(self.config.save_path), self.scale_pictures)
         self.metrics.append(row)
-        save_checkpoint(exported, Path(self.config.save_path) / EXPORT_NAME)
         self.save()
 
     def save(self) -> None:
@@ -461,6 +551,7 @@ class _Run:
             "format": CHECKPOINT_FORMAT,
             "iteration": self.iteration,
             "pretrain_config": asdict(self.config),
+            "vgg_weights": self.trainer.vgg_origin,
             "state_dict": state_dict,
             "optimizer": self.trainer.optimizer.state_dict(),
             "metric_sums": self.sums.cpu(),

@@ -94,6 +94,8 @@ class TrainConfig:
     lr: float = 1e-4
     encoder_lr: float | None = None  # None: lr
     decoder_lr: float | None = None  # None: lr
+    warmup_iter: int = 0
+    decay_iter: int = 0
     max_iter: int = 80_000
     batch_size: int = 16
     style_loss: str = "meanstd"
@@ -127,6 +129,13 @@ class TrainConfig:
             "encoder": self.lr if self.encoder_lr is None else self.encoder_lr,
             "decoder": self.lr if self.decoder_lr is None else self.decoder_lr,
         }
+
+    def rate_share(self, iteration: int) -> float:
+        """What the learning rates are multiplied by in an iteration, counted from 1: a straight line up over the
+        first `warmup_iter`, and one down to 0, behind the last, over the last `decay_iter`."""
+        up = iteration / max(1, self.warmup_iter)
+        down = (self.max_iter + 1 - iteration) / (self.decay_iter + 1)
+        return min(1.0, up, down)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -174,6 +183,9 @@ class TrainConfig:
             raise UserError("--new_weights: --load_path says the network whose widths to start with")
         if self.new_weights and not all(self.learning_rates.values()):
             raise UserError("--new_weights: with --encoder_lr 0 or --decoder_lr 0 random weights would stay so")
+        if self.warmup_iter + self.decay_iter > self.max_iter:
+            raise UserError(f"--warmup_iter {self.warmup_iter} and --decay_iter {self.decay_iter}: together more than "
+                            f"--max_iter {self.max_iter}")
         if not any(self.learning_rates.values()):
             raise UserError("--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be learned")
         if self.teacher and not self.learning_rates["decoder"]:
@@ -408,6 +420,12 @@ class Trainer:
             "channels_off_for_some": off.any(dim=0).sum().float(),
         }
 
+    def set_rates(self, iteration: int) -> None:
+        """Set the learning rates for the step of an iteration, counted from 1."""
+        share = self.config.rate_share(iteration)
+        for group, rate in zip(self.optimizer.param_groups, filter(None, self.config.learning_rates.values())):
+            group["lr"] = rate * share
+
     def follow(self, norms: dict[str, Tensor]) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
         """Count the channels that are left, and steer the channel loss's weight, where the settings want it.
 
@@ -438,8 +456,7 @@ class Trainer:
         """Put back `state`. Raises ValueError when other parts were trained. What the run did not count or steer
         before starts anew."""
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, filter(None, self.config.learning_rates.values())):
-            group["lr"] = rate  # load_state_dict put the old rate back
+        self.set_rates(checkpoint["iteration"])  # load_state_dict put those of its run back
         if self.losses.teacher is not None:
             self.losses.projection.load_state_dict(checkpoint["projection"])
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
@@ -729,6 +746,7 @@ class _Run:
                 check_failures(failures, self.tallies)
                 content, style = (batch.to(device, non_blocking=True) for batch in (content, style))
                 is_check = iteration % config.check_iter == 0 or iteration == config.max_iter
+                self.trainer.set_rates(iteration)
                 self.sums.add(self.trainer.step(content, style, all_terms=is_check), iteration)
                 self.samples_seen += config.batch_size * process_count()
                 # Asking the others costs a round trip, so at the speed of a GPU not at every iteration.

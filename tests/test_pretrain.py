@@ -29,12 +29,14 @@ from data import (
 )
 from loss import TEMPERATURE, VIEW_LOSSES, found_share, infonce_loss, relative_std, vicreg_loss
 from main import main
-from network import LossNetwork, load_vgg
+from network import LossNetwork, load_network, load_vgg
 from pretrain import (
+    DECODER_EXPORT_NAME,
     EXPORT_NAME,
     GRID,
     METRICS,
     TAPS,
+    DecoderPretrainer,
     PretrainConfig,
     Pretrainer,
     PretrainNetwork,
@@ -46,6 +48,7 @@ from pretrain import (
     rate_share,
     rescale,
 )
+from train import TrainConfig, build_trainer
 
 ROOT = Path(__file__).parent.parent
 CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
@@ -404,6 +407,63 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch,
     assert [row["iteration"] for row in rows] == [3, 6]
     assert all(set(METRICS) | {f"held_out_{name}" for name in METRICS} <= row.keys() for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+def decoder_trainer(**changes) -> DecoderPretrainer:
+    return DecoderPretrainer(PretrainConfig(**SMALL | {"vgg_weights": "random"} | changes), torch.device("cpu"))
+
+
+def test_decoder_learns_to_give_the_views_back(tmp_path):
+    trainer = decoder_trainer(max_iter=100)
+    views = torch.stack([view_pairs()[position][0] for position in range(4)])
+    before = {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
+    errors = [float(trainer.step(views, None, iteration)[0]) for iteration in range(1, 25)]
+    assert errors[-1] < 0.6 * errors[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.encoder.state_dict().items())
+
+    # The file makes the same pictures as the network with its normalisations.
+    trainer.network.eval()
+    error, metrics = trainer.losses(views, None)
+    assert metrics.tolist() == [error.item()]
+    trainer.export(tmp_path, None)
+    network, checkpoint = load_network(tmp_path / DECODER_EXPORT_NAME)
+    pictures = normalize(views.flatten(0, 1))
+    with torch.no_grad():
+        output = network.decoder(network.encoder(pictures))
+        assert_close(output, trainer.network(trainer.encoder(pictures)), rtol=1e-3, atol=1e-4)
+    assert (output - pictures).square().mean().item() == pytest.approx(error.item(), rel=1e-3)
+    assert checkpoint["vgg_weights"] == trainer.vgg_origin
+
+
+def test_training_starts_from_the_decoder_and_resumes(tmp_path, monkeypatch):
+    settings = SMALL | {"vgg_weights": "random", "max_iter": 4}
+    assert pretrain(settings | {"save_path": str(tmp_path / "whole")}) == 0
+    assert pretrain(settings | {"save_path": str(tmp_path / "halves"), "max_iter": 2}) == 0
+    resumed = {"save_path": str(tmp_path / "halves"), "resume": True}
+    assert pretrain(resumed | {"max_iter": 4}) == 0
+    assert [row["iteration"] for row in read_metrics(tmp_path / "whole")] == [2, 4]
+    assert {"loss", "held_out_loss", "iteration"} == read_metrics(tmp_path / "halves")[-1].keys()
+    assert "random" in user_error(pretrain, resumed | {"max_iter": 9, "vgg_weights": "bundled"})
+
+    start = tmp_path / "whole" / DECODER_EXPORT_NAME
+    config = TrainConfig(content_dir="x", style_dir="x", save_path="x", load_path=str(start), vgg_weights="random",
+                         encoder_lr=0.0)
+    trainer, origin = build_trainer(config, torch.device("cpu"), None)
+    assert trainer.losses.encoder_is_loss_network  # the weights went through both files unchanged
+    assert origin == load_network(start)[1]["vgg_weights"]
+
+
+def test_decoder_of_weights_that_changed_is_not_resumed(tmp_path):
+    weights = {f"features.{name}": tensor for name, tensor in load_vgg("vgg19", "random")[0].items()}
+    torch.save(weights, tmp_path / "vgg.pth")
+    settings = SMALL | {"vgg_weights": str(tmp_path / "vgg.pth"), "save_path": str(tmp_path / "run"), "max_iter": 1}
+    assert pretrain(settings) == 0
+    torch.save({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "vgg.pth")
+    resumed = {"save_path": str(tmp_path / "run"), "resume": True, "max_iter": 2}
+    assert "was started with VGG weights" in user_error(pretrain, resumed)
 
 
 def test_one_folder_and_nothing_held_out(tmp_path):

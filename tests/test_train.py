@@ -242,6 +242,28 @@ def test_frozen_encoder_does_not_change():
         assert torch.equal(tensor, before[name]) == name.startswith("encoder"), name
 
 
+def test_rates_rise_stay_and_fall():
+    config = TrainConfig(max_iter=8, warmup_iter=2, decay_iter=3)
+    assert [config.rate_share(iteration) for iteration in range(1, 9)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert {TrainConfig(max_iter=8).rate_share(iteration) for iteration in range(1, 9)} == {1.0}
+    with pytest.raises(UserError, match="--warmup_iter 5 and --decay_iter 4"):
+        TrainConfig(**SMALL, save_path="x", max_iter=8, warmup_iter=5, decay_iter=4).check()
+
+
+def test_run_learns_at_the_rates_of_its_iterations(tmp_path):
+    """The last of 4 iterations has a quarter of the rates; a step at a quarter of them is one at rates that small."""
+    settings = SMALL | {"save_path": str(tmp_path / "run"), "max_iter": 4}
+    train(settings | {"warmup_iter": 1, "decay_iter": 3})
+    rates = [group["lr"] for group in torch.load(tmp_path / "run/check_point.pth")["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.25 * 5e-5, 0.25 * 1e-3])
+    scheduled, plain = make_trainer(warmup_iter=4), make_trainer(encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)
+    scheduled.set_rates(1)
+    for trainer in (scheduled, plain):
+        trainer.step(*random_batch())
+    for actual, desired in zip(scheduled.network.parameters(), plain.network.parameters()):
+        assert torch.equal(actual, desired)
+
+
 def test_shared_features_give_the_same_losses():
     """A frozen encoder that equals the loss network is computed once; the terms stay what they were."""
     shared, separate = make_trainer(encoder_lr=0.0), make_trainer(encoder_lr=0.0)

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# The whole method on the bundled pictures, on the CPU: train with the channel and xor losses, cut the
-# channels that went off, stylise a pair with the full and the pruned network. Called by `make demo`.
+# The shipped models on the bundled pictures, then the whole method on them, on the CPU: train with the channel and xor
+# losses, cut the channels that went off, stylise a pair with the full and the pruned network. Called by `make demo`.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 rm -rf demo # only ever written by this script
 
-"$python" main.py --mode train --gpu_no -1 --vgg_weights random --imsize 96 --cropsize 64 --batch_size 4 \
-    --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 --decoder_lr 3e-4 \
-    --style_loss_weight 20 --uncorrelation_loss_weight 0 --channel_loss_weight 10000 --xor_loss_weight 500 \
-    --max_iter 300 --check_iter 100 --keep_checkpoints 0 --wb_mode disabled --save_path demo/ch_xor
+"$python" main.py --mode test --gpu_no -1 --load_path model-store/baseline.pth model-store/ch_xor_pruned.pth \
+    --content imgs/content --style imgs/style --imsize 256 --save_path demo/shipped
+"$python" main.py --mode train --gpu_no -1 --vgg_weights bundled --load_path model-store/baseline.pth \
+    --imsize 96 --cropsize 64 --batch_size 4 --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 \
+    --decoder_lr 1e-4 --warmup_iter 20 --style_loss_weight 4 --uncorrelation_loss_weight 0 --channel_loss_weight 10000 \
+    --xor_loss_weight 500 --max_iter 200 --check_iter 100 --keep_checkpoints 0 --wb_mode disabled --save_path demo/ch_xor
 "$python" main.py --mode prune --gpu_no -1 --load_path demo/ch_xor --content_dir imgs/content --style_dir imgs/style \
     --imsize 256 --cropsize 256 --save_path demo/pruned
 for model in ch_xor pruned; do
@@ -19,10 +21,11 @@ done
 cat <<'TEXT'
 
 The pictures are in demo/:
-  brandenburg_gate_starry_night_ch_xor.png   by the full network
-  brandenburg_gate_starry_night_pruned.png   by the pruned one: the same picture, fewer channels
+  shipped/contact_sheet.png                  bundled photographs and paintings, by the models of model-store/: the full
+                                             baseline, and the compact network beside it
+  brandenburg_gate_starry_night_ch_xor.png   by the network that was trained just now, from the baseline on
+  brandenburg_gate_starry_night_pruned.png   by the same without the channels that went off: the same picture
   pruned/l0_map.png                          which channels are off (black) for which picture
   pruned/prune_grid.png                      what cutting more and more channels does
   ch_xor/samples/                            content, style and output during training
-300 iterations show the method, not yet a good picture: that takes thousands (README, Results).
 TEXT

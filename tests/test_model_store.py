@@ -4,8 +4,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 
-from network import load_network
+from data import find_pictures, prepare_picture
+from network import BUNDLED_VGG19, COMPACT_MODEL, load_network, load_vgg
+from pretrain import mean_activations
 
 STORE = Path(__file__).parent.parent / "model-store"
 SUMS = dict(reversed(line.split()) for line in (STORE / "SHA256SUMS").read_text().splitlines())
@@ -22,11 +25,20 @@ def test_every_shipped_file_is_listed_and_described():
     ignored = (STORE.parent / ".gitignore").read_text().splitlines()
     shipped = {line.removeprefix("!/model-store/") for line in ignored if line.startswith("!/model-store/")}
     assert shipped - {"README.md", "SHA256SUMS"} == SUMS.keys()
+    assert {BUNDLED_VGG19.name, COMPACT_MODEL.name} <= SUMS.keys()
     text = (STORE / "README.md").read_text()
     assert all(f"`{name}`" in text for name in SUMS)
 
 
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("name", sorted(SUMS.keys() - {BUNDLED_VGG19.name}))
 def test_model_loads(name):
     network, _ = load_network(STORE / name)
     assert network.config.backbone == "vgg19"
+
+
+def test_activations_of_the_bundled_vgg_are_of_order_one():
+    weights, origin = load_vgg("vgg19", "bundled")
+    pictures = torch.cat([prepare_picture(path, 64, 64) for path in find_pictures(STORE.parent / "imgs", "")])
+    means = mean_activations(weights, pictures, torch.device("cpu"))
+    assert len(means) == 9 and all(0.3 < mean < 3.0 for mean in means)
+    assert origin.startswith("bundled")

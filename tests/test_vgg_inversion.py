@@ -1,0 +1,50 @@
+"""The benchmark that optimises pictures under a VGG's losses."""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import vgg_inversion  # noqa: E402
+
+from data import normalize, prepare_picture  # noqa: E402
+from network import LossNetwork, load_vgg  # noqa: E402
+
+FOLDERS = ["--content_dir", str(ROOT / "imgs/content"), "--style_dir", str(ROOT / "imgs/style"), "--gpu_no", "-1"]
+
+
+def test_optimising_lowers_what_it_weighs():
+    network = LossNetwork("vgg19")
+    network.layers.load_state_dict(load_vgg("vgg19", "random")[0])
+    content, style = (normalize(prepare_picture(next((ROOT / "imgs" / kind).glob("*.jpg")), 32, 32))
+                      for kind in ("content", "style"))
+    _, first_content, first_style = vgg_inversion.optimise(network, content, style, 0.0, 1, 0.05)
+    picture, content_loss, _ = vgg_inversion.optimise(network, content, style, 0.0, 15, 0.05)
+    assert content_loss < 0.9 * first_content and picture.shape == content.shape
+    _, _, style_loss = vgg_inversion.optimise(network, content, style, 100.0, 15, 0.05)
+    assert style_loss < 0.9 * first_style
+
+
+def test_grid_and_json(tmp_path, capsys):
+    flags = [*FOLDERS, "--holdout", "0", "--pairs", "2", "--imsize", "32", "--size", "32", "--steps", "2"]
+    assert vgg_inversion.main([*flags, "--style_loss_weight", "0", "5", "--save_path", str(tmp_path / "grid.png")]) == 0
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (2 * 36 + 4, 4 * 36 + 4)  # content, style, two weights; 4 pixels between
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [result["style_loss_weight"] for result in results] == [0.0, 5.0]
+    assert all(result["content"] > 0 and result["style"] > 0 for result in results)
+
+
+def test_refusals(tmp_path, capsys):
+    for flags, needed in (
+        (["--save_path", str(tmp_path / "grid.txt")], "--save_path"),
+        (["--save_path", str(tmp_path / "grid.png"), "--pairs", "9", "--holdout", "0"], "--pairs wants 9"),
+        (["--save_path", str(tmp_path / "grid.png"), "--vgg_weights", "nowhere.pth"], "nowhere.pth"),
+    ):
+        assert vgg_inversion.main([*FOLDERS, *flags]) == 2
+        assert needed in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

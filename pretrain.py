@@ -39,8 +39,6 @@ from utils import (
     autocast_dtype,
     catch_stop_signals,
     describe_device,
-    load_checkpoint,
-    make_folder,
     note,
     process_count,
     progress_bar,
@@ -387,15 +385,10 @@ def resume_config(given: dict) -> tuple[PretrainConfig, dict]:
 
     Raises UserError when there is none.
     """
-    if not given.get("save_path"):
-        raise UserError("--resume: --save_path says which run to resume")
-    newest = CheckpointFolder(Path(given["save_path"]), keep=0).newest
-    if not newest.exists():
-        raise UserError(f"--resume: {newest} is not there; leave --resume out to start a new run")
-    checkpoint = load_checkpoint(newest, flag="--resume")
+    checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
     stored = checkpoint.get("pretrain_config")
     if not isinstance(stored, dict):
-        raise UserError(f"--resume: {newest} holds no pretraining run")
+        raise UserError(f"--resume: --save_path {given['save_path']} holds no pretraining run")
     known = {field.name for field in fields(PretrainConfig)}
     stored = {name: value for name, value in stored.items() if name in known}
     for name, value in given.items():
@@ -414,10 +407,7 @@ def pretrain(given: dict) -> int:
     if config.resume:
         config, checkpoint = resume_config(given)
     config.check()
-    folder = CheckpointFolder(make_folder(config.save_path, "--save_path"), config.keep_checkpoints)
-    if checkpoint is None and folder.newest.exists():
-        raise UserError(f"--save_path {config.save_path}: holds a run already; "
-                        "--resume goes on with it, another --save_path starts a new one")
+    folder = CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, is_resumed=checkpoint is not None)
     if checkpoint and checkpoint["iteration"] >= config.max_iter:
         note(f"the run in {config.save_path} has done its {checkpoint['iteration']} iterations; "
              "a larger --max_iter goes on")
@@ -523,9 +513,8 @@ class _Run:
     def raise_if_bad(self) -> None:
         """Raises UserError when a loss since the last check was not finite."""
         if not self.sums.isfinite().all():
-            newest = self.folder.newest
-            good = f"the last good checkpoint is {newest}" if newest.exists() else "no checkpoint was written yet"
-            raise UserError(f"iteration {self.iteration}: the loss is not finite; {good}. A lower --lr may help")
+            raise UserError(f"iteration {self.iteration}: the loss is not finite; {self.folder.last_good}. "
+                            "A lower --lr may help")
 
     def check(self) -> None:
         """Every `check_iter`: metrics, what was learned as a file for training, a checkpoint."""

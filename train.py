@@ -52,7 +52,6 @@ from utils import (
     describe_device,
     gather_with_gradient,
     is_first_process,
-    load_checkpoint,
     make_folder,
     note,
     process_count,
@@ -535,14 +534,13 @@ class MetricSums:
         self.latest = torch.where(present, values, self.latest)
         self.first_bad.masked_fill_(~values.isfinite() & (self.first_bad < 0), iteration)
 
-    def raise_if_bad(self, newest: Path) -> None:
-        """Raises UserError naming the first term that was not finite, and its iteration."""
+    def raise_if_bad(self, folder: CheckpointFolder) -> None:
+        """Raises UserError naming the first term that was not finite, its iteration, and what `folder` holds."""
         bad = {name: at for name, at in zip(self.names, self.first_bad.tolist()) if at >= 0}
         if not bad:
             return
         name = min(bad, key=bad.get)  # the earliest; of equals the first, and terms stand before their total
-        left = f"the last good checkpoint is {newest}" if newest.exists() else "no checkpoint was written yet"
-        raise UserError(f"iteration {bad[name]}: the {name} loss is not finite; {left}. "
+        raise UserError(f"iteration {bad[name]}: the {name} loss is not finite; {folder.last_good}. "
                         "A lower --lr, --encoder_lr or loss weight may help")
 
     def means(self) -> dict[str, float]:
@@ -574,15 +572,11 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
 
     Raises UserError when there is none, or when a flag would make it another network.
     """
-    folder = CheckpointFolder(Path(given.get("save_path") or ""), keep=0)
-    if not given.get("save_path"):
-        raise UserError("--resume: --save_path says which run to resume")
-    if not folder.newest.exists():
-        raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
-    checkpoint = load_checkpoint(folder.newest, flag="--resume")
+    checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
     stored = checkpoint.get("train_config")
     if not isinstance(stored, dict) or "optimizer" not in checkpoint:
-        raise UserError(f"--resume: {folder.newest} holds a network but no training run; use --load_path")
+        raise UserError(f"--resume: the run in --save_path {given['save_path']} holds a network but no training run; "
+                        "use --load_path")
     known = {field.name for field in fields(TrainConfig)}
     stored = asdict(TrainConfig()) | {  # a flag that is newer than the run stood at its default
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
@@ -654,10 +648,7 @@ def train(given: dict) -> int:
 
 
 def _train_on(device: torch.device, config: TrainConfig, checkpoint: dict | None) -> int:
-    folder = CheckpointFolder(make_folder(config.save_path, "--save_path"), config.keep_checkpoints)
-    if checkpoint is None and folder.newest.exists():
-        raise UserError(f"--save_path {config.save_path}: holds a run already; "
-                        "--resume goes on with it, another --save_path starts a new one")
+    folder = CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, is_resumed=checkpoint is not None)
     start = checkpoint["iteration"] if checkpoint else 0
     if start >= config.max_iter:
         note(f"the run in {config.save_path} has done its {start} iterations; a larger --max_iter goes on")
@@ -753,7 +744,7 @@ class _Run:
                 may_stop = process_count() == 1 or device.type == "cpu" or is_check or iteration % STOP_INTERVAL == 0
                 stopping = may_stop and any_process(bool(stop))
                 if device.type == "cpu" or is_check or stopping or time.perf_counter() - shown > 1.0:
-                    self.sums.raise_if_bad(self.folder.newest)
+                    self.sums.raise_if_bad(self.folder)
                     shown = time.perf_counter()
                     bar.set_postfix_str(self._progress(), refresh=False)
                 if is_check:

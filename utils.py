@@ -368,9 +368,35 @@ class CheckpointFolder:
         self.folder = Path(folder)
         self.keep = keep
 
+    @classmethod
+    def of_run(cls, save_path: str, keep: int, is_resumed: bool) -> "CheckpointFolder":
+        """The folder of `--save_path`, made where it is not there. Raises UserError when a new run would mix with
+        one that it holds."""
+        folder = cls(make_folder(save_path, "--save_path"), keep)
+        if not is_resumed and folder.newest.exists():
+            raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it, another "
+                            "--save_path starts a new one")
+        return folder
+
+    @classmethod
+    def load_newest(cls, save_path: str | None) -> dict:
+        """The newest checkpoint of the run in `--save_path`, for `--resume`. Raises UserError when there is none."""
+        if not save_path:
+            raise UserError("--resume: --save_path says which run to resume")
+        newest = cls(Path(save_path), keep=0).newest
+        if not newest.exists():
+            raise UserError(f"--resume: {newest} is not there; leave --resume out to start a new run")
+        return load_checkpoint(newest, flag="--resume")
+
     @property
     def newest(self) -> Path:
         return self.folder / CHECKPOINT_NAME
+
+    @property
+    def last_good(self) -> str:
+        """For a run that fails: which checkpoint it left."""
+        return (f"the last good checkpoint is {self.newest}" if self.newest.exists()
+                else "no checkpoint was written yet")
 
     def numbered(self) -> list[Path]:
         """The numbered checkpoints, oldest first."""

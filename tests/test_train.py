@@ -29,7 +29,7 @@ from network import (
 )
 from prune import cut_bottleneck
 from train import METRICS, MetricSums, TrainConfig, Trainer, build_trainer, train
-from utils import UserError, save_checkpoint
+from utils import CheckpointFolder, UserError, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(
@@ -211,11 +211,11 @@ def test_first_term_that_is_not_finite_is_named():
     sums = MetricSums(torch.device("cpu"))
     good = {name: torch.tensor(1.0) for name in METRICS}
     sums.add(good, 6)
-    sums.raise_if_bad(Path("none"))
+    sums.raise_if_bad(CheckpointFolder(Path("none"), keep=0))
     sums.add(good | {"style": torch.tensor(float("nan")), "total": torch.tensor(float("nan"))}, 7)
     sums.add({name: torch.tensor(float("inf")) for name in METRICS}, 8)
     with pytest.raises(UserError, match="iteration 7: the style loss is not finite"):
-        sums.raise_if_bad(Path("none"))
+        sums.raise_if_bad(CheckpointFolder(Path("none"), keep=0))
 
 
 # ------------------------------------------------------------------------------------------------ the step

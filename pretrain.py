@@ -89,7 +89,7 @@ class PretrainConfig:
         """Raises UserError for settings that make no sense, naming the flag."""
         if not self.save_path:
             raise UserError("--save_path is needed in pretrain mode")
-        if not self.content_dir and not self.style_dir:
+        if not self.resume and not self.content_dir and not self.style_dir:
             raise UserError("--content_dir or --style_dir is needed in pretrain mode")
         if self.cropsize < 32 or self.cropsize % 8:
             raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")

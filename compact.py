@@ -71,7 +71,7 @@ def spare_strongest(norm: Tensor, widths: tuple[int, ...]) -> Tensor:
     with torch.no_grad():
         spared = torch.zeros(norm.shape[1], dtype=torch.bool, device=norm.device)
         for means, of_layer in zip(norm.mean(dim=0).split(widths), spared.split(widths)):
-            of_layer[means.topk(least_kept(len(means))).indices] = True
+            of_layer.scatter_(0, means.topk(least_kept(len(means))).indices, True)
     return torch.where(spared, norm.detach(), norm)
 
 
@@ -118,8 +118,7 @@ class CompactLosses:
     """The channel and xor losses over the selected layers of a network.
 
     They take `norms`: by part, the `channel_norm` of its selected layers side by side: "encoder": (2B, C),
-    content and style together; "decoder": (B, C'). With other layers than the bottleneck, the strongest channels
-    of each layer get no gradient, see `spare_strongest`.
+    content and style together; "decoder": (B, C'). For a gradient, they are to come from `spared`.
     """
 
     def __init__(
@@ -130,6 +129,13 @@ class CompactLosses:
         self.spares = layers != "bottleneck"  # the paper's losses spare none
         self.cost = None if cost == "count" else NetworkCost(network, cost, device)
 
+    def spared(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The norms for both losses: with other layers than the bottleneck, the strongest channels of each get no
+        gradient, see `spare_strongest`."""
+        if not self.spares:
+            return norms
+        return {part: spare_strongest(norms[part], widths) for part, widths in self.widths.items()}
+
     def channel_loss(self, norms: dict[str, Tensor]) -> Tensor:
         """The share of the selected channels that are on (Kim & Choi, eq. 4, over all of them), or, departing
         from the paper, what the network costs with as many channels on in each layer, see `NetworkCost`."""
@@ -137,8 +143,7 @@ class CompactLosses:
             return self._mean_over_channels(losses.channel_loss, norms)
         channels_on = {}
         for part, widths in self.widths.items():
-            norm = self._spared(norms[part], widths)
-            on = losses.l0_norm(norm, self.epsilon.of_layers(norm, widths)).mean(dim=0)  # (C,)
+            on = losses.l0_norm(norms[part], self.epsilon.of_layers(norms[part], widths)).mean(dim=0)  # (C,)
             channels_on[part] = torch.stack([layer.sum() for layer in on.split(widths)])
         return self.cost(channels_on)
 
@@ -146,14 +151,11 @@ class CompactLosses:
         """Kim & Choi, eq. 5, as the mean over all selected channels."""
         return self._mean_over_channels(losses.xor_loss, norms)
 
-    def _spared(self, norm: Tensor, widths: tuple[int, ...]) -> Tensor:
-        return spare_strongest(norm, widths) if self.spares else norm
-
     def _mean_over_channels(self, loss: Callable, norms: dict[str, Tensor]) -> Tensor:
-        values = []
-        for part, widths in self.widths.items():
-            norm = self._spared(norms[part], widths)
-            values.append((loss(norm, self.epsilon.of_layers(norm, widths)), sum(widths)))
+        values = [
+            (loss(norms[part], self.epsilon.of_layers(norms[part], widths)), sum(widths))
+            for part, widths in self.widths.items()
+        ]
         if len(values) == 1:
             return values[0][0]
         channels = sum(count for _, count in values)

@@ -125,6 +125,16 @@ def _cell_shares(low: Tensor, high: Tensor, size: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the step
 
 
+def norms_behind(layers: nn.Sequential) -> nn.ModuleDict:
+    """A batch normalisation for every conv of `layers`, by its index; it has the bias in the conv's place."""
+    norms = nn.ModuleDict()
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = None
+            norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+    return norms
+
+
 class PretrainNetwork(nn.Module):
     """VGG19 to relu4_1 with batch normalisation behind every conv; at each tap a projection head, and a linear
     map from each position's channels to the square of pixels behind it."""
@@ -134,12 +144,9 @@ class PretrainNetwork(nn.Module):
         vgg = LossNetwork("vgg19")
         self.layers = vgg.layers.requires_grad_(True)  # numbered as in torchvision's `vgg.features`
         self.taps = vgg.taps
-        self.norms = nn.ModuleDict()
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                layer.bias = None  # the normalisation has one
-                self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+        self.norms = norms_behind(self.layers)
+        for index in self.norms:
+            nn.init.kaiming_normal_(self.layers[int(index)].weight, nonlinearity="relu")
         widths = [self.layers[index - 1].out_channels for index in self.taps.values()]
         self.heads = nn.ModuleList(
             nn.Sequential(
@@ -236,7 +243,7 @@ class Pretrainer:
         return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
 
     def export(self, folder: Path, scale_pictures: Tensor) -> None:
-        """Write the weights for `--vgg_weights`."""
+        """Write the weights for `--vgg_weights`. scale_pictures: see `export_weights`."""
         save_checkpoint(export_weights(self.network, scale_pictures, self.device), folder / EXPORT_NAME)
 
 
@@ -246,11 +253,7 @@ class PretrainDecoder(nn.Module):
     def __init__(self, decoder: nn.Sequential) -> None:
         super().__init__()
         self.layers = decoder
-        self.norms = nn.ModuleDict()
-        for index, layer in enumerate(decoder[:-1]):
-            if isinstance(layer, nn.Conv2d):
-                layer.bias = None  # the normalisation has one
-                self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+        self.norms = norms_behind(decoder[:-1])
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H/8, W/8), of the bottleneck, to (B, 3, H, W), ImageNet-normalised."""
@@ -285,13 +288,11 @@ class DecoderPretrainer(Pretrainer):
         loss = F.mse_loss(output.float(), pictures)
         return loss, loss.detach()[None]
 
-    def export(self, folder: Path, scale_pictures: Tensor) -> None:
-        """Write encoder and decoder as a model file for `--load_path`."""
+    def export(self, folder: Path, scale_pictures: None) -> None:
+        """Write encoder and decoder as a model file for `--load_path`; nothing is scaled."""
         network = StyleTransferNetwork(NetworkConfig.full())
         network.encoder.load_state_dict(self.encoder.state_dict())
-        last = str(len(self.network.layers) - 1)
-        output = {f"{last}.{name}": tensor for name, tensor in self.network.layers[-1].state_dict().items()}
-        network.decoder.layers[0].load_state_dict(folded_weights(self.network) | output)
+        network.decoder.layers[0].load_state_dict(folded_weights(self.network))
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / DECODER_EXPORT_NAME)
 
 
@@ -312,12 +313,12 @@ def rate_share(iteration: int, max_iter: int) -> float:
 
 
 def folded_weights(network: PretrainNetwork | PretrainDecoder) -> dict[str, Tensor]:
-    """The convs behind which a normalisation stands, with it, as in evaluation, folded in; on the CPU.
+    """The convs on the CPU, the normalisation behind each, as in evaluation, folded in where there is one.
 
     Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N the index in `network.layers`, in a VGG that of
     torchvision's `vgg.features`.
     """
-    weights = {}
+    weights = {name: tensor.detach().float().cpu() for name, tensor in network.layers.state_dict().items()}
     for index, norm in network.norms.items():
         gain = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight = network.layers[int(index)].weight * gain[:, None, None, None]
@@ -460,7 +461,7 @@ class _Run:
             count = max(1, HELD_OUT_PAIRS // config.batch_size) * config.batch_size
             *self.held_out, failures = collate([pairs[position] for position in range(count)])
             check_failures(failures, [tally for _, tally in measured])
-        self.scale_pictures = _scale_pictures(sum(folders, []), config)
+        self.scale_pictures = _scale_pictures(sum(folders, []), config) if config.vgg_weights is None else None
         return sum(map(len, held_out))
 
     def restore(self, checkpoint: dict) -> None:

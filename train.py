@@ -294,7 +294,7 @@ class TransferLosses(nn.Module):
         norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C)
         if decoder_features:
             norms["decoder"] = self._norms(decoder_features)  # (B * processes, C')
-        passed = Pass(both, feature, norms, output, output_features, targets)
+        passed = Pass(both, feature, self.compact.spared(norms), output, output_features, targets)
         terms = {name: self._term(name, passed) for name, weight in self.config.weights.items() if weight}
         if all_terms:
             with torch.no_grad():

@@ -123,7 +123,8 @@ def test_channel_loss_is_1_where_all_channels_of_the_full_network_are_on(layers,
 def test_gradient_goes_to_the_channels_that_cost_most(cost):
     """By hand: the derivative by a layer's channels is factor * (channels before) + factor * (channels after)."""
     norms = {part: norm.requires_grad_() for part, norm in norms_of(FULL, "all", 1.0).items()}
-    CompactLosses(FULL, "all", cost, Epsilon(1.0), CPU).channel_loss(norms).backward()
+    compact = CompactLosses(FULL, "all", cost, Epsilon(1.0), CPU)
+    compact.channel_loss(compact.spared(norms)).backward()
     factors = macs_per_channel_pair("vgg19", 64) if cost == "macs" else (9,) * 18
     widths = [3, *(0.5 * width for width in (*FULL.encoder_widths, *FULL.decoder_widths[:-1])), 3]  # l0 is 1/2
     gradients = torch.cat([norms["encoder"].grad, norms["decoder"].grad], dim=1)
@@ -145,7 +146,8 @@ def test_strongest_channels_of_every_layer_are_spared():
         norms = {part: (torch.rand(3, sum(widths), generator=generator) + 0.1).requires_grad_()
                  for part, widths in selected_widths(config, layers).items()}
         compact = CompactLosses(config, layers, "count", Epsilon(1.0), CPU)
-        (compact.channel_loss(norms) + compact.xor_loss(norms)).backward()
+        spared_norms = compact.spared(norms)
+        (compact.channel_loss(spared_norms) + compact.xor_loss(spared_norms)).backward()
         widths = selected_widths(config, layers)["encoder"]
         for norm, grad, count in zip(norms["encoder"].split(widths, dim=1), norms["encoder"].grad.split(widths, dim=1),
                                      expected):

@@ -438,7 +438,7 @@ def test_decoder_learns_to_give_the_views_back(tmp_path):
     assert checkpoint["vgg_weights"] == trainer.vgg_origin
 
 
-def test_training_starts_from_the_decoder_and_resumes(tmp_path, monkeypatch):
+def test_training_starts_from_the_decoder_and_resumes(tmp_path):
     settings = SMALL | {"vgg_weights": "random", "max_iter": 4}
     assert pretrain(settings | {"save_path": str(tmp_path / "whole")}) == 0
     assert pretrain(settings | {"save_path": str(tmp_path / "halves"), "max_iter": 2}) == 0

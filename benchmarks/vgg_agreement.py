@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from data import find_measured, find_pictures, normalize, prepare_picture
+from data import PictureError, find_measured, find_pictures, normalize, prepare_picture
+from main import count
 from network import LossNetwork, load_vgg
 from quality import load_stlpips
 from utils import UserError, describe_device, note, resolve_device
@@ -196,8 +197,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--content_dir", help="folder of photographs")
     parser.add_argument("--style_dir", help="folder of paintings")
     parser.add_argument("--holdout", type=float, default=0.1, help="the share that pretraining held out; 1 takes all")
-    parser.add_argument("--triplets", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures, pixels")
+    parser.add_argument("--triplets", type=count, default=1000)
+    parser.add_argument("--size", type=count, default=128, help="side of the pictures, pixels")
     parser.add_argument("--trunk", choices=("alex", "vgg"), default="alex", help="of ST-LPIPS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpu_no", type=int)
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         metric = ShiftTolerantLpips(options.trunk)
         triplets = make_triplets(paths, options.triplets, options.size, options.seed)
         singles = make_single_distortions(paths, options.size, options.seed)
-    except UserError as error:
+    except (UserError, PictureError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     note(f"{len(triplets)} triplets of {len(paths)} held-out pictures, {options.size} x {options.size}, "

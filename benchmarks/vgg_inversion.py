@@ -18,7 +18,8 @@ from measure import print_json, versions
 from torch import Tensor
 
 import loss as losses
-from data import OUTPUT_FORMATS, find_measured, normalize, picture_grid, prepare_picture, save_picture
+from data import OUTPUT_FORMATS, PictureError, find_measured, normalize, picture_grid, prepare_picture, save_picture
+from main import amount, count, share
 from network import LossNetwork, load_vgg
 from utils import UserError, note, progress_bar, resolve_device
 
@@ -53,7 +54,7 @@ def held_out(folder: str, flag: str, options: argparse.Namespace) -> Tensor:
     if len(paths) < options.pairs:
         raise UserError(f"{flag} {folder}: {len(paths)} held-out pictures, --pairs wants {options.pairs}")
     chosen = [paths[number * len(paths) // options.pairs] for number in range(options.pairs)]
-    return torch.cat([prepare_picture(path, options.imsize, options.size, 10**9) for path in chosen])
+    return torch.cat([prepare_picture(path, options.imsize, options.size) for path in chosen])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,13 +62,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vgg_weights", nargs="+", default=["random"], help="as main.py's flag, one or more")
     parser.add_argument("--content_dir", required=True, help="folder of photographs")
     parser.add_argument("--style_dir", required=True, help="folder of paintings")
-    parser.add_argument("--style_loss_weight", type=float, nargs="+", default=[0.0, 10.0])
-    parser.add_argument("--holdout", type=float, default=0.1, help="the share that was held out; 0 takes all")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--imsize", type=int, default=128, help="shorter side of the pictures, pixels")
-    parser.add_argument("--size", type=int, default=96, help="side of the square in their middle, pixels")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--style_loss_weight", type=amount, nargs="+", default=[0.0, 10.0])
+    parser.add_argument("--holdout", type=share, default=0.1, help="the share that was held out; 0 takes all")
+    parser.add_argument("--pairs", type=count, default=4)
+    parser.add_argument("--imsize", type=count, default=128, help="shorter side of the pictures, pixels")
+    parser.add_argument("--size", type=count, default=96, help="side of the square in their middle, pixels")
+    parser.add_argument("--steps", type=count, default=120)
+    parser.add_argument("--lr", type=amount, default=0.05)
     parser.add_argument("--save_path", type=Path, required=True, help="picture file to write")
     parser.add_argument("--gpu_no", type=int)
     return parser.parse_args(arguments)
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                                 "content": content_loss, "style": style_loss})
                 note(f"{source}, style weight {weight:g}: content {content_loss:.4f}, style {style_loss:.4f}")
         save_picture(picture_grid([row.cpu() for row in rows]), options.save_path)
-    except UserError as error:
+    except (UserError, PictureError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_json({"results": results, **versions(device)})

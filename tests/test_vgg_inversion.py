@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -48,3 +49,15 @@ def test_refusals(tmp_path, capsys):
         assert vgg_inversion.main([*FOLDERS, *flags]) == 2
         assert needed in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_numbers_and_a_broken_picture_are_one_line(tmp_path, capsys):
+    save = ["--save_path", str(tmp_path / "grid.png")]
+    with pytest.raises(SystemExit) as stopped:
+        vgg_inversion.main([*FOLDERS, *save, "--steps", "0"])
+    assert stopped.value.code == 2 and "--steps" in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    flags = [*FOLDERS, *save, "--holdout", "0", "--pairs", "1", "--style_dir", str(tmp_path / "broken")]
+    assert vgg_inversion.main(flags) == 2
+    assert "a.png: not a readable picture" in capsys.readouterr().err

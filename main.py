@@ -111,7 +111,8 @@ _SWITCH = {"action": "store_true"}
 FLAGS = (
     Flag("gpu_no", "device: -1 is the CPU, n that GPU (default: GPU 0 when there is one, else the CPU)", {"type": int}),
     Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from; "
-         "test compares several (default: none; in test the compact model of model-store/)", {"nargs": "+"}),
+         "test compares several; pretrain: the network that learns from --teacher (default: none; in test the compact "
+         "model of model-store/)", {"nargs": "+"}),
     Flag("save_path", "train, prune, pretrain: the folder to write to; test: a picture file, or a folder (default: "
          f"none; in test {OUTPUT_NAME}.png for one picture, the folder {OUTPUT_NAME} for more)"),
     Flag("content_dir", f"folder of photographs, searched recursively for {' '.join(PICTURE_SUFFIXES)} in any case"),
@@ -170,7 +171,7 @@ FLAGS = (
     Flag("new_weights", "take only the widths from --load_path, and new weights (He initialisation): a narrow network "
          "from scratch", _SWITCH),
     Flag("teacher", "model file, or the folder of a run, whose outputs and bottleneck features are to be matched "
-         "(distillation)"),
+         "(distillation; pretrain: nothing else is learned)"),
     Flag("teacher_weight", "weight of the distillation loss, with --teacher", {"type": amount}),
     Flag("check_iter", "iterations between checks (metrics, picture grid or exported weights, checkpoint)",
          {"type": count}),

@@ -476,6 +476,15 @@ def load_network(
     return network.eval(), checkpoint
 
 
+def load_teacher(path: Path, student: NetworkConfig) -> tuple[StyleTransferNetwork, dict]:
+    """`load_network` of `--teacher`. Raises UserError when its bottleneck is not as large as the student's."""
+    teacher, checkpoint = load_network(path, flag="--teacher")
+    if teacher.config.stride != student.stride:
+        raise UserError(f"--teacher {path} is a {teacher.config.backbone} network, with a bottleneck of "
+                        f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
+    return teacher, checkpoint
+
+
 def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> NetworkConfig:
     """Read backbone and widths off the conv tensors. Raises ValueError when they fit no backbone."""
     widths = {"encoder": {}, "decoder": {}}

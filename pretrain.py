@@ -1,7 +1,9 @@
-"""`--mode pretrain`: learn the VGG19 encoder from pictures alone, without labels, then a decoder to start from."""
+"""`--mode pretrain`: learn the VGG19 encoder from pictures alone, without labels, then a decoder to start from; or
+teach a narrow network what a larger one does."""
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,12 +24,17 @@ from data import (
     split_holdout,
     training_loader,
 )
-from loss import VIEW_LOSSES, found_share, relative_std
+from loss import VIEW_LOSSES, distillation_loss, found_share, relative_std
 from network import (
     LossNetwork,
     NetworkConfig,
     StyleTransferNetwork,
+    adain,
     build_from_vgg,
+    channel_statistics,
+    initialize,
+    load_network,
+    load_teacher,
     load_vgg,
     model_checkpoint,
 )
@@ -47,7 +54,7 @@ from utils import (
     seed_everything,
 )
 
-EXPORT_NAME, DECODER_EXPORT_NAME = "vgg19_features.pth", "autoencoder.pth"
+EXPORT_NAME, DECODER_EXPORT_NAME, STUDENT_EXPORT_NAME = "vgg19_features.pth", "autoencoder.pth", "student.pth"
 TAPS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
 METRICS = ("loss", *(f"{name}_{tap}" for name in ("loss", "reconstruction", "std", "match") for tap in TAPS))
 
@@ -70,6 +77,9 @@ class PretrainConfig:
     cropsize: int = 96
     max_pixels: int = MAX_PIXELS
     vgg_weights: str | None = None  # None: learn them; else a decoder for them is learned
+    teacher: str | None = None  # not None: the network of `load_path` learns to do what it does
+    load_path: str | None = None
+    new_weights: bool = False
     holdout: float = 0.1
     view_strength: float = 0.4
     view_loss: str = "vicreg"
@@ -95,6 +105,16 @@ class PretrainConfig:
             raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
         if process_count() > 1:
             raise UserError("--mode pretrain runs in one process; start it without torchrun")
+        if (self.teacher is None) != (self.load_path is None):
+            raise UserError("--teacher and --load_path are needed together in pretrain mode: the network that is "
+                            "learned from, and the one that learns")
+        if self.teacher and self.vgg_weights:
+            raise UserError("--teacher and --vgg_weights: give one of the two in pretrain mode")
+        if self.new_weights and not self.load_path:
+            raise UserError("--new_weights: --load_path says the network whose widths to start with")
+        if self.teacher and self.batch_size < 2:
+            raise UserError("--batch_size 1: with --teacher, each picture is painted in the style of the next one; "
+                            "2 or more are needed")
 
 
 def pool_places(feature: Tensor, part: Tensor) -> Tensor:
@@ -130,8 +150,8 @@ def norms_behind(layers: nn.Sequential) -> nn.ModuleDict:
     norms = nn.ModuleDict()
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Conv2d):
-            layer.bias = None
-            norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+            norm = norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+            norm.bias, layer.bias = layer.bias, None
     return norms
 
 
@@ -147,6 +167,7 @@ class PretrainNetwork(nn.Module):
         self.norms = norms_behind(self.layers)
         for index in self.norms:
             nn.init.kaiming_normal_(self.layers[int(index)].weight, nonlinearity="relu")
+            nn.init.zeros_(self.norms[index].bias)
         widths = [self.layers[index - 1].out_channels for index in self.taps.values()]
         self.heads = nn.ModuleList(
             nn.Sequential(
@@ -247,25 +268,41 @@ class Pretrainer:
         save_checkpoint(export_weights(self.network, scale_pictures, self.device), folder / EXPORT_NAME)
 
 
-class PretrainDecoder(nn.Module):
-    """The full decoder of a backbone with batch normalisation behind every conv but the last."""
+class NormalizedLayers(nn.Module):
+    """The layers of an encoder or a decoder, with batch normalisation behind every conv that has a ReLU."""
 
-    def __init__(self, decoder: nn.Sequential) -> None:
+    def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
-        self.layers = decoder
-        self.norms = norms_behind(decoder[:-1])
+        self.layers = layers
+        self.norms = norms_behind(layers if isinstance(layers[-1], nn.ReLU) else layers[:-1])
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, H/8, W/8), of the bottleneck, to (B, 3, H, W), ImageNet-normalised."""
+        """(B, C, H, W): an encoder's picture, or a decoder's bottleneck feature, to what the last layer gives."""
         for index, layer in enumerate(self.layers):
             feature = layer(feature)
             if str(index) in self.norms:
                 feature = self.norms[str(index)](feature)
         return feature
 
+    @torch.no_grad()
+    def undo_norms(self, feature: Tensor) -> Tensor:
+        """Set gains and offsets so that, for this batch, the layers compute what they would without normalisation.
+
+        feature, and what is returned: as in `forward`.
+        """
+        for index, layer in enumerate(self.layers):
+            feature = layer(feature)
+            if str(index) in self.norms:
+                norm = self.norms[str(index)]
+                variance, mean = torch.var_mean(feature, dim=(0, 2, 3), correction=0)
+                norm.weight.copy_((variance + norm.eps).sqrt())
+                norm.bias += mean
+                feature = norm(feature)
+        return feature
+
 
 class DecoderPretrainer(Pretrainer):
-    """The decoder that is learned for a given VGG: it is to give the views back that the encoder saw.
+    """The full decoder that is learned for a given VGG: it is to give the views back that the encoder saw.
 
     Batch normalisation makes that quick, and is folded into the convolutions that `--mode train` goes on with.
     """
@@ -276,7 +313,7 @@ class DecoderPretrainer(Pretrainer):
         vgg, self.vgg_origin = load_vgg("vgg19", self.config.vgg_weights, self.config.seed)
         network, _ = build_from_vgg(NetworkConfig.full(), vgg)
         self.encoder = network.encoder.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
-        return PretrainDecoder(network.decoder.layers[0])
+        return NormalizedLayers(network.decoder.layers[0])
 
     def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         """views: (B, 2, 3, H, W), uint8. Returns the mean squared error of all of them, and `metrics`, (1,)."""
@@ -296,6 +333,76 @@ class DecoderPretrainer(Pretrainer):
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / DECODER_EXPORT_NAME)
 
 
+class Student(nn.Module):
+    """A style-transfer network with batch normalisation, and the projection of its bottleneck to its teacher's."""
+
+    def __init__(self, network: StyleTransferNetwork, teacher_width: int) -> None:
+        super().__init__()
+        self.encoder = NormalizedLayers(network.encoder.layers[0])
+        self.decoder = NormalizedLayers(network.decoder.layers[0])
+        self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """See `paint`. Returns the outputs and the projected bottleneck feature, (B, teacher_width, H/8, W/8)."""
+        output, feature = paint(self.encoder, self.decoder, pictures)
+        return output, self.projection(feature)
+
+    def undo_norms(self, pictures: Tensor) -> None:
+        paint(self.encoder.undo_norms, self.decoder.undo_norms, pictures)
+
+
+def paint(encoder: Callable, decoder: Callable, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of two views, in the style of the same view of the batch's next picture: all serve as both.
+
+    pictures: (2B, 3, H, W), ImageNet-normalised, two views of a picture behind each other. Returns the outputs,
+    (2B, 3, H, W), and the bottleneck feature, (2B, C, H/8, W/8).
+    """
+    feature = encoder(pictures)
+    mean, std = (statistic.roll(-2, dims=0) for statistic in channel_statistics(feature))
+    return decoder(adain(feature, mean, std)), feature
+
+
+class StudentPretrainer(Pretrainer):
+    """The network of any widths that is to paint as its teacher does, and see what it sees (`distillation_loss`)."""
+
+    metrics = ("loss", "output_error", "feature_error")
+
+    def build(self) -> nn.Module:
+        network, _ = load_network(self.config.load_path)
+        self.teacher, checkpoint = load_teacher(self.config.teacher, network.config)
+        self.teacher.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        self.vgg_origin = checkpoint.get("vgg_weights")
+        if self.config.new_weights:
+            initialize(network, network)
+        self.student_config = network.config
+        return Student(network, self.teacher.config.bottleneck_width)
+
+    def step(self, views: Tensor, parts: Tensor, iteration: int) -> Tensor:
+        if iteration == 1 and not self.config.new_weights:
+            self.network.undo_norms(_as_pictures(views))
+        return super().step(views, parts, iteration)
+
+    def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """views: (B, 2, 3, H, W), uint8. Returns the loss and `metrics`, (3,), detached."""
+        pictures = _as_pictures(views)
+        with self.autocast():
+            with torch.no_grad():
+                targets = paint(self.teacher.encoder, self.teacher.decoder, pictures)
+            output, projected = self.network(pictures)
+        square = targets[1].float().square().mean()
+        loss = distillation_loss(output, targets[0], projected, targets[1], square)
+        output_error = F.mse_loss(output.detach().float(), targets[0].float())
+        return loss, torch.stack([loss.detach(), output_error, loss.detach() - output_error])
+
+    def export(self, folder: Path, scale_pictures: None) -> None:
+        """Write the student as a model file for `--load_path`, the normalisations folded in; nothing is scaled."""
+        network = StyleTransferNetwork(self.student_config)
+        for part in ("encoder", "decoder"):
+            layers = getattr(network, part).layers[0]
+            layers.load_state_dict(folded_weights(getattr(self.network, part)))
+        save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / STUDENT_EXPORT_NAME)
+
+
 def _as_pictures(views: Tensor) -> Tensor:
     """(B, 2, 3, H, W), uint8, to (2B, 3, H, W), ImageNet-normalised."""
     return normalize(views.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
@@ -312,7 +419,7 @@ def rate_share(iteration: int, max_iter: int) -> float:
 # ----------------------------------------------------------------------------------------------- export
 
 
-def folded_weights(network: PretrainNetwork | PretrainDecoder) -> dict[str, Tensor]:
+def folded_weights(network: PretrainNetwork | NormalizedLayers) -> dict[str, Tensor]:
     """The convs on the CPU, the normalisation behind each, as in evaluation, folded in where there is one.
 
     Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N the index in `network.layers`, in a VGG that of
@@ -393,9 +500,8 @@ def resume_config(given: dict) -> tuple[PretrainConfig, dict]:
     known = {field.name for field in fields(PretrainConfig)}
     stored = {name: value for name, value in stored.items() if name in known}
     for name, value in given.items():
-        if name == "vgg_weights" and value != stored.get(name):
-            raise UserError(f"--resume: the run has --vgg_weights {stored.get(name)}, not {value}; start a new run for "
-                            "that")
+        if name in ("vgg_weights", "teacher", "load_path", "new_weights") and value != stored.get(name):
+            raise UserError(f"--resume: the run has --{name} {stored.get(name)}, not {value}; start a new run for that")
         if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored.get(name):
             note(f"resuming with --{name} {value} (it was {stored.get(name)})")
     return PretrainConfig(**{**stored, **given, "resume": True}), checkpoint
@@ -427,12 +533,12 @@ class _Run:
     def __init__(self, config: PretrainConfig, folder: CheckpointFolder, checkpoint: dict | None) -> None:
         self.config = config
         self.folder = folder
-        kind = Pretrainer if config.vgg_weights is None else DecoderPretrainer
+        kind = DecoderPretrainer if config.vgg_weights else StudentPretrainer if config.teacher else Pretrainer
         self.trainer = kind(config, resolve_device(config.gpu_no))
         self.iteration = self.samples_seen = self.steps = 0
         # Over `steps`, since the last check.
         self.sums = torch.zeros(len(self.trainer.metrics), device=self.trainer.device)
-        held_out = self._open_folders()
+        held_out = self._open_folders(scales=kind is Pretrainer)
         self.metrics = MetricFile(Path(config.save_path) / "metrics.jsonl")
         if checkpoint:
             self.restore(checkpoint)
@@ -441,7 +547,7 @@ class _Run:
         note(f"pretraining on {describe_device(self.trainer.device)}, {precision}; "
              f"{sum(self.picture_counts)} pictures, {held_out} more are held out")
 
-    def _open_folders(self) -> int:
+    def _open_folders(self, scales: bool) -> int:
         """Find the pictures and split them. Returns how many are held out."""
         config = self.config
         folders, held_out, self.tallies = [], [], []
@@ -461,7 +567,7 @@ class _Run:
             count = max(1, HELD_OUT_PAIRS // config.batch_size) * config.batch_size
             *self.held_out, failures = collate([pairs[position] for position in range(count)])
             check_failures(failures, [tally for _, tally in measured])
-        self.scale_pictures = _scale_pictures(sum(folders, []), config) if config.vgg_weights is None else None
+        self.scale_pictures = _scale_pictures(sum(folders, []), config) if scales else None
         return sum(map(len, held_out))
 
     def restore(self, checkpoint: dict) -> None:

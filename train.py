@@ -37,6 +37,7 @@ from network import (
     channel_statistics,
     initialize,
     load_network,
+    load_teacher,
     load_vgg,
     model_checkpoint,
 )
@@ -610,7 +611,8 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if config.new_weights:
             initialize(network, network)
     config.check_target(network.config)
-    trainer = Trainer(network, loss_network, config, device, _load_teacher(config, network.config))
+    teacher = load_teacher(config.teacher, network.config)[0] if config.teacher else None
+    trainer = Trainer(network, loss_network, config, device, teacher)
     if checkpoint is not None:
         try:
             trainer.restore(checkpoint)
@@ -618,16 +620,6 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
                             "start a new run with --load_path for that") from error
     return trainer, origin
-
-
-def _load_teacher(config: TrainConfig, student: NetworkConfig) -> StyleTransferNetwork | None:
-    if config.teacher is None:
-        return None
-    teacher, _ = load_network(config.teacher, flag="--teacher")
-    if teacher.config.stride != student.stride:
-        raise UserError(f"--teacher {config.teacher} is a {teacher.config.backbone} network, with a bottleneck of "
-                        f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
-    return teacher
 
 
 # ------------------------------------------------------------------------------------------------ loop

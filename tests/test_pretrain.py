@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import user_error, write_map, write_picture
+from conftest import small_config, small_network, user_error, write_map, write_picture
 from torch.testing import assert_close
 
 import network as network_module
@@ -29,20 +29,23 @@ from data import (
 )
 from loss import TEMPERATURE, VIEW_LOSSES, found_share, infonce_loss, relative_std, vicreg_loss
 from main import main
-from network import LossNetwork, load_network, load_vgg
+from network import LossNetwork, adain, channel_statistics, load_network, load_vgg, model_checkpoint
 from pretrain import (
     DECODER_EXPORT_NAME,
     EXPORT_NAME,
     GRID,
     METRICS,
+    STUDENT_EXPORT_NAME,
     TAPS,
     DecoderPretrainer,
     PretrainConfig,
     Pretrainer,
     PretrainNetwork,
+    StudentPretrainer,
     export_weights,
     folded_weights,
     mean_activations,
+    paint,
     pool_places,
     pretrain,
     rate_share,
@@ -466,6 +469,105 @@ def test_decoder_of_weights_that_changed_is_not_resumed(tmp_path):
     assert "was started with VGG weights" in user_error(pretrain, resumed)
 
 
+# ------------------------------------------------------------------------------------------------ the student
+
+
+def student_settings(folder: Path, **changes) -> dict:
+    """A narrow student and a teacher twice as wide, in files."""
+    files = {}
+    for name, width, seed in (("teacher", 12, 1), ("load_path", 6, 0)):
+        files[name] = str(folder / f"{name}.pth")
+        origin = {"vgg_weights": "the teacher's"} if name == "teacher" else {}
+        torch.save(model_checkpoint(small_network(width=width, seed=seed), **origin), files[name])
+    return SMALL | files | {"lr": 5e-3} | changes
+
+
+def student_trainer(folder: Path, **changes) -> StudentPretrainer:
+    return StudentPretrainer(PretrainConfig(**student_settings(folder, **changes)), torch.device("cpu"))
+
+
+def test_each_picture_is_painted_in_the_style_of_the_next_one():
+    network = small_network()
+    pictures = normalize(natural_pictures(6, size=32))  # three pictures, two views each
+    output, feature = paint(network.encoder, network.decoder, pictures)
+    for number in range(6):
+        style = pictures[(number + 2) % 6][None]
+        with torch.no_grad():
+            desired = network(pictures[number][None], style)
+        assert_close(output[number][None], desired, rtol=1e-4, atol=1e-4)
+    assert torch.equal(feature, network.encoder(pictures))
+    assert not torch.allclose(output, network.decoder(adain(feature, *channel_statistics(feature))), atol=1e-2)
+
+
+def test_student_starts_as_the_network_it_was(tmp_path):
+    """With its biases: normalisation changes nothing for the first batch until the first step."""
+    trainer = student_trainer(tmp_path, lr=0.0)
+    views = torch.stack([view_pairs()[position][0] for position in range(4)])
+    loss, output_error, feature_error = trainer.step(views, None, 1).tolist()
+    network, teacher = small_network().train(), small_network(width=12, seed=1)
+    pictures = normalize(views.flatten(0, 1))
+    with torch.no_grad():
+        output, _ = paint(network.encoder, network.decoder, pictures)
+        target, feature = paint(teacher.encoder, teacher.decoder, pictures)
+        projected = trainer.network.projection(network.encoder(pictures))
+    assert output_error == pytest.approx((output - target).square().mean().item(), rel=1e-3)
+    assert feature_error == pytest.approx(((projected - feature).square().mean() / feature.square().mean()).item(),
+                                          rel=1e-3)
+    assert loss == pytest.approx(output_error + feature_error)
+
+
+@pytest.mark.parametrize("new_weights", [False, True])
+def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
+    trainer = student_trainer(tmp_path, max_iter=100, new_weights=new_weights)
+    views = torch.stack([view_pairs()[position][0] for position in range(4)])
+    before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
+    errors = torch.stack([trainer.step(views, None, iteration) for iteration in range(1, 41)])
+    assert (errors[-1] < 0.7 * errors[0]).all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.teacher.state_dict().items())
+
+    # The file paints as the network with its normalisations, and knows whose losses it was taught with.
+    trainer.network.eval()
+    trainer.export(tmp_path, None)
+    network, checkpoint = load_network(tmp_path / STUDENT_EXPORT_NAME)
+    assert network.config == small_config() and checkpoint["vgg_weights"] == "the teacher's"
+    pictures = normalize(views.flatten(0, 1))
+    with torch.no_grad():
+        assert_close(paint(network.encoder, network.decoder, pictures)[0], trainer.network(pictures)[0], rtol=1e-3,
+                     atol=1e-3)
+
+
+def test_new_weights_take_only_the_widths(tmp_path):
+    given, new = (student_trainer(tmp_path, new_weights=new).network.encoder.layers for new in (False, True))
+    assert torch.equal(given[0].weight, small_network().encoder.layers[0][0].weight)
+    assert given[0].weight.shape == new[0].weight.shape and not torch.allclose(given[0].weight, new[0].weight)
+
+
+def test_stopped_and_resumed_student_equals_uninterrupted_one(tmp_path, monkeypatch):
+    settings = student_settings(tmp_path, max_iter=4)
+    assert pretrain(settings | {"save_path": str(tmp_path / "whole")}) == 0
+    real = StudentPretrainer.step
+
+    def step_and_stop(self, views, parts, iteration):
+        if iteration == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, views, parts, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentPretrainer, "step", step_and_stop)
+        assert pretrain(settings | {"save_path": str(tmp_path / "halves")}) == 130
+    resumed = {"save_path": str(tmp_path / "halves"), "resume": True}
+    assert pretrain(resumed) == 0
+    rows = [read_metrics(tmp_path / name) for name in ("halves", "whole")]
+    assert rows[0] == rows[1] and [row["iteration"] for row in rows[0]] == [2, 4]
+    assert {"loss", "output_error", "feature_error", "held_out_output_error"} <= rows[0][-1].keys()
+    networks = [load_network(tmp_path / name / STUDENT_EXPORT_NAME)[0].state_dict() for name in ("halves", "whole")]
+    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
+
+    other = settings["load_path"]
+    assert f"not {other}; start a new run" in user_error(pretrain, resumed | {"teacher": other})
+    assert "--new_weights False, not True" in user_error(pretrain, resumed | {"new_weights": True})
+
+
 def test_one_folder_and_nothing_held_out(tmp_path):
     settings = {name: value for name, value in SMALL.items() if name != "content_dir"} | {"holdout": 0.0}
     assert pretrain(settings | {"save_path": str(tmp_path), "max_iter": 1}) == 0
@@ -496,6 +598,12 @@ def test_broken_pictures_are_counted_in_their_folder(tmp_path, capsys):
     ({"cropsize": 36}, "--cropsize 36: a multiple of 8"),
     ({"content_dir": "nowhere"}, "--content_dir nowhere: no such folder"),
     ({"resume": True}, "check_point.pth is not there"),
+    ({"teacher": "a.pth"}, "--teacher and --load_path are needed together"),
+    ({"load_path": "a.pth"}, "--teacher and --load_path are needed together"),
+    ({"teacher": "a.pth", "load_path": "b.pth", "vgg_weights": "random"}, "give one of the two"),
+    ({"teacher": "a.pth", "load_path": "b.pth", "batch_size": 1}, "2 or more are needed"),
+    ({"teacher": "a.pth", "load_path": "b.pth"}, "--load_path b.pth: no such file"),
+    ({"new_weights": True}, "--new_weights: --load_path says"),
 ])
 def test_bad_settings_are_refused(tmp_path, changes, message):
     assert message in user_error(pretrain, SMALL | {"save_path": str(tmp_path / "run")} | changes)

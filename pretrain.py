@@ -284,22 +284,6 @@ class NormalizedLayers(nn.Module):
                 feature = self.norms[str(index)](feature)
         return feature
 
-    @torch.no_grad()
-    def undo_norms(self, feature: Tensor) -> Tensor:
-        """Set gains and offsets so that, for this batch, the layers compute what they would without normalisation.
-
-        feature, and what is returned: as in `forward`.
-        """
-        for index, layer in enumerate(self.layers):
-            feature = layer(feature)
-            if str(index) in self.norms:
-                norm = self.norms[str(index)]
-                variance, mean = torch.var_mean(feature, dim=(0, 2, 3), correction=0)
-                norm.weight.copy_((variance + norm.eps).sqrt())
-                norm.bias += mean
-                feature = norm(feature)
-        return feature
-
 
 class DecoderPretrainer(Pretrainer):
     """The full decoder that is learned for a given VGG: it is to give the views back that the encoder saw.
@@ -347,9 +331,6 @@ class Student(nn.Module):
         output, feature = paint(self.encoder, self.decoder, pictures)
         return output, self.projection(feature)
 
-    def undo_norms(self, pictures: Tensor) -> None:
-        paint(self.encoder.undo_norms, self.decoder.undo_norms, pictures)
-
 
 def paint(encoder: Callable, decoder: Callable, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Each of two views, in the style of the same view of the batch's next picture: all serve as both.
@@ -363,7 +344,11 @@ def paint(encoder: Callable, decoder: Callable, pictures: Tensor) -> tuple[Tenso
 
 
 class StudentPretrainer(Pretrainer):
-    """The network of any widths that is to paint as its teacher does, and see what it sees (`distillation_loss`)."""
+    """The network of any widths that is to paint as its teacher does, and see what it sees (`distillation_loss`).
+
+    Of given weights, the filters are where it starts. Their scales go: normalisation wakes channels that cutting
+    others left dead (README, Compact every layer).
+    """
 
     metrics = ("loss", "output_error", "feature_error")
 
@@ -376,11 +361,6 @@ class StudentPretrainer(Pretrainer):
             initialize(network, network)
         self.student_config = network.config
         return Student(network, self.teacher.config.bottleneck_width)
-
-    def step(self, views: Tensor, parts: Tensor, iteration: int) -> Tensor:
-        if iteration == 1 and not self.config.new_weights:
-            self.network.undo_norms(_as_pictures(views))
-        return super().step(views, parts, iteration)
 
     def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         """views: (B, 2, 3, H, W), uint8. Returns the loss and `metrics`, (3,), detached."""

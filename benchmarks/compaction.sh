@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Ways to a smaller network, each at several budgets of multiply-adds and with the same training afterwards:
+#   compaction  the baseline, trained with the channel and xor losses in every layer towards the budget, then cut to it
+#   magnitude   the baseline, cut to the budget by the filters' l1 norms
+#   narrow      new weights, of the widths of compaction
+# Afterwards each learns from the baseline (--mode pretrain --teacher), then from the pictures alone (--mode train).
+#
+#   bash benchmarks/compaction.sh BASELINE PHOTOS PAINTINGS OUT [WAY_BUDGET ...]
+#
+# BASELINE: a model file, or the folder of a run, of full width. OUT gets a folder WAY_BUDGET a network, in it
+# `network`, the final run. Without names, all of the README's comparison; what is there already is not made again, and
+# a run that was interrupted wants its folder removed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -lt 4 ]; then
+    echo "error: got $# arguments; BASELINE PHOTOS PAINTINGS OUT [WAY_BUDGET ...] are needed" >&2
+    exit 2
+fi
+baseline=$1 photos=$2 paintings=$3 out=$4
+shift 4
+compact_iter=${COMPACT_ITER:-150} learn_iter=${LEARN_ITER:-150} train_iter=${TRAIN_ITER:-40}
+main=("${PYTHON:-python3}" main.py --gpu_no -1)
+pictures=(--content_dir "$photos" --style_dir "$paintings" --holdout 0.1 --num_workers 1)
+training=(--mode train --vgg_weights bundled "${pictures[@]}" --style_loss_weight 100 --uncorrelation_loss_weight 0
+    --wb_mode disabled --keep_checkpoints 0 --check_iter 10)
+
+# cut MODEL BUDGET RANK OUT: channels are chosen by the bundled pictures, none learned from and none measured on.
+cut() {
+    "${main[@]}" --mode prune --load_path "$1" --prune_macs "$2" --prune_rank "$3" --content_dir imgs/content \
+        --style_dir imgs/style --imsize 128 --cropsize 128 --latency_runs 1 --prune_nums 0 --save_path "$4"
+}
+
+compaction() { # BUDGET
+    local folder=$out/compaction_$1
+    if [ -e "$folder/cut/pruned.pth" ]; then return; fi
+    "${main[@]}" "${training[@]}" --load_path "$baseline" --imsize 128 --cropsize 64 --batch_size 4 --lr 8e-5 \
+        --warmup_iter 15 --max_iter "$compact_iter" --compact_layers all --compact_cost macs --target_macs "$1" \
+        --l0_eps relative:0.1 --channel_loss_weight 3 --xor_loss_weight 1 --save_path "$folder/compacted"
+    cut "$folder/compacted" "$1" importance "$folder/cut"
+}
+
+magnitude() { # BUDGET
+    if [ ! -e "$out/magnitude_$1/cut/pruned.pth" ]; then cut "$baseline" "$1" magnitude "$out/magnitude_$1/cut"; fi
+}
+
+# learn FOLDER START [FLAG]
+learn() {
+    if [ ! -e "$1/student/student.pth" ]; then
+        "${main[@]}" --mode pretrain --teacher "$baseline" --load_path "$2" "${@:3}" "${pictures[@]}" --imsize 192 \
+            --cropsize 64 --view_strength 0 --batch_size 4 --lr 2e-3 --max_iter "$learn_iter" \
+            --check_iter "$learn_iter" --save_path "$1/student"
+    fi
+    "${main[@]}" "${training[@]}" --load_path "$1/student/student.pth" --imsize 256 --cropsize 128 --batch_size 2 \
+        --lr 1e-4 --warmup_iter 10 --decay_iter $((train_iter / 2)) --max_iter "$train_iter" --channel_loss_weight 0 \
+        --xor_loss_weight 0 --save_path "$1/network"
+}
+
+names=("$@")
+if [ $# -eq 0 ]; then names=({compaction,magnitude,narrow}_{0.5,0.2,0.1,0.05}); fi
+for name in "${names[@]}"; do
+    folder=$out/$name budget=${name#*_}
+    if [ -e "$folder/network/check_point.pth" ]; then continue; fi
+    case $name in
+        compaction_*) compaction "$budget"; learn "$folder" "$folder/cut" ;;
+        magnitude_*) magnitude "$budget"; learn "$folder" "$folder/cut" ;;
+        narrow_*) compaction "$budget"; learn "$folder" "$out/compaction_$budget/cut" --new_weights ;;
+        *) echo "error: $name: compaction_BUDGET, magnitude_BUDGET or narrow_BUDGET is needed" >&2; exit 2 ;;
+    esac
+done

@@ -1,6 +1,8 @@
 """The plot of quality against cost: losses as measured, costs of the very files, one line for what is wrong."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,3 +78,15 @@ def test_refusals(measured, tmp_path, capsys):
         captured = capsys.readouterr()
         assert needed in captured.err and captured.err.count("\n") == 1
         assert not (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["a.pth", "photos", "paintings"], "error: got 3 arguments; BASELINE PHOTOS PAINTINGS OUT"),
+    (["a.pth", "photos", "paintings", "{out}", "smaller_0.5"], "error: smaller_0.5: compaction_BUDGET,"),
+    (["{out}/a.pth", "photos", "paintings", "{out}", "magnitude_0.5"], "error: --load_path {out}/a.pth: no such file"),
+])
+def test_script_of_the_comparison_refuses_in_one_line(tmp_path, arguments, message):
+    command = ["bash", str(ROOT / "benchmarks" / "compaction.sh"), *(each.format(out=tmp_path) for each in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(message.format(out=tmp_path))

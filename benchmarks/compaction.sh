@@ -7,9 +7,9 @@
 #
 #   bash benchmarks/compaction.sh BASELINE PHOTOS PAINTINGS OUT [WAY_BUDGET ...]
 #
-# BASELINE: a model file, or the folder of a run, of full width. OUT gets a folder WAY_BUDGET a network, in it
-# `network`, the final run. Without names, all of the README's comparison; what is there already is not made again, and
-# a run that was interrupted wants its folder removed.
+# BASELINE: a model file, or the folder of a run, of full width. OUT gets a run folder WAY_BUDGET for each network, and
+# `steps` with what comes before. Without names, all of the README's comparison; what is there already is not made
+# again, and a run that was interrupted wants its folder removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 4 ]; then
@@ -31,7 +31,7 @@ cut() {
 }
 
 compaction() { # BUDGET
-    local folder=$out/compaction_$1
+    local folder=$out/steps/compaction_$1
     if [ -e "$folder/cut/pruned.pth" ]; then return; fi
     "${main[@]}" "${training[@]}" --load_path "$baseline" --imsize 128 --cropsize 64 --batch_size 4 --lr 8e-5 \
         --warmup_iter 15 --max_iter "$compact_iter" --compact_layers all --compact_cost macs --target_macs "$1" \
@@ -40,30 +40,31 @@ compaction() { # BUDGET
 }
 
 magnitude() { # BUDGET
-    if [ ! -e "$out/magnitude_$1/cut/pruned.pth" ]; then cut "$baseline" "$1" magnitude "$out/magnitude_$1/cut"; fi
+    local folder=$out/steps/magnitude_$1/cut
+    if [ ! -e "$folder/pruned.pth" ]; then cut "$baseline" "$1" magnitude "$folder"; fi
 }
 
-# learn FOLDER START [FLAG]
-learn() {
-    if [ ! -e "$1/student/student.pth" ]; then
+learn() { # NAME START [FLAG]
+    local student=$out/steps/$1/student
+    if [ ! -e "$student/student.pth" ]; then
         "${main[@]}" --mode pretrain --teacher "$baseline" --load_path "$2" "${@:3}" "${pictures[@]}" --imsize 192 \
             --cropsize 64 --view_strength 0 --batch_size 4 --lr 2e-3 --max_iter "$learn_iter" \
-            --check_iter "$learn_iter" --save_path "$1/student"
+            --check_iter "$learn_iter" --save_path "$student"
     fi
-    "${main[@]}" "${training[@]}" --load_path "$1/student/student.pth" --imsize 256 --cropsize 128 --batch_size 2 \
+    "${main[@]}" "${training[@]}" --load_path "$student/student.pth" --imsize 256 --cropsize 128 --batch_size 2 \
         --lr 1e-4 --warmup_iter 10 --decay_iter $((train_iter / 2)) --max_iter "$train_iter" --channel_loss_weight 0 \
-        --xor_loss_weight 0 --save_path "$1/network"
+        --xor_loss_weight 0 --save_path "$out/$1"
 }
 
 names=("$@")
 if [ $# -eq 0 ]; then names=({compaction,magnitude,narrow}_{0.5,0.2,0.1,0.05}); fi
 for name in "${names[@]}"; do
-    folder=$out/$name budget=${name#*_}
-    if [ -e "$folder/network/check_point.pth" ]; then continue; fi
+    budget=${name#*_}
+    if [ -e "$out/$name/check_point.pth" ]; then continue; fi
     case $name in
-        compaction_*) compaction "$budget"; learn "$folder" "$folder/cut" ;;
-        magnitude_*) magnitude "$budget"; learn "$folder" "$folder/cut" ;;
-        narrow_*) compaction "$budget"; learn "$folder" "$out/compaction_$budget/cut" --new_weights ;;
+        compaction_*) compaction "$budget"; learn "$name" "$out/steps/$name/cut" ;;
+        magnitude_*) magnitude "$budget"; learn "$name" "$out/steps/$name/cut" ;;
+        narrow_*) compaction "$budget"; learn "$name" "$out/steps/compaction_$budget/cut" --new_weights ;;
         *) echo "error: $name: compaction_BUDGET, magnitude_BUDGET or narrow_BUDGET is needed" >&2; exit 2 ;;
     esac
 done

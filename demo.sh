@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 rm -rf demo # only ever written by this script
 
 "$python" main.py --mode test --gpu_no -1 --load_path model-store/baseline.pth model-store/ch_xor_pruned.pth \
-    --content imgs/content --style imgs/style --imsize 256 --save_path demo/shipped
+    model-store/compact.pth --content imgs/content --style imgs/style --imsize 256 --save_path demo/shipped
 "$python" main.py --mode train --gpu_no -1 --vgg_weights bundled --load_path model-store/baseline.pth \
     --imsize 96 --cropsize 64 --batch_size 4 --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 \
     --decoder_lr 6e-5 --warmup_iter 20 --style_loss_weight 100 --uncorrelation_loss_weight 0 \
@@ -23,7 +23,7 @@ cat <<'TEXT'
 
 The pictures are in demo/:
   shipped/contact_sheet.png                  bundled photographs and paintings, by the models of model-store/: the full
-                                             baseline, and the compact network beside it
+                                             baseline, the one of the two losses, and the compact network side by side
   brandenburg_gate_starry_night_ch_xor.png   by the network that was trained just now, from the baseline on
   brandenburg_gate_starry_night_pruned.png   by the same without the channels that went off: the same picture
   pruned/l0_map.png                          which channels are off (black) for which picture

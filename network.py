@@ -18,7 +18,7 @@ from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
 ADAIN_EPS = 1e-5
 MODEL_STORE = Path(__file__).parent / "model-store"
 BUNDLED_VGG19 = MODEL_STORE / "vgg19_features.pth"
-COMPACT_MODEL = MODEL_STORE / "ch_xor_pruned.pth"  # what test mode uses where no model is named
+COMPACT_MODEL = MODEL_STORE / "compact.pth"  # what test mode uses where no model is named
 VGG_SOURCES = ("imagenet", "bundled", "random")
 
 _POOL = "pool"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Ways to a smaller network, each at several budgets of multiply-adds and with the same training afterwards:
-#   compaction  the baseline, trained with the channel and xor losses in every layer towards the budget, then cut to it
-#   magnitude   the baseline, cut to the budget by the filters' l1 norms
-#   narrow      new weights, of the widths of compaction
-# Afterwards each learns from the baseline (--mode pretrain --teacher), then from the pictures alone (--mode train).
+# Ways to a smaller network, each at several budgets of multiply-adds and with as many iterations:
+#   compaction  the baseline, trained with the channel and xor losses in every layer towards the budget, cut to it, then
+#               trained on without them
+#   magnitude   the baseline, cut to the budget by the filters' l1 norms, then learning from the baseline (--teacher)
+#   narrow      new weights of the widths of compaction, learning from the baseline
+# At last, each is trained for a while on larger crops.
 #
 #   bash benchmarks/compaction.sh BASELINE PHOTOS PAINTINGS OUT [WAY_BUDGET ...]
 #
@@ -18,11 +19,12 @@ if [ $# -lt 4 ]; then
 fi
 baseline=$1 photos=$2 paintings=$3 out=$4
 shift 4
-compact_iter=${COMPACT_ITER:-150} learn_iter=${LEARN_ITER:-150} train_iter=${TRAIN_ITER:-40}
+learn_iter=${LEARN_ITER:-300} train_iter=${TRAIN_ITER:-40} # of compaction, half of the first is with the losses
 main=("${PYTHON:-python3}" main.py --gpu_no -1)
 pictures=(--content_dir "$photos" --style_dir "$paintings" --holdout 0.1 --num_workers 1)
 training=(--mode train --vgg_weights bundled "${pictures[@]}" --style_loss_weight 100 --uncorrelation_loss_weight 0
     --wb_mode disabled --keep_checkpoints 0 --check_iter 10)
+crops=(--imsize 128 --cropsize 64 --batch_size 4) large_crops=(--imsize 256 --cropsize 128 --batch_size 2)
 
 # cut MODEL BUDGET RANK OUT: channels are chosen by the bundled pictures, none learned from and none measured on.
 cut() {
@@ -33,8 +35,8 @@ cut() {
 compaction() { # BUDGET
     local folder=$out/steps/compaction_$1
     if [ -e "$folder/cut/pruned.pth" ]; then return; fi
-    "${main[@]}" "${training[@]}" --load_path "$baseline" --imsize 128 --cropsize 64 --batch_size 4 --lr 8e-5 \
-        --warmup_iter 15 --max_iter "$compact_iter" --compact_layers all --compact_cost macs --target_macs "$1" \
+    "${main[@]}" "${training[@]}" --load_path "$baseline" "${crops[@]}" --lr 8e-5 --warmup_iter 15 \
+        --max_iter $((learn_iter / 2)) --compact_layers all --compact_cost macs --target_macs "$1" \
         --l0_eps relative:0.1 --channel_loss_weight 3 --xor_loss_weight 1 --save_path "$folder/compacted"
     cut "$folder/compacted" "$1" importance "$folder/cut"
 }
@@ -44,16 +46,29 @@ magnitude() { # BUDGET
     if [ ! -e "$folder/pruned.pth" ]; then cut "$baseline" "$1" magnitude "$folder"; fi
 }
 
-learn() { # NAME START [FLAG]
+go_on() { # NAME
+    local folder=$out/steps/$1
+    if [ ! -e "$folder/recovered/check_point.pth" ]; then
+        "${main[@]}" "${training[@]}" --load_path "$folder/cut" "${crops[@]}" --lr 8e-5 --warmup_iter 15 \
+            --max_iter $((learn_iter / 2)) --channel_loss_weight 0 --xor_loss_weight 0 --save_path "$folder/recovered"
+    fi
+    finish "$1" "$folder/recovered"
+}
+
+learn() { # NAME CUT [FLAG]
     local student=$out/steps/$1/student
     if [ ! -e "$student/student.pth" ]; then
         "${main[@]}" --mode pretrain --teacher "$baseline" --load_path "$2" "${@:3}" "${pictures[@]}" --imsize 192 \
             --cropsize 64 --view_strength 0 --batch_size 4 --lr 2e-3 --max_iter "$learn_iter" \
             --check_iter "$learn_iter" --save_path "$student"
     fi
-    "${main[@]}" "${training[@]}" --load_path "$student/student.pth" --imsize 256 --cropsize 128 --batch_size 2 \
-        --lr 1e-4 --warmup_iter 10 --decay_iter $((train_iter / 2)) --max_iter "$train_iter" --channel_loss_weight 0 \
-        --xor_loss_weight 0 --save_path "$out/$1"
+    finish "$1" "$student/student.pth"
+}
+
+finish() { # NAME START
+    "${main[@]}" "${training[@]}" --load_path "$2" "${large_crops[@]}" --lr 1e-4 --warmup_iter 10 \
+        --decay_iter $((train_iter / 2)) --max_iter "$train_iter" --channel_loss_weight 0 --xor_loss_weight 0 \
+        --save_path "$out/$1"
 }
 
 names=("$@")
@@ -62,7 +77,7 @@ for name in "${names[@]}"; do
     budget=${name#*_}
     if [ -e "$out/$name/check_point.pth" ]; then continue; fi
     case $name in
-        compaction_*) compaction "$budget"; learn "$name" "$out/steps/$name/cut" ;;
+        compaction_*) compaction "$budget"; go_on "$name" ;;
         magnitude_*) magnitude "$budget"; learn "$name" "$out/steps/$name/cut" ;;
         narrow_*) compaction "$budget"; learn "$name" "$out/steps/compaction_$budget/cut" --new_weights ;;
         *) echo "error: $name: compaction_BUDGET, magnitude_BUDGET or narrow_BUDGET is needed" >&2; exit 2 ;;

@@ -1,6 +1,6 @@
 """Latency and peak memory of stylising with one or more model files.
 
-    python benchmarks/stylize.py model-store/ch_xor_pruned.pth full-vgg19
+    python benchmarks/stylize.py model-store/compact.pth model-store/ch_xor_pruned.pth full-vgg19
 
 A name `full-vgg19` or `full-vgg16` stands for the unpruned network with random weights: times do not depend
 on the weights. Random pictures, one pair at a time, float32; the models take turns. Last line: JSON.

@@ -95,6 +95,7 @@ def plot(points: list[Point], size: int, style_weight: float, device: str, path:
                 axes.annotate(point.name, (cost(point), point.loss), fontsize=6, xytext=(3, 3),
                               textcoords="offset points")
         axes.set_xscale("log")
+        axes.margins(x=0.15)  # room for the names
         label_plainly(axes.xaxis)
         axes.set_xlabel(title)
         axes.grid(alpha=0.25)

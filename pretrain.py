@@ -45,6 +45,7 @@ from utils import (
     UserError,
     autocast_dtype,
     catch_stop_signals,
+    compare_resumed,
     describe_device,
     note,
     process_count,
@@ -479,11 +480,7 @@ def resume_config(given: dict) -> tuple[PretrainConfig, dict]:
         raise UserError(f"--resume: --save_path {given['save_path']} holds no pretraining run")
     known = {field.name for field in fields(PretrainConfig)}
     stored = {name: value for name, value in stored.items() if name in known}
-    for name, value in given.items():
-        if name in ("vgg_weights", "teacher", "load_path", "new_weights") and value != stored.get(name):
-            raise UserError(f"--resume: the run has --{name} {stored.get(name)}, not {value}; start a new run for that")
-        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored.get(name):
-            note(f"resuming with --{name} {value} (it was {stored.get(name)})")
+    compare_resumed(given, asdict(PretrainConfig()) | stored, ("vgg_weights", "teacher", "load_path", "new_weights"))
     return PretrainConfig(**{**stored, **given, "resume": True}), checkpoint
 
 

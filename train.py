@@ -50,6 +50,7 @@ from utils import (
     autocast_dtype,
     average_over_processes,
     catch_stop_signals,
+    compare_resumed,
     describe_device,
     gather_with_gradient,
     is_first_process,
@@ -583,11 +584,7 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
     fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher")
-    for name, value in given.items():
-        if name in fixed and value != stored[name]:
-            raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
-        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
-            note(f"resuming with --{name} {value} (it was {stored[name]})")
+    compare_resumed(given, stored, fixed)
     return TrainConfig(**{**stored, **given, "resume": True}), checkpoint
 
 

@@ -358,6 +358,15 @@ def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
     return checkpoint
 
 
+def compare_resumed(given: dict, stored: dict, fixed: tuple[str, ...]) -> None:
+    """Say which flags given with --resume change a run's `stored` settings. Raises UserError for one in `fixed`."""
+    for name, value in given.items():
+        if name in fixed and value != stored[name]:
+            raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
+        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
+            note(f"resuming with --{name} {value} (it was {stored[name]})")
+
+
 class CheckpointFolder:
     """The checkpoints of one run: `check_point.pth` is the newest, numbered ones lie beside it.
 

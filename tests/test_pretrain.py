@@ -386,20 +386,25 @@ def assert_same_runs(actual: Path, desired: Path) -> None:
     assert all(torch.equal(exported[0][name], tensor) for name, tensor in exported[1].items())
 
 
+def stop_in(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretraining of any kind gets SIGINT in `iteration`, until `monkeypatch` is undone."""
+    real = Pretrainer.step
+
+    def step_and_stop(self, views, parts, at):
+        if at == iteration:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, views, parts, at)
+
+    monkeypatch.setattr(Pretrainer, "step", step_and_stop)
+
+
 def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, capsys):
     """A stop inside a check interval; the rest with a worker process."""
     settings = SMALL | {"max_iter": 6, "check_iter": 3}
     assert pretrain(settings | {"save_path": str(tmp_path / "whole")}) == 0
 
-    real = Pretrainer.step
-
-    def step_and_stop(self, views, parts, iteration):
-        if iteration == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, views, parts, iteration)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Pretrainer, "step", step_and_stop)
+        stop_in(2, patch)
         assert pretrain(settings | {"save_path": str(tmp_path / "halves")}) == 130
     assert "python main.py --mode pretrain --resume --save_path" in capsys.readouterr().err
     assert not (tmp_path / "halves" / EXPORT_NAME).exists()
@@ -544,15 +549,8 @@ def test_new_weights_take_only_the_widths(tmp_path):
 def test_stopped_and_resumed_student_equals_uninterrupted_one(tmp_path, monkeypatch):
     settings = student_settings(tmp_path, max_iter=4)
     assert pretrain(settings | {"save_path": str(tmp_path / "whole")}) == 0
-    real = StudentPretrainer.step
-
-    def step_and_stop(self, views, parts, iteration):
-        if iteration == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, views, parts, iteration)
-
     with monkeypatch.context() as patch:
-        patch.setattr(StudentPretrainer, "step", step_and_stop)
+        stop_in(1, patch)
         assert pretrain(settings | {"save_path": str(tmp_path / "halves")}) == 130
     resumed = {"save_path": str(tmp_path / "halves"), "resume": True}
     assert pretrain(resumed) == 0

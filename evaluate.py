@@ -65,6 +65,7 @@ class TestConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
+    margin: int = 16
     imsize: int | None = None
     cropsize: int | None = None
     max_pixels: int = MAX_PIXELS
@@ -100,7 +101,9 @@ class TestConfig:
         return Path(f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME)
 
     def check(self) -> None:
-        """Raises UserError for an empty path."""
+        """Raises UserError for an empty path, or a margin that poolings do not divide."""
+        if self.margin % 8:
+            raise UserError(f"--margin {self.margin}: a multiple of 8 is needed, or 0")
         for flag in ("content", "style", "save_path"):
             if getattr(self, flag) == "":
                 raise UserError(f"--{flag} is empty; leave it out for the default")
@@ -124,20 +127,22 @@ def load_input(path: Path, config, flag: str) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_style(network: StyleTransferNetwork, style: Tensor) -> tuple[Tensor, Tensor]:
+def encode_style(network: StyleTransferNetwork, style: Tensor, margin: int = 0) -> tuple[Tensor, Tensor]:
     """style: (1, 3, H, W), uint8, any size and device. Returns its style code on the network's device."""
     device = next(network.parameters()).device
-    return network.style_code(normalize(style.to(device)))
+    return network.style_code(normalize(style.to(device)), margin)
 
 
 @torch.inference_mode()
-def stylize(network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float) -> Tensor:
-    """content: (1, 3, H, W), uint8, any size and device.
+def stylize(
+    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float, margin: int = 0
+) -> Tensor:
+    """content: (1, 3, H, W), uint8, any size and device; margin: see `StyleTransferNetwork.stylize`.
 
     Returns (1, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
     """
     device = next(network.parameters()).device
-    return network.stylize(normalize(content.to(device)), style_code, strength)
+    return network.stylize(normalize(content.to(device)), style_code, strength, margin)
 
 
 def stylize_picture(
@@ -341,7 +346,7 @@ def _stylize_pairs(
     codes = {}
     for number in sorted({style for _, style in pairs}):
         style = load_input(styles.paths[number], config, "style")
-        codes[number] = [encode_style(model.network, style) for model in models]
+        codes[number] = [encode_style(model.network, style, config.margin) for model in models]
         for sheet in sheets:
             sheet.place(to_pil(style.float() / 255.0), ("style", number))
     values = []
@@ -353,7 +358,8 @@ def _stylize_pairs(
             for pair in same_content:
                 outputs = []
                 for column, model in enumerate(models):
-                    outputs.append(stylize(model.network, content, codes[pair[1]][column], config.style_strength))
+                    outputs.append(stylize(model.network, content, codes[pair[1]][column], config.style_strength,
+                                           config.margin))
                     picture = to_pil(denormalize(outputs[-1]))
                     save_picture(picture, files[pair][column])
                     for sheet in sheets:

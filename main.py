@@ -123,6 +123,8 @@ FLAGS = (
          {"choices": BACKBONES}),
     Flag("swap_max_pool", "average pooling in place of max pooling in the encoder", _SWITCH),
     Flag("style_strength", "0 gives the content picture back, 1 the full style", {"type": fraction}),
+    Flag("margin", "pixels, a multiple of 8, by which content and style are continued by reflection for the encoder, "
+         "so that its zero padding paints no frame along the border; 0: as published", {"type": count_or_zero}),
     Flag("imsize", "bring the shorter side of every picture to this many pixels", {"type": count}),
     Flag("cropsize", "side of the square cut from every picture, pixels (train: at random, a multiple of 8; "
          "test, prune: from the centre; pretrain: side of the views, a multiple of 8)", {"type": count}),

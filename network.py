@@ -251,15 +251,35 @@ class StyleTransferNetwork(nn.Module):
         aligned = adain(content_feature, *channel_statistics(style_feature), strength)
         return self.decoder(aligned)
 
-    def style_code(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        """All that stylising takes from a style picture of any size: its bottleneck mean and std."""
-        return channel_statistics(self.encoder(self.pad(style)))
+    def style_code(self, style: Tensor, margin: int = 0) -> tuple[Tensor, Tensor]:
+        """All that stylising takes from a style picture of any size: its bottleneck mean and std.
 
-    def stylize(self, content: Tensor, style_code: tuple[Tensor, Tensor], strength: float = 1.0) -> Tensor:
-        """content: (B, 3, H, W), any size; style_code from `style_code`. Returns (B, 3, H, W)."""
+        margin: as for `stylize`.
+        """
+        return channel_statistics(self._encode(style, margin))
+
+    def stylize(
+        self, content: Tensor, style_code: tuple[Tensor, Tensor], strength: float = 1.0, margin: int = 0
+    ) -> Tensor:
+        """content: (B, 3, H, W), any size; style_code from `style_code`. Returns (B, 3, H, W).
+
+        margin: pixels, a multiple of the stride, that the encoder sees reflected around the picture (fewer where
+        the picture is smaller); 0, as published, leaves the border to its zero padding.
+        """
         height, width = content.shape[2:]
-        aligned = adain(self.encoder(self.pad(content)), *style_code, strength)
+        aligned = adain(self._encode(content, margin), *style_code, strength)
         return self.decoder(aligned)[:, :, :height, :width]
+
+    def _encode(self, image: Tensor, margin: int) -> Tensor:
+        """image: (B, 3, H, W), any size. Returns (B, C, ceil(H/stride), ceil(W/stride)), at least 2 x 2."""
+        image, stride = self.pad(image), self.config.stride
+        if margin % stride:
+            raise ValueError(f"got a margin of {margin} pixels, a multiple of {stride} is needed")
+        margin = min(margin, min(image.shape[2:]) - stride)  # a reflection is smaller than the picture
+        if margin == 0:
+            return self.encoder(image)
+        places = margin // stride
+        return self.encoder(F.pad(image, (margin,) * 4, mode="reflect"))[:, :, places:-places, places:-places]
 
     def pad(self, image: Tensor) -> Tensor:
         """Repeat the right and lower edge up to the next multiple of the stride.

@@ -10,7 +10,8 @@
 #
 # BASELINE: a model file, or the folder of a run, of full width. OUT gets a run folder WAY_BUDGET for each network, and
 # `steps` with what comes before. Without names, all of the README's comparison; what is there already is not made
-# again, and a run that was interrupted wants its folder removed.
+# again, and a run that was interrupted wants its folder removed. STYLE_WEIGHT in the environment is the style loss's
+# weight, and should be the baseline's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 4 ]; then
@@ -19,11 +20,12 @@ if [ $# -lt 4 ]; then
 fi
 baseline=$1 photos=$2 paintings=$3 out=$4
 shift 4
+style_weight=${STYLE_WEIGHT:-20}
 learn_iter=${LEARN_ITER:-300} train_iter=${TRAIN_ITER:-40} # of compaction, half of the first is with the losses
 main=("${PYTHON:-python3}" main.py --gpu_no -1)
 pictures=(--content_dir "$photos" --style_dir "$paintings" --holdout 0.1 --num_workers 1)
-training=(--mode train --vgg_weights bundled "${pictures[@]}" --style_loss_weight 100 --uncorrelation_loss_weight 0
-    --wb_mode disabled --keep_checkpoints 0 --check_iter 10)
+training=(--mode train --vgg_weights bundled "${pictures[@]}" --style_loss_weight "$style_weight"
+    --uncorrelation_loss_weight 0 --wb_mode disabled --keep_checkpoints 0 --check_iter 10)
 crops=(--imsize 128 --cropsize 64 --batch_size 4) large_crops=(--imsize 256 --cropsize 128 --batch_size 2)
 
 # cut MODEL BUDGET RANK OUT: channels are chosen by the bundled pictures, none learned from and none measured on.

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import find_pictures, split_holdout
+from data import denormalize, find_pictures, normalize, prepare_picture, split_holdout, to_pil
 from evaluate import DEMO_CONTENT, DEMO_STYLE
 from main import main
-from network import COMPACT_MODEL, NetworkConfig, StyleTransferNetwork, model_checkpoint
+from network import COMPACT_MODEL, NetworkConfig, StyleTransferNetwork, load_network, model_checkpoint
 from utils import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +260,8 @@ def test_unusable_pictures_are_refused(test_flags, tmp_path, capsys):
     ({"--style_strength": 1.5}, "--style_strength"),
     ({"--style_strength": -0.1}, "--style_strength"),
     ({"--style_strength": "nan"}, "--style_strength"),
+    ({"--margin": 12}, "--margin 12: a multiple of 8"),
+    ({"--margin": -8}, "--margin"),
     ({"--imsize": 0}, "--imsize"),
     ({"--cropsize": "large"}, "--cropsize"),
     ({"--gpu_no": 99}, "--gpu_no 99"),
@@ -346,6 +348,23 @@ def test_refusal_is_one_line_without_traceback_in_a_real_process(tmp_path):
     result = run_main("--mode", "test", "--load_path", tmp_path / "none.pth", "--content", CONTENT, "--style", STYLE,
                       "--save_path", tmp_path / "out.png", code=2)
     assert result.stderr == f"error: --load_path {tmp_path / 'none.pth'}: no such file\n"
+
+
+@pytest.mark.parametrize("margin", [None, 0, 8])
+def test_margin_reaches_content_and_style(test_flags, tmp_path, margin):
+    model = COMPACT_MODEL.with_name("tiny.pth")  # a small random network paints but black and white
+    flags = test_flags | {"--load_path": model, "--imsize": 64} | ({} if margin is None else {"--margin": margin})
+    assert main([str(word) for word in words(flags)]) == 0
+    network = load_network(model)[0]
+    content, style = (normalize(prepare_picture(path, 64, None)) for path in (CONTENT, STYLE))
+    outputs = {}
+    with torch.inference_mode():
+        for each in (0, 8, 16):
+            code = network.style_code(style, each)
+            outputs[each] = np.asarray(to_pil(denormalize(network.stylize(content, code, margin=each))), dtype=float)
+    actual = np.asarray(Image.open(tmp_path / "out.png"), dtype=float)
+    distances = {each: np.abs(output - actual).max() for each, output in outputs.items()}
+    assert distances.pop(16 if margin is None else margin) <= 1 < min(distances.values()), distances
 
 
 def test_flags_without_effect_are_said(test_flags, capsys):

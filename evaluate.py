@@ -66,6 +66,7 @@ class TestConfig:
     swap_max_pool: bool = False
     style_strength: float = 1.0
     margin: int = 16
+    upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
     cropsize: int | None = None
     max_pixels: int = MAX_PIXELS
@@ -194,6 +195,8 @@ def _open_models(config: TestConfig, device: torch.device) -> list[_Model]:
     models = []
     for path, name in zip(config.load_path, model_names(config.load_path)):
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
+        if config.upsampling:
+            network.use_upsampling(config.upsampling)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"--load_path {path}: this model is named twice")

@@ -12,7 +12,7 @@ from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
 from data import PICTURE_SUFFIXES
 from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES, VIEW_LOSSES
-from network import BACKBONES, VGG_SOURCES
+from network import BACKBONES, UPSAMPLINGS, VGG_SOURCES
 from pretrain import PretrainConfig, pretrain
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
@@ -122,6 +122,9 @@ FLAGS = (
     Flag("backbone", "VGG of encoder and loss network; in test and prune the file says which, and another is refused",
          {"choices": BACKBONES}),
     Flag("swap_max_pool", "average pooling in place of max pooling in the encoder", _SWITCH),
+    Flag("upsampling", "how the decoder upsamples: nearest, as published, or bilinear, without lines 8 pixels apart "
+         "where brightness changes slowly (default: as in the file of --load_path; of a new network nearest)",
+         {"choices": UPSAMPLINGS}),
     Flag("style_strength", "0 gives the content picture back, 1 the full style", {"type": fraction}),
     Flag("margin", "pixels, a multiple of 8, by which content and style are continued by reflection for the encoder, "
          "so that its zero padding paints no frame along the border; 0: as published", {"type": count_or_zero}),

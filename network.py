@@ -38,6 +38,7 @@ _LOSS_TAPS = {
     "vgg16": {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22},
 }
 BACKBONES = tuple(_ENCODERS)
+UPSAMPLINGS = ("nearest", "bilinear")
 
 
 def _conv_widths(layout) -> tuple[int, ...]:
@@ -51,18 +52,22 @@ class NetworkConfig:
     backbone: "vgg19" or "vgg16"; pooling: "max" or "avg", in the encoder.
     encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder
     width is the bottleneck; the last decoder width is 3 (RGB). Raises ValueError when they do not fit.
+    upsampling: "nearest", as published, or "bilinear", in the decoder.
     """
 
     backbone: str
     pooling: str
     encoder_widths: tuple[int, ...]
     decoder_widths: tuple[int, ...]
+    upsampling: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.backbone not in _ENCODERS:
             raise ValueError(f"backbone {self.backbone!r} is none of {', '.join(BACKBONES)}")
         if self.pooling not in ("max", "avg"):
             raise ValueError(f"pooling {self.pooling!r} is neither 'max' nor 'avg'")
+        if self.upsampling not in UPSAMPLINGS:
+            raise ValueError(f"upsampling {self.upsampling!r} is none of {', '.join(UPSAMPLINGS)}")
         convs = len(_conv_widths(_ENCODERS[self.backbone]))
         for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
             if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
@@ -79,7 +84,8 @@ class NetworkConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "NetworkConfig":
         return cls(
-            values["backbone"], values["pooling"], tuple(values["encoder_widths"]), tuple(values["decoder_widths"])
+            values["backbone"], values["pooling"], tuple(values["encoder_widths"]), tuple(values["decoder_widths"]),
+            values.get("upsampling", "nearest"),  # older files have none
         )
 
     def to_dict(self) -> dict:
@@ -122,13 +128,13 @@ def _encoder_layers(layout, widths: tuple[int, ...], pooling: str) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def _decoder_layers(layout, width_in: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """The encoder mirrored: convs in reverse order, each pooling a nearest x2 upsampling."""
+def _decoder_layers(layout, width_in: int, widths: tuple[int, ...], upsampling: str = "nearest") -> nn.Sequential:
+    """The encoder mirrored: convs in reverse order, each pooling a x2 upsampling."""
     remaining = iter(widths)
     layers = []
     for entry in reversed(layout):
         if entry == _POOL:
-            layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
+            layers.append(nn.Upsample(scale_factor=2, mode=upsampling))
         else:
             width = next(remaining)
             layers += [nn.ReflectionPad2d(1), nn.Conv2d(width_in, width, 3), nn.ReLU(inplace=True)]
@@ -204,7 +210,9 @@ class Decoder(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         layout = _ENCODERS[config.backbone]
-        self.layers = nn.ModuleList([_decoder_layers(layout, config.bottleneck_width, config.decoder_widths)])
+        self.layers = nn.ModuleList([
+            _decoder_layers(layout, config.bottleneck_width, config.decoder_widths, config.upsampling)
+        ])
 
     def forward(self, feature: Tensor) -> Tensor:
         for step in self._steps():
@@ -221,11 +229,11 @@ class Decoder(nn.Module):
         return [*features, feature]
 
     def _steps(self) -> list[Callable]:
-        """`self.layers[0]`, with each upsampling and the conv after it as one `upsampled_conv`."""
+        """`self.layers[0]`, with each nearest upsampling and the conv after it as one `upsampled_conv`."""
         remaining = iter(self.layers[0])
         steps = []
         for layer in remaining:
-            if isinstance(layer, nn.Upsample):
+            if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
                 next(remaining)  # its reflection padding
                 conv = next(remaining)
                 layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
@@ -241,6 +249,13 @@ class StyleTransferNetwork(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    def use_upsampling(self, upsampling: str) -> None:
+        """Have the decoder upsample by another of UPSAMPLINGS, with the same weights."""
+        self.config = replace(self.config, upsampling=upsampling)
+        for layer in self.decoder.layers[0]:
+            if isinstance(layer, nn.Upsample):
+                layer.mode = upsampling
 
     def forward(self, content: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
         """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, sides multiples of the

@@ -85,6 +85,7 @@ class TrainConfig:
     resume: bool = False
     backbone: str = "vgg19"
     swap_max_pool: bool = False
+    upsampling: str | None = None  # None: as --load_path says, or nearest
     vgg_weights: str = "imagenet"
     imsize: int = 512
     cropsize: int = 256
@@ -583,7 +584,8 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
     stored = asdict(TrainConfig()) | {  # a flag that is newer than the run stood at its default
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
-    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher")
+    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher",
+             "upsampling")
     compare_resumed(given, stored, fixed)
     return TrainConfig(**{**stored, **given, "resume": True}), checkpoint
 
@@ -607,6 +609,8 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
                             f"--backbone says {config.backbone}")
         if config.new_weights:
             initialize(network, network)
+    if config.upsampling:
+        network.use_upsampling(config.upsampling)
     config.check_target(network.config)
     teacher = load_teacher(config.teacher, network.config)[0] if config.teacher else None
     trainer = Trainer(network, loss_network, config, device, teacher)

@@ -350,6 +350,18 @@ def test_refusal_is_one_line_without_traceback_in_a_real_process(tmp_path):
     assert result.stderr == f"error: --load_path {tmp_path / 'none.pth'}: no such file\n"
 
 
+def test_upsampling_of_test_mode(test_flags, tmp_path):
+    model = COMPACT_MODEL.with_name("tiny.pth")
+    pictures = {}
+    for upsampling in (None, "nearest", "bilinear"):
+        flags = test_flags | {"--load_path": model, "--imsize": 64}
+        flags |= {"--upsampling": upsampling} if upsampling else {}
+        assert main([str(word) for word in words(flags)]) == 0
+        pictures[upsampling] = np.asarray(Image.open(tmp_path / "out.png"), dtype=float)
+    assert np.array_equal(pictures[None], pictures["nearest"])
+    assert np.abs(pictures["nearest"] - pictures["bilinear"]).max() > 5
+
+
 @pytest.mark.parametrize("margin", [None, 0, 8])
 def test_margin_reaches_content_and_style(test_flags, tmp_path, margin):
     model = COMPACT_MODEL.with_name("tiny.pth")  # a small random network paints but black and white

@@ -201,6 +201,30 @@ def test_decoder_is_its_layers(backbone):
     assert_close(decoder(feature), decoder.layers[0](feature))
 
 
+@torch.inference_mode()
+def test_bilinear_decoder_is_layer_by_layer_and_paints_a_ramp_without_steps():
+    """Nearest upsampling turns a slow change into steps as wide as the stride; bilinear does not."""
+    network = small_network(width=12)
+    ramp = torch.linspace(0.0, 1.0, 24).view(1, 1, -1, 1).expand(1, network.config.bottleneck_width, 24, 8)
+    steps = {}
+    for upsampling in ("nearest", "bilinear"):
+        network.use_upsampling(upsampling)
+        assert network.config.upsampling == upsampling
+        rows = network.decoder(ramp)[0, :, 32:-32, 32].double()  # (3, 128), away from the border
+        steps[upsampling] = rows.diff(n=2).abs().max() / (rows.max() - rows.min())
+        again = StyleTransferNetwork(network.config)
+        again.load_state_dict(network.state_dict())
+        assert_close(again.decoder(ramp), network.decoder(ramp))
+    assert steps["nearest"] > 5 * steps["bilinear"], steps
+    feature = ramp
+    for layer in network.decoder.layers[0]:
+        if isinstance(layer, nn.Upsample):
+            feature = nn.functional.interpolate(feature, scale_factor=2, mode="bilinear", align_corners=False)
+        else:
+            feature = layer(feature)
+    assert_close(network.decoder(ramp), feature)
+
+
 # ------------------------------------------------------------------------------------------------ any size
 
 
@@ -295,9 +319,14 @@ def test_full_config(backbone, stride, bottleneck):
 
 
 def test_config_round_trip():
-    config = NetworkConfig("vgg16", "avg", (1, 2, 3, 4, 5, 6, 7), (9, 8, 7, 6, 5, 4, 3))
-    actual = NetworkConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    config = NetworkConfig("vgg16", "avg", (1, 2, 3, 4, 5, 6, 7), (9, 8, 7, 6, 5, 4, 3), "bilinear")
+    values = json.loads(json.dumps(config.to_dict()))
+    actual = NetworkConfig.from_dict(values)
     assert actual == config
+    del values["upsampling"]  # as in older files
+    assert NetworkConfig.from_dict(values) == replace(config, upsampling="nearest")
+    with pytest.raises(ValueError, match="upsampling 'cubic' is none of nearest, bilinear"):
+        replace(config, upsampling="cubic")
     assert actual.encoder_widths == (1, 2, 3, 4, 5, 6, 7)
     with pytest.raises(FrozenInstanceError):
         config.pooling = "max"

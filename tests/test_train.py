@@ -133,6 +133,18 @@ def test_pruned_network_trains_on(tmp_path):
     assert load_network(tmp_path / "on")[0].config.bottleneck_width == 112
 
 
+def test_upsampling_is_the_files_unless_another_is_asked_for(tmp_path):
+    train(SMALL | {"save_path": str(tmp_path / "a"), "max_iter": 1, "upsampling": "bilinear"})
+    train({"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2})
+    for name, more, desired in (("b", {}, "bilinear"), ("c", {"upsampling": "nearest"}, "nearest")):
+        train(SMALL | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / name), "max_iter": 1} | more)
+        assert load_network(tmp_path / name)[0].config.upsampling == desired
+    assert load_network(tmp_path / "a")[0].config.upsampling == "bilinear"
+    assert cut_bottleneck(load_network(tmp_path / "a")[0], range(9)).config.upsampling == "bilinear"
+    with pytest.raises(UserError, match="--upsampling"):
+        train({"save_path": str(tmp_path / "a"), "resume": True, "upsampling": "nearest", "max_iter": 3})
+
+
 def test_new_weights_keep_the_widths_alone(tmp_path):
     """He initialisation: every conv anew, of the variance that keeps the signal's size; the seed decides."""
     full = NetworkConfig.full()

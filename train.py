@@ -584,8 +584,7 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
     stored = asdict(TrainConfig()) | {  # a flag that is newer than the run stood at its default
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
-    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher",
-             "upsampling")
+    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher", "upsampling")
     compare_resumed(given, stored, fixed)
     return TrainConfig(**{**stored, **given, "resume": True}), checkpoint
 

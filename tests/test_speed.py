@@ -67,14 +67,14 @@ def test_fast_step_equals_plain_step(weights, encoder_lr):
     """Losses and gradients in float32, of the first step from the same weights."""
     config = TrainConfig(amp="off", encoder_lr=encoder_lr, decoder_lr=1e-4, l0_eps=1.0, **weights)
     errors = []
-    for seed in range(3):
+    for seed in range(6):
         actual, desired, error = one_step_each(config, seed)
         for name, value in desired.items():
             assert actual[name].item() == pytest.approx(value, rel=1e-4), name
         errors.append(error)
-    # Where rounding puts one ReLU's input on the other side of zero, gradients jump by some thousandths, between any
-    # two ways of computing the same, on some machines in all three batches: so the best one counts, with room.
-    assert min(errors) < 1e-3 and max(errors) < 0.1, errors
+    # Where rounding puts one ReLU's input on the other side of zero, gradients jump by some thousandths,
+    # between any two ways of computing the same, on some machines in most batches: so the best of six counts.
+    assert min(errors) < 1e-4 and max(errors) < 0.1, errors
 
 
 def test_bfloat16_curves_stay_together():

@@ -81,6 +81,7 @@ class PretrainConfig:
     teacher: str | None = None  # not None: the network of `load_path` learns to do what it does
     load_path: str | None = None
     new_weights: bool = False
+    upsampling: str | None = None  # None: as load_path says, or nearest
     holdout: float = 0.1
     view_strength: float = 0.4
     view_loss: str = "vicreg"
@@ -113,6 +114,9 @@ class PretrainConfig:
             raise UserError("--teacher and --vgg_weights: give one of the two in pretrain mode")
         if self.new_weights and not self.load_path:
             raise UserError("--new_weights: --load_path says the network whose widths to start with")
+        if self.upsampling and not (self.teacher or self.vgg_weights):
+            raise UserError(f"--upsampling {self.upsampling}: a VGG has no decoder; give --vgg_weights, to learn a "
+                            "decoder for it, or --teacher and --load_path")
         if self.teacher and self.batch_size < 2:
             raise UserError("--batch_size 1: with --teacher, each picture is painted in the style of the next one; "
                             "2 or more are needed")
@@ -297,6 +301,8 @@ class DecoderPretrainer(Pretrainer):
     def build(self) -> nn.Module:
         vgg, self.vgg_origin = load_vgg("vgg19", self.config.vgg_weights, self.config.seed)
         network, _ = build_from_vgg(NetworkConfig.full(), vgg)
+        network.use_upsampling(self.config.upsampling or "nearest")
+        self.network_config = network.config
         self.encoder = network.encoder.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
         return NormalizedLayers(network.decoder.layers[0])
 
@@ -312,7 +318,7 @@ class DecoderPretrainer(Pretrainer):
 
     def export(self, folder: Path, scale_pictures: None) -> None:
         """Write encoder and decoder as a model file for `--load_path`; nothing is scaled."""
-        network = StyleTransferNetwork(NetworkConfig.full())
+        network = StyleTransferNetwork(self.network_config)
         network.encoder.load_state_dict(self.encoder.state_dict())
         network.decoder.layers[0].load_state_dict(folded_weights(self.network))
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / DECODER_EXPORT_NAME)
@@ -360,7 +366,9 @@ class StudentPretrainer(Pretrainer):
         self.vgg_origin = checkpoint.get("vgg_weights")
         if self.config.new_weights:
             initialize(network, network)
-        self.student_config = network.config
+        if self.config.upsampling:
+            network.use_upsampling(self.config.upsampling)
+        self.network_config = network.config
         return Student(network, self.teacher.config.bottleneck_width)
 
     def losses(self, views: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,7 +385,7 @@ class StudentPretrainer(Pretrainer):
 
     def export(self, folder: Path, scale_pictures: None) -> None:
         """Write the student as a model file for `--load_path`, the normalisations folded in; nothing is scaled."""
-        network = StyleTransferNetwork(self.student_config)
+        network = StyleTransferNetwork(self.network_config)
         for part in ("encoder", "decoder"):
             layers = getattr(network, part).layers[0]
             layers.load_state_dict(folded_weights(getattr(self.network, part)))
@@ -480,7 +488,8 @@ def resume_config(given: dict) -> tuple[PretrainConfig, dict]:
         raise UserError(f"--resume: --save_path {given['save_path']} holds no pretraining run")
     known = {field.name for field in fields(PretrainConfig)}
     stored = {name: value for name, value in stored.items() if name in known}
-    compare_resumed(given, asdict(PretrainConfig()) | stored, ("vgg_weights", "teacher", "load_path", "new_weights"))
+    fixed = ("vgg_weights", "teacher", "load_path", "new_weights", "upsampling")
+    compare_resumed(given, asdict(PretrainConfig()) | stored, fixed)
     return PretrainConfig(**{**stored, **given, "resume": True}), checkpoint
 
 

@@ -6,7 +6,8 @@
 
 Losses are those of `metrics.json`, which `--mode test --metrics` wrote; the files that it names are loaded, checked
 against their SHA-256, and timed in turns. Models of a group, by the names in that file, are joined by a line, in the
-order of their multiply-adds. The last line of the output is JSON.
+order of their multiply-adds. The table also has the median over the pairs, and how far a model is above the first one
+on the same pairs. The last line of the output is JSON.
 """
 
 import argparse
@@ -31,12 +32,16 @@ ALONE = "other"  # the group of models that no pattern takes; no line joins them
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the plot: its loss with half of the 95% interval, and what it costs for one pair."""
+    """A model in the plot: its loss over the pairs and its difference from the first model's, means with half of the
+    95% interval, and what it costs for one pair."""
 
     name: str
     group: str
     loss: float
     margin: float
+    median_loss: float
+    difference: float
+    difference_margin: float
     parameters: int
     macs: int
     latency_ms: dict[str, float]
@@ -54,14 +59,17 @@ def read_report(path: str) -> dict:
     return report
 
 
-def losses_of(report: dict, name: str, style_weight: float) -> tuple[float, float]:
-    """Mean over the pairs of content + style_weight * style, and half of its 95% interval."""
+def losses_of(report: dict, name: str, style_weight: float) -> np.ndarray:
+    """content + style_weight * style of every pair: (n,)."""
     metrics = [pair["metrics"][name] for pair in report["pairs"]]
-    values = np.array([each["content"] + style_weight * each["style"] for each in metrics])
+    return np.array([each["content"] + style_weight * each["style"] for each in metrics])
+
+
+def numbered_pairs(report: dict) -> list[tuple[int, int]]:
+    """Content and style picture of every pair, by number, as `mean_and_margin` takes them."""
     numbers = {kind: {path: number for number, path in enumerate(sorted({pair[kind] for pair in report["pairs"]}))}
                for kind in ("content", "style")}
-    pairs = [(numbers["content"][pair["content"]], numbers["style"][pair["style"]]) for pair in report["pairs"]]
-    return mean_and_margin(values, pairs)
+    return [(numbers["content"][pair["content"]], numbers["style"][pair["style"]]) for pair in report["pairs"]]
 
 
 def open_models(report: dict, flag: str) -> dict[str, StyleTransferNetwork]:
@@ -136,15 +144,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     times = time_pairs(list(networks.values()), options.size, options.runs)
-    points = []
+    points, pairs, first = [], numbered_pairs(report), None
     for (name, network), taken in zip(networks.items(), times):
-        loss, margin = losses_of(report, name, options.style_weight)
-        points.append(Point(name, group_of(name, groups), loss, margin, count_parameters(network),
+        losses = losses_of(report, name, options.style_weight)
+        first = losses if first is None else first
+        points.append(Point(name, group_of(name, groups), *mean_and_margin(losses, pairs), float(np.median(losses)),
+                            *mean_and_margin(losses - first, pairs), count_parameters(network),
                             count_macs(network.config, options.size), spread(taken, 1e-3)))
-    print(f"{'model':32}{'group':12}{'loss':>18}{'parameters':>12}{'10^9 MAC':>10}{'latency, ms':>14}")
+    print(f"{'model':32}{'group':12}{'loss':>15}{'median':>9}{'above the first':>25}{'parameters':>12}{'10^9 MAC':>10}"
+          f"{'latency, ms':>13}")
     for point in points:
-        print(f"{point.name[-32:]:32}{point.group[:11]:12}{f'{point.loss:.4g} ± {point.margin:.2g}':>18}"
-              f"{point.parameters:>12,}{point.macs / 1e9:>10.2f}{point.latency_ms['median']:>14.1f}")
+        above = f"{point.difference:.3f} ± {point.difference_margin:.2g} ({point.difference / points[0].loss:+.1%})"
+        print(f"{point.name[-32:]:32}{point.group[:11]:12}{f'{point.loss:.3f} ± {point.margin:.2g}':>15}"
+              f"{point.median_loss:>9.3f}{above:>25}{point.parameters:>12,}{point.macs / 1e9:>10.2f}"
+              f"{point.latency_ms['median']:>13.1f}")
     about = versions(device)
     plot(points, options.size, options.style_weight, about["device"], path)
     print_json({"points": [vars(point) for point in points], "style_weight": options.style_weight,

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,15 @@ from data import (
 )
 from loss import TEMPERATURE, VIEW_LOSSES, found_share, infonce_loss, relative_std, vicreg_loss
 from main import main
-from network import LossNetwork, adain, channel_statistics, load_network, load_vgg, model_checkpoint
+from network import (
+    LossNetwork,
+    NetworkConfig,
+    adain,
+    channel_statistics,
+    load_network,
+    load_vgg,
+    model_checkpoint,
+)
 from pretrain import (
     DECODER_EXPORT_NAME,
     EXPORT_NAME,
@@ -424,8 +433,9 @@ def decoder_trainer(**changes) -> DecoderPretrainer:
     return DecoderPretrainer(PretrainConfig(**SMALL | {"vgg_weights": "random"} | changes), torch.device("cpu"))
 
 
-def test_decoder_learns_to_give_the_views_back(tmp_path):
-    trainer = decoder_trainer(max_iter=100)
+@pytest.mark.parametrize("upsampling", [None, "bilinear"])
+def test_decoder_learns_to_give_the_views_back(tmp_path, upsampling):
+    trainer = decoder_trainer(max_iter=100, upsampling=upsampling)
     views = torch.stack([view_pairs()[position][0] for position in range(4)])
     before = {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
     errors = [float(trainer.step(views, None, iteration)[0]) for iteration in range(1, 25)]
@@ -444,6 +454,7 @@ def test_decoder_learns_to_give_the_views_back(tmp_path):
         assert_close(output, trainer.network(trainer.encoder(pictures)), rtol=1e-3, atol=1e-4)
     assert (output - pictures).square().mean().item() == pytest.approx(error.item(), rel=1e-3)
     assert checkpoint["vgg_weights"] == trainer.vgg_origin
+    assert network.config == replace(NetworkConfig.full(), upsampling=upsampling or "nearest")
 
 
 def test_training_starts_from_the_decoder_and_resumes(tmp_path):
@@ -455,6 +466,7 @@ def test_training_starts_from_the_decoder_and_resumes(tmp_path):
     assert [row["iteration"] for row in read_metrics(tmp_path / "whole")] == [2, 4]
     assert {"loss", "held_out_loss", "iteration"} == read_metrics(tmp_path / "halves")[-1].keys()
     assert "random" in user_error(pretrain, resumed | {"max_iter": 9, "vgg_weights": "bundled"})
+    assert "--upsampling None" in user_error(pretrain, resumed | {"max_iter": 9, "upsampling": "bilinear"})
 
     start = tmp_path / "whole" / DECODER_EXPORT_NAME
     config = TrainConfig(content_dir="x", style_dir="x", save_path="x", load_path=str(start), vgg_weights="random",
@@ -540,6 +552,18 @@ def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
                      atol=1e-3)
 
 
+def test_student_upsamples_as_its_file_says_unless_another_is_asked_for(tmp_path):
+    settings = student_settings(tmp_path)
+    network = small_network()
+    network.use_upsampling("bilinear")
+    torch.save(model_checkpoint(network), settings["load_path"])
+    for changes, desired in (({}, "bilinear"), ({"upsampling": "nearest"}, "nearest")):
+        trainer = StudentPretrainer(PretrainConfig(**settings | changes), torch.device("cpu"))
+        modes = {layer.mode for layer in trainer.network.decoder.layers if isinstance(layer, torch.nn.Upsample)}
+        trainer.export(tmp_path, None)
+        assert modes == {desired} == {load_network(tmp_path / STUDENT_EXPORT_NAME)[0].config.upsampling}
+
+
 def test_new_weights_take_only_the_widths(tmp_path):
     given, new = (student_trainer(tmp_path, new_weights=new).network.encoder.layers for new in (False, True))
     assert torch.equal(given[0].weight, small_network().encoder.layers[0][0].weight)
@@ -601,6 +625,7 @@ def test_broken_pictures_are_counted_in_their_folder(tmp_path, capsys):
     ({"teacher": "a.pth", "load_path": "b.pth", "batch_size": 1}, "2 or more are needed"),
     ({"teacher": "a.pth", "load_path": "b.pth"}, "--load_path b.pth: no such file"),
     ({"new_weights": True}, "--new_weights: --load_path says"),
+    ({"upsampling": "bilinear"}, "--upsampling bilinear: a VGG has no decoder"),
 ])
 def test_bad_settings_are_refused(tmp_path, changes, message):
     assert message in user_error(pretrain, SMALL | {"save_path": str(tmp_path / "run")} | changes)

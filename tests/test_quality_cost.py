@@ -47,12 +47,19 @@ def test_points_are_the_measured_losses_and_the_files_costs(measured, tmp_path, 
     assert quality_cost.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
+    last = result["points"][-1]
+    assert f"{last['median_loss']:.3f}" in lines[3]
+    assert f"({last['loss'] / result['points'][0]['loss'] - 1:+.1%})" in lines[3]
     assert [(point["name"], point["group"]) for point in result["points"]] == [
         ("narrow_8", "other"), ("narrow_4", "small"), ("narrow_6", "small")]
     report = json.loads(measured.read_text())
     for point, width in zip(result["points"], (8, 4, 6)):
-        pairs = [pair["metrics"][point["name"]] for pair in report["pairs"]]
-        assert point["loss"] == pytest.approx(np.mean([pair["content"] + 10 * pair["style"] for pair in pairs]))
+        losses, first = ([pair["metrics"][name]["content"] + 10 * pair["metrics"][name]["style"]
+                          for pair in report["pairs"]] for name in (point["name"], "narrow_8"))
+        assert point["loss"] == pytest.approx(np.mean(losses))
+        assert point["median_loss"] == pytest.approx(np.median(losses))
+        assert point["difference"] == pytest.approx(np.mean(losses) - np.mean(first))
+        assert (point["difference_margin"] == 0) == (point["name"] == "narrow_8")
         assert point["parameters"] == count_parameters(narrow(width))
         assert point["macs"] == count_macs(narrow(width).config, 32)
         assert point["latency_ms"]["median"] > 0

@@ -46,6 +46,7 @@ SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
 SMALLEST_CELL = 16
 DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
 DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
+MARGIN = 16  # pixels, see `StyleTransferNetwork.stylize`
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 TITLE_HEIGHT = 32  # pixels
 COMPARED_ROWS = 16  # pairs in comparison.png at most
@@ -65,7 +66,7 @@ class TestConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
-    margin: int = 16
+    margin: int = MARGIN
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
     cropsize: int | None = None
@@ -103,8 +104,7 @@ class TestConfig:
 
     def check(self) -> None:
         """Raises UserError for an empty path, or a margin that poolings do not divide."""
-        if self.margin % 8:
-            raise UserError(f"--margin {self.margin}: a multiple of 8 is needed, or 0")
+        check_margin(self.margin)
         for flag in ("content", "style", "save_path"):
             if getattr(self, flag) == "":
                 raise UserError(f"--{flag} is empty; leave it out for the default")
@@ -127,6 +127,12 @@ def load_input(path: Path, config, flag: str) -> Tensor:
         raise UserError(f"--{flag} {error}") from error
 
 
+def check_margin(margin: int) -> None:
+    """Raises UserError, naming the flag, for a margin in pixels that the poolings do not divide."""
+    if margin % 8:
+        raise UserError(f"--margin {margin}: a multiple of 8 is needed, or 0")
+
+
 @torch.inference_mode()
 def encode_style(network: StyleTransferNetwork, style: Tensor, margin: int = 0) -> tuple[Tensor, Tensor]:
     """style: (1, 3, H, W), uint8, any size and device. Returns its style code on the network's device."""
@@ -147,10 +153,10 @@ def stylize(
 
 
 def stylize_picture(
-    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float
+    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float, margin: int = 0
 ) -> Image.Image:
     """content: (1, 3, H, W), uint8, any size and device. Returns a picture of exactly that size."""
-    return to_pil(denormalize(stylize(network, content, style_code, strength)))
+    return to_pil(denormalize(stylize(network, content, style_code, strength, margin)))
 
 
 # ------------------------------------------------------------------------------------------------- models

@@ -127,7 +127,8 @@ FLAGS = (
          {"choices": UPSAMPLINGS}),
     Flag("style_strength", "0 gives the content picture back, 1 the full style", {"type": fraction}),
     Flag("margin", "pixels, a multiple of 8, by which content and style are continued by reflection for the encoder, "
-         "so that its zero padding paints no frame along the border; 0: as published", {"type": count_or_zero}),
+         "so that its zero padding paints no frame along the border (prune: of the picture grid); 0: as published",
+         {"type": count_or_zero}),
     Flag("imsize", "bring the shorter side of every picture to this many pixels", {"type": count}),
     Flag("cropsize", "side of the square cut from every picture, pixels (train: at random, a multiple of 8; "
          "test, prune: from the centre; pretrain: side of the views, a multiple of 8)", {"type": count}),

@@ -215,21 +215,27 @@ class Decoder(nn.Module):
         ])
 
     def forward(self, feature: Tensor) -> Tensor:
-        for step in self._steps():
+        for step in self._steps(feature.device.type):
             feature = step(feature)
         return feature
 
     def features(self, feature: Tensor) -> list[Tensor]:
         """The output of every conv but the last after its ReLU, then the picture that `forward` returns."""
         features = []
-        for step in self._steps():
+        for step in self._steps(feature.device.type):
             feature = step(feature)
             if isinstance(step, nn.ReLU):
                 features.append(feature)
         return [*features, feature]
 
-    def _steps(self) -> list[Callable]:
-        """`self.layers[0]`, with each nearest upsampling and the conv after it as one `upsampled_conv`."""
+    def _steps(self, device_type: str) -> list[Callable]:
+        """`self.layers[0]`, with each nearest upsampling and the conv after it as one `upsampled_conv`.
+
+        Not where a CPU convolves in bfloat16: its transposed convolutions take two to three times as long then, with
+        their gradients, as all multiply-adds of the two layers (torch 2.14 with AMX).
+        """
+        if device_type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return list(self.layers[0])
         remaining = iter(self.layers[0])
         steps = []
         for layer in remaining:

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 
 from data import MAX_PIXELS, denormalize, normalize, to_pil
-from evaluate import DEMO_CONTENT, DEMO_STYLE, encode_style, load_input, open_model, stylize_picture
+from evaluate import (
+    DEMO_CONTENT,
+    DEMO_STYLE,
+    MARGIN,
+    check_margin,
+    encode_style,
+    load_input,
+    open_model,
+    stylize_picture,
+)
 from network import (
     StyleTransferNetwork,
     bottleneck_conv,
@@ -54,6 +63,7 @@ class PruneConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
+    margin: int = MARGIN  # of the picture grid
     imsize: int = 512
     cropsize: int = 512
     max_pixels: int = MAX_PIXELS
@@ -77,6 +87,7 @@ class PruneConfig:
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
+        check_margin(self.margin)
         for flag in ("load_path", "save_path", "content_dir", "style_dir"):
             if not getattr(self, flag):
                 raise UserError(f"--{flag} is needed in prune mode")
@@ -350,7 +361,8 @@ def plot_prune_grid(
     panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
     for number in numbers:
         cut = cut_bottleneck(network, responses.weakest_first[:number])
-        output = stylize_picture(cut, content, encode_style(cut, style), config.style_strength)
+        code = encode_style(cut, style, config.margin)
+        output = stylize_picture(cut, content, code, config.style_strength, config.margin)
         panels.append((f"Prune {number} channels", output))
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)

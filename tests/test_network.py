@@ -201,6 +201,20 @@ def test_decoder_is_its_layers(backbone):
     assert_close(decoder(feature), decoder.layers[0](feature))
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_decoder_fuses_upsamplings_but_in_bfloat16_on_a_cpu(amp, monkeypatch):
+    """A transposed convolution is slower there than the layers one by one."""
+    fused = []
+    monkeypatch.setattr(network_module, "upsampled_conv",
+                        lambda *inputs, **named: fused.append(1) or upsampled_conv(*inputs, **named))
+    decoder = small_network().decoder
+    feature = torch.randn(1, 6, 3, 5, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        outputs = [decoder(feature), decoder.features(feature)[-1]]
+    assert len(fused) == (0 if amp else 6)
+    assert torch.equal(*outputs)
+
+
 @torch.inference_mode()
 def test_bilinear_decoder_is_layer_by_layer_and_paints_a_ramp_without_steps():
     """Nearest upsampling turns a slow change into steps as wide as the stride; bilinear does not."""

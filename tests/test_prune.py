@@ -1,6 +1,7 @@
 """Surgery on the bottleneck, and the measurement and choice of its channels."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+import prune as prune_module
 from data import normalize, prepare_picture
+from evaluate import load_input, stylize_picture
 from network import NetworkConfig, StyleTransferNetwork
 from prune import (
     PruneConfig,
@@ -344,3 +347,23 @@ def test_grid_numbers():
     assert grid_numbers(PruneConfig(prune_nums=(3, 0)), 4, is_given=True) == [3, 0]
     message = user_error(grid_numbers, PruneConfig(prune_nums=(3, 4)), 4, is_given=True)
     assert "--prune_nums 4" in message and "at most 3" in message
+
+
+@pytest.mark.parametrize("margin", [16, 0])
+def test_grid_is_painted_with_the_margin(tmp_path, monkeypatch, margin):
+    network, painted = small_network(), []
+    monkeypatch.setattr(prune_module, "stylize_picture",
+                        lambda *inputs: painted.append(inputs) or stylize_picture(*inputs))
+    config = PruneConfig(imsize=48, cropsize=48, margin=margin)
+    responses = Responses(np.arange(12.0).reshape(2, 6), ["a", "b"], contents=1)
+    prune_module.plot_prune_grid(network, responses, [0, 2], config, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").width > 1000
+    content, style = (load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style"))
+    for cut, number in zip((network, cut_bottleneck(network, [0, 1])), range(2)):
+        _, shown, code, _, got = painted[number]
+        assert torch.equal(shown, content) and got == margin
+        assert_close(code, cut.style_code(normalize(style), margin))
+
+
+def test_margin_that_poolings_do_not_divide_is_refused():
+    assert "--margin 12: a multiple of 8 is needed" in user_error(PruneConfig(margin=12).check)

@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="of this trainer's step")
     parser.add_argument("--compile", action="store_true", help="time this trainer's step with torch.compile as well")
     parser.add_argument("--default_format", action="store_true", help="time it in the default memory format as well")
+    parser.add_argument("--bilinear", action="store_true", help="time it with bilinear upsampling as well")
     parser.add_argument("--turns", type=int, default=7, help="timed turns behind each median")
     parser.add_argument("--steps", type=int, help="steps a turn (default: 20 on a GPU, 1 on the CPU)")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each loader and end-to-end measurement")
@@ -64,9 +65,10 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     """The variants by name, all from the same weights; each takes content and style, (B, 3, H, W), uint8."""
     vgg, _ = load_vgg(config.backbone, "random", config.seed)
 
-    def trainer(changed: TrainConfig) -> Trainer:
+    def trainer(changed: TrainConfig, upsampling: str = "nearest") -> Trainer:
         seed_everything(config.seed)
-        return Trainer(*build_from_vgg(NetworkConfig.full(config.backbone), vgg), changed, device)
+        network = replace(NetworkConfig.full(config.backbone), upsampling=upsampling)
+        return Trainer(*build_from_vgg(network, vgg), changed, device)
 
     first = trainer(config)
     plain = PlainTrainer(first.network.state_dict(), vgg, config.weights, config.learning_rates, config.l0_eps, device)
@@ -76,6 +78,8 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     steps["this trainer"] = first.step
     if arguments.default_format:
         steps["this trainer, default format"] = in_default_format(trainer(config)).step
+    if arguments.bilinear:
+        steps["this trainer, bilinear"] = trainer(config, "bilinear").step
     if arguments.compile:
         steps["this trainer, compiled"] = trainer(replace(config, compile=True)).step
     return steps
@@ -135,7 +139,7 @@ def measure_steps(
         result = results[name] = {"seconds": spread([each / count for each in seconds])}
         result["iterations_per_second"] = 1.0 / result["seconds"]["median"]
         result["ratio"] = results["plain"]["seconds"]["median"] / result["seconds"]["median"]
-        eager = steps["this trainer"] if name.startswith("this trainer") else step
+        eager = steps["this trainer"] if name == "this trainer, compiled" else step
         result["teraflop_per_step"] = operations(eager, content, style) / 1e12
         result["teraflop_per_second"] = result["teraflop_per_step"] * result["iterations_per_second"]
         dtype = result["dtype"] = "float32" if name.startswith("plain") else step_dtype(config, device)

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -187,12 +187,15 @@ class _Model:
 
 def model_names(paths: Iterable[str]) -> list[str]:
     """A name for each path of a model, unique without regard to case: the name of the file (without .pth) or
-    folder, led by as many folders above it as that takes; as the last resort, by its number."""
+    folder, led by as many folders above it as tell it from the others; as the last resort, by its number."""
     parts = [os.path.abspath(path).removesuffix(".pth").split(os.sep)[1:] for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(each[-depth:]) for each in parts]
-        if len({name.casefold() for name in names}) == len(names):
+    depths = [1] * len(parts)
+    for _ in range(max(map(len, parts))):
+        names = ["-".join(each[-depth:]) for each, depth in zip(parts, depths)]
+        counts = Counter(name.casefold() for name in names)
+        if len(counts) == len(names):
             return names
+        depths = [depth + (counts[name.casefold()] > 1) for depth, name in zip(depths, names)]
     return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
 
 

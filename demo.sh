@@ -8,11 +8,11 @@ rm -rf demo # only ever written by this script
 
 "$python" main.py --mode test --gpu_no -1 --load_path model-store/baseline.pth model-store/ch_xor_pruned.pth \
     model-store/compact.pth --content imgs/content --style imgs/style --imsize 256 --save_path demo/shipped
-"$python" main.py --mode train --gpu_no -1 --vgg_weights bundled --load_path model-store/baseline.pth --imsize 96 \
-    --cropsize 64 --batch_size 4 --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 \
-    --decoder_lr 6e-5 --warmup_iter 20 --style_loss_weight 20 \
-    --uncorrelation_loss_weight 0 --channel_loss_weight 2000 --xor_loss_weight 100 --l0_eps 1e-3 --max_iter 200 \
-    --check_iter 100 --keep_checkpoints 0 --wb_mode disabled --save_path demo/ch_xor
+"$python" main.py --mode train --gpu_no -1 --vgg_weights bundled --load_path model-store/baseline.pth \
+    --imsize 96 --cropsize 64 --batch_size 4 --content_dir imgs/content --style_dir imgs/style --encoder_lr 5e-5 \
+    --decoder_lr 6e-5 --warmup_iter 20 --style_loss_weight 20 --uncorrelation_loss_weight 0 \
+    --channel_loss_weight 2000 --xor_loss_weight 100 --l0_eps 1e-3 --max_iter 200 --check_iter 100 \
+    --keep_checkpoints 0 --wb_mode disabled --save_path demo/ch_xor
 "$python" main.py --mode prune --gpu_no -1 --load_path demo/ch_xor --content_dir imgs/content --style_dir imgs/style \
     --imsize 256 --cropsize 256 --save_path demo/pruned
 for model in ch_xor pruned; do

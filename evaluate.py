@@ -204,8 +204,7 @@ def _open_models(config: TestConfig, device: torch.device) -> list[_Model]:
     models = []
     for path, name in zip(config.load_path, model_names(config.load_path)):
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
-        if config.upsampling:
-            network.use_upsampling(config.upsampling)
+        network.use_upsampling(config.upsampling)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"--load_path {path}: this model is named twice")

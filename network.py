@@ -256,8 +256,10 @@ class StyleTransferNetwork(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def use_upsampling(self, upsampling: str) -> None:
-        """Have the decoder upsample by another of UPSAMPLINGS, with the same weights."""
+    def use_upsampling(self, upsampling: str | None) -> None:
+        """Have the decoder upsample by another of UPSAMPLINGS, with the same weights. None: as it does."""
+        if upsampling is None:
+            return
         self.config = replace(self.config, upsampling=upsampling)
         for layer in self.decoder.layers[0]:
             if isinstance(layer, nn.Upsample):

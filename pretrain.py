@@ -301,7 +301,7 @@ class DecoderPretrainer(Pretrainer):
     def build(self) -> nn.Module:
         vgg, self.vgg_origin = load_vgg("vgg19", self.config.vgg_weights, self.config.seed)
         network, _ = build_from_vgg(NetworkConfig.full(), vgg)
-        network.use_upsampling(self.config.upsampling or "nearest")
+        network.use_upsampling(self.config.upsampling)
         self.network_config = network.config
         self.encoder = network.encoder.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
         return NormalizedLayers(network.decoder.layers[0])
@@ -366,8 +366,7 @@ class StudentPretrainer(Pretrainer):
         self.vgg_origin = checkpoint.get("vgg_weights")
         if self.config.new_weights:
             initialize(network, network)
-        if self.config.upsampling:
-            network.use_upsampling(self.config.upsampling)
+        network.use_upsampling(self.config.upsampling)
         self.network_config = network.config
         return Student(network, self.teacher.config.bottleneck_width)
 

@@ -608,8 +608,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
                             f"--backbone says {config.backbone}")
         if config.new_weights:
             initialize(network, network)
-    if config.upsampling:
-        network.use_upsampling(config.upsampling)
+    network.use_upsampling(config.upsampling)
     config.check_target(network.config)
     teacher = load_teacher(config.teacher, network.config)[0] if config.teacher else None
     trainer = Trainer(network, loss_network, config, device, teacher)

@@ -144,10 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     times = time_pairs(list(networks.values()), options.size, options.runs)
-    points, pairs, first = [], numbered_pairs(report), None
+    points, pairs = [], numbered_pairs(report)
+    first = losses_of(report, next(iter(networks)), options.style_weight)
     for (name, network), taken in zip(networks.items(), times):
         losses = losses_of(report, name, options.style_weight)
-        first = losses if first is None else first
         points.append(Point(name, group_of(name, groups), *mean_and_margin(losses, pairs), float(np.median(losses)),
                             *mean_and_margin(losses - first, pairs), count_parameters(network),
                             count_macs(network.config, options.size), spread(taken, 1e-3)))

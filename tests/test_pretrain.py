@@ -30,15 +30,7 @@ from data import (
 )
 from loss import TEMPERATURE, VIEW_LOSSES, found_share, infonce_loss, relative_std, vicreg_loss
 from main import main
-from network import (
-    LossNetwork,
-    NetworkConfig,
-    adain,
-    channel_statistics,
-    load_network,
-    load_vgg,
-    model_checkpoint,
-)
+from network import LossNetwork, NetworkConfig, adain, channel_statistics, load_network, load_vgg, model_checkpoint
 from pretrain import (
     DECODER_EXPORT_NAME,
     EXPORT_NAME,

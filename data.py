@@ -5,7 +5,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
@@ -32,6 +31,7 @@ MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 MAX_FAILED_SHARE = 0.10
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
 STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
+TRIPLE = ("content", "style", "painted")  # the folders of pictures painted by anyone, see `open_triples`
 
 # Pillow's own limit (89 and 179 million pixels) is below real paintings; --max_pixels stands in for it.
 Image.MAX_IMAGE_PIXELS = None
@@ -247,35 +247,89 @@ class FailedPictures:
 
 
 def open_folder(folder: Path, flag: str, max_pixels: int) -> tuple[list[Path], FailedPictures]:
-    """The pictures of a folder and the tally of its failures.
+    """The pictures of a folder and the tally of its failures; some are decoded now, see `_usable`.
 
-    Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts;
-    the rest are met as they are drawn. Raises UserError as `find_pictures` and `FailedPictures.add` do.
+    Raises UserError as `find_pictures` and `_usable` do.
     """
     paths = find_pictures(folder, flag)
     failed = FailedPictures(folder, flag, len(paths))
+    return _usable(paths, lambda path: load_picture(path, shorter_side=1, max_pixels=max_pixels), failed), failed
+
+
+def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPictures) -> list[Path]:
+    """`paths` without those that `load` raises a PictureError for; these are added to `failed`.
+
+    Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts;
+    the rest are met as they are drawn. Raises UserError when over a tenth fail.
+    """
     sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
 
     def reason(path: Path) -> str | None:
         try:
-            load_picture(path, shorter_side=1, max_pixels=max_pixels)
+            load(path)
         except PictureError as error:
             return str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = dict(zip(sample, pool.map(reason, sample)))
     broken = {path: text for path, text in reasons.items() if text is not None}
+    where = f"{failed.flag} {failed.folder}"
     if len(broken) == len(sample):
-        raise UserError(f"{flag} {folder}: none of {len(sample)} pictures can be used ({next(iter(broken.values()))})")
+        raise UserError(f"{where}: none of {len(sample)} pictures can be used ({next(iter(broken.values()))})")
     # Over a tenth of a sample says the same of the folder; of a small folder the sample is all of it.
     if len(broken) > MAX_FAILED_SHARE * len(sample):
         raise UserError(
-            f"{flag} {folder}: {len(broken)} of {len(sample)} pictures cannot be used "
+            f"{where}: {len(broken)} of {len(sample)} pictures cannot be used "
             f"(the first: {next(iter(broken.values()))}); mend or remove them, at most 10% may fail"
         )
     for path, text in broken.items():
         failed.add(path, text)
-    return [path for path in paths if path not in broken], failed
+    return [path for path in paths if path not in broken]
+
+
+def open_triples(
+    folder: Path, flag: str, side: int, max_pixels: int
+) -> tuple[dict[Path, tuple[Path, Path]], FailedPictures]:
+    """Pictures painted by anyone: content/NAME, style/NAME and painted/NAME in `folder`, each of any suffix.
+
+    Returns style and painted picture by the content picture, and the tally of the triples that cannot be used: one is
+    not there, or as `load_triple` says; some are decoded now, see `_usable`. Raises UserError, naming `flag`, when a
+    sub-folder is missing, when no triple is complete, and as `find_pictures` and `_usable` do.
+    """
+    folder = Path(folder)
+    if not all((folder / part).is_dir() for part in TRIPLE):
+        raise UserError(f"{flag} {folder}: neither the folder of a run nor one of painted pictures, with the "
+                        f"sub-folders {', '.join(TRIPLE)}")
+    parts = []
+    for part in TRIPLE:
+        paths = find_pictures(folder / part, flag)
+        parts.append({path.relative_to(folder / part).with_suffix(""): path for path in reversed(paths)})
+    names = sorted(set().union(*parts))
+    complete = [name for name in names if all(name in part for part in parts)]
+    if not complete:
+        raise UserError(f"{flag} {folder}: no picture has the same name in {', '.join(TRIPLE)}")
+    failed = FailedPictures(folder, flag, len(names))
+    for name in names:
+        missing = [kind for kind, part in zip(TRIPLE, parts) if name not in part]
+        if missing:
+            failed.add(name, f"{folder}: no {name} in {', '.join(missing)}")
+    partners = {parts[0][name]: (parts[1][name], parts[2][name]) for name in complete}
+    usable = _usable(list(partners), lambda path: load_triple(path, *partners[path], side, max_pixels), failed)
+    return {path: partners[path] for path in usable}, failed
+
+
+def load_triple(content: Path, style: Path, painted: Path, side: int, max_pixels: int) -> list[Image.Image]:
+    """Content, style and painted picture, their shorter sides at `side`, content and painted of one size.
+
+    Raises PictureError as `load_resized` does, and when those two differ in aspect by more than rounding.
+    """
+    pictures = [load_resized(path, side, max_pixels) for path in (content, style, painted)]
+    size, other = pictures[0].size, pictures[2].size
+    if abs(max(size) - max(other)) > 1 + 0.01 * max(size) or (size[0] > size[1]) != (other[0] > other[1]):
+        raise PictureError(f"{painted}: {other[0]} x {other[1]} pixels with its shorter side at {side}, its content "
+                           f"{size[0]} x {size[1]}; the same aspect is needed")
+    pictures[2] = pictures[2].resize(size, Image.Resampling.BICUBIC)
+    return pictures
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -363,8 +417,8 @@ def _digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-class TrainingPictures(Dataset):
-    """Content and style crops by position: what position n shows depends on seed and n alone.
+class PicturesByPosition(Dataset):
+    """Crops by position: what position n shows depends on seed and n alone.
 
     So workers share no state and repeat nothing, any number of them gives the same run, and a resumed
     run goes on by counting. Every epoch goes through each folder once, in an order of its own.
@@ -373,20 +427,13 @@ class TrainingPictures(Dataset):
     """
 
     def __init__(
-        self, content: list[Path], style: list[Path], crop: CropConfig, seed: int, cache: PictureCache | None = None
+        self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, cache: PictureCache | None = None
     ) -> None:
-        self.folders = (content, style)
+        self.folders = folders
         self.crop = crop
         self.seed = seed
         self.cache = cache
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
-        """Returns content and style, each (3, cropsize, cropsize), uint8, and the failures met on the way,
-        as (folder number, path, reason)."""
-        failures = []
-        content, style = (self._draw(number, position, failures) for number in range(2))
-        return content, style, failures
 
     def _draw(self, number: int, position: int, failures: list) -> Tensor:
         paths = self.folders[number]
@@ -411,21 +458,75 @@ class TrainingPictures(Dataset):
         return cached[1]
 
     def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
-        side = self.crop.cropsize
         if self.cache is None:
-            picture = np.asarray(load_resized(path, self.crop.shorter_side, self.crop.max_pixels))
-        else:
-            picture = self.cache.open(path, self.crop.shorter_side)
+            return self._crop(load_resized(path, self.crop.shorter_side, self.crop.max_pixels), generator)
+        return self._crop(self.cache.open(path, self.crop.shorter_side), generator)
+
+    def _crop(self, picture: np.ndarray | Image.Image, generator: np.random.Generator) -> Tensor:
+        """(H, W, C) to (C, cropsize, cropsize)."""
+        picture = np.asarray(picture)
+        side = self.crop.cropsize
         height, width, _ = picture.shape
         if self.crop.centered:
             left, top = (width - side) // 2, (height - side) // 2
         else:
             left, top = (int(generator.integers(free + 1)) for free in (width - side, height - side))
         crop = picture[top : top + side, left : left + side].transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(crop))  # (3, side, side)
+        return torch.from_numpy(np.ascontiguousarray(crop))
 
 
-def check_failures(failures: list[tuple[int, str, str]], tallies: tuple[FailedPictures, FailedPictures]) -> None:
+class TrainingPictures(PicturesByPosition):
+    """A content and a style crop by position."""
+
+    def __init__(
+        self, content: list[Path], style: list[Path], crop: CropConfig, seed: int, cache: PictureCache | None = None
+    ) -> None:
+        super().__init__((content, style), crop, seed, cache)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
+        """Returns content and style, each (3, cropsize, cropsize), uint8, and the failures met on the way,
+        as (folder number, path, reason)."""
+        failures = []
+        content, style = (self._draw(number, position, failures) for number in range(2))
+        return content, style, failures
+
+
+class MixedPictures(PicturesByPosition):
+    """One crop by position, from the folders in turn."""
+
+    def __getitem__(self, position: int) -> tuple[Tensor, list[tuple[int, str, str]]]:
+        """Returns the crop, (3, cropsize, cropsize), uint8, and failures as TrainingPictures does."""
+        failures = []
+        place, number = divmod(position, len(self.folders))
+        return self._draw(number, place, failures), failures
+
+
+class PaintedTriples(PicturesByPosition):
+    """Crops of content, style and painted picture by position, content and painted cut at the same place."""
+
+    def __init__(
+        self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, partners: dict[Path, tuple[Path, Path]]
+    ) -> None:
+        """folders: the content pictures, one list of them; partners: see `open_triples`."""
+        super().__init__(folders, crop, seed)
+        self.partners = partners
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, str, str]]]:
+        """Returns content, style and painted, each (3, cropsize, cropsize), uint8, and failures as TrainingPictures
+        does."""
+        failures = []
+        triple = self._draw(0, position, failures).expand(3, 3, -1, -1)  # what could not be drawn is one blank
+        return *triple, failures
+
+    def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
+        content, style, painted = load_triple(
+            path, *self.partners[path], self.crop.shorter_side, self.crop.max_pixels
+        )
+        both = self._crop(np.concatenate([content, painted], axis=2), generator)  # (6, side, side)
+        return torch.stack([both[:3], self._crop(style, generator), both[3:]])
+
+
+def check_failures(failures: list[tuple[int, str, str]], tallies: Sequence[FailedPictures]) -> None:
     """Log and count the failures of a batch. Raises UserError when a folder has become unusable."""
     for number, path, reason in failures:
         tallies[number].add(path, reason)
@@ -433,10 +534,10 @@ def check_failures(failures: list[tuple[int, str, str]], tallies: tuple[FailedPi
         raise UserError(f"{len(failures)} pictures in a row cannot be used (the last: {failures[-1][2]})")
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor, list]:
-    """Stack the pictures of a batch: (B, 3, H, W), uint8, twice, and all failures in one list."""
-    contents, styles, failures = zip(*samples)
-    return torch.stack(contents), torch.stack(styles), sum(failures, [])
+def collate(samples: list) -> tuple:
+    """Stack the pictures of a batch, (B, 3, H, W), uint8, as many as a sample has, and all failures in one list."""
+    *pictures, failures = zip(*samples)
+    return *map(torch.stack, pictures), sum(failures, [])
 
 
 def _ignore_stop_signals(_worker: int) -> None:
@@ -459,7 +560,7 @@ def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, proc
 
 
 def training_loader(
-    pictures: TrainingPictures, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
+    pictures: PicturesByPosition, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """Batches of the given positions, in order. `positions` must hold whole batches."""
     return DataLoader(
@@ -468,98 +569,3 @@ def training_loader(
         # Its own generator: drawing the workers' base seed must not move the run's random state.
         generator=torch.Generator(),
     )
-
-
-# -------------------------------------------------------------------------------------------- two views
-
-VIEW_AREA = (0.15, 1.0)  # of the picture
-VIEW_RATIO = (3 / 4, 4 / 3)
-MIN_OVERLAP = 0.3  # of the smaller view
-
-
-class ViewPairs(TrainingPictures):
-    """Two augmented views of a picture by position, for learning without labels.
-
-    Like TrainingPictures, but positions go through the one or two folders in turn.
-    """
-
-    def __init__(self, folders: list[list[Path]], crop: CropConfig, seed: int, strength: float) -> None:
-        super().__init__(folders[0], folders[-1], crop, seed)
-        self.folder_count = len(folders)
-        self.augment = photometric_augmentation(strength)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
-        """Returns the views, (2, 3, cropsize, cropsize), uint8, where their common part lies, (2, 5), see
-        `common_part`, and the failures met on the way, as (folder number, path, reason)."""
-        failures = []
-        place, number = divmod(position, self.folder_count)
-        pair = self._draw(number, place, failures)
-        if len(failures) >= MAX_DRAWS:  # blank: `check_failures` stops the run
-            return pair.expand(2, -1, -1, -1), torch.zeros(2, 5), failures
-        return *pair, failures
-
-    def _cut(self, path: Path, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        image = load_resized(path, self.crop.imsize, self.crop.max_pixels)
-        # Both views are mirrored or neither: features that take a place for its mirror image tell nothing of how
-        # an edge across runs, and a decoder learns stripes from them.
-        boxes, flips = draw_boxes(image.size, generator), np.full(2, generator.random() < 0.5)
-        size = (self.crop.cropsize, self.crop.cropsize)
-        views = []
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms know only torch's global generator
-            torch.manual_seed(int(generator.integers(2**63)))
-            for box, flip in zip(boxes, flips):
-                view = image.resize(size, Image.Resampling.BICUBIC, box=tuple(box))
-                views.append(self.augment(pil_to_tensor(ImageOps.mirror(view) if flip else view)))
-        return torch.stack(views), common_part(boxes, flips)
-
-
-def photometric_augmentation(strength: float) -> v2.Compose:
-    """Random colours, greyscale and solarising of a (3, H, W) picture, uint8.
-
-    strength: 0..1, 0 leaves the picture as it is. Colours shift by as much less, the rest happens as much
-    more rarely. No blur: features that overlook blur rate pictures unlike people do (README, Pretrain).
-    """
-    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
-    return v2.Compose([
-        v2.RandomApply([v2.ColorJitter(**{name: amount * strength for name, amount in jitter.items()})], 0.8),
-        v2.RandomGrayscale(0.2 * strength),
-        v2.RandomSolarize(128, 0.1 * strength),
-    ])
-
-
-def draw_boxes(size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Two random crops of a picture of `size` (width, height) that share MIN_OVERLAP of the smaller one.
-
-    Returns (2, 4), pixels: left, top, right, bottom.
-    """
-    size = np.array(size, dtype=np.float64)
-
-    def draw() -> np.ndarray:
-        stretch = np.exp(generator.uniform(*np.log(VIEW_RATIO)) / 2)
-        sides = np.sqrt(generator.uniform(*VIEW_AREA) * size.prod()) * np.array([stretch, 1 / stretch])
-        sides = np.minimum(sides, size)
-        corner = generator.uniform(size=2) * (size - sides)
-        return np.concatenate([corner, np.minimum(corner + sides, size)])
-
-    first = draw()
-    for _ in range(20):
-        second = draw()
-        common = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
-        smaller = min((box[2:] - box[:2]).prod() for box in (first, second))
-        if (common > 0).all() and common.prod() >= MIN_OVERLAP * smaller:
-            return np.stack([first, second])
-    return np.stack([first, first])
-
-
-def common_part(boxes: np.ndarray, flips: np.ndarray) -> Tensor:
-    """Where what both crops show lies in each view.
-
-    boxes: (2, 4), left, top, right, bottom. Returns (2, 5), float32: left, top, right, bottom as shares of
-    the view's sides, and 1 where the view is mirrored.
-    """
-    common = np.concatenate([boxes[:, :2].max(axis=0), boxes[:, 2:].min(axis=0)])
-    parts = []
-    for box, flip in zip(boxes, flips):
-        left, top, right, bottom = (common - np.tile(box[:2], 2)) / np.tile(box[2:] - box[:2], 2)
-        parts.append([1 - right, top, 1 - left, bottom, 1.0] if flip else [left, top, right, bottom, 0.0])
-    return torch.tensor(parts, dtype=torch.float32)

@@ -123,50 +123,12 @@ def distillation_loss(
     return F.mse_loss(output.float(), teacher_output.float()) + feature_error / teacher_square.clamp_min(1e-12)
 
 
-# --------------------------------------------------------------------- two views of a place, in pretraining
+def painted_loss(output: Tensor, painted: Tensor) -> Tensor:
+    """Pixel supervision by a painted picture: mean absolute errors of colours, of the means of 8x8 squares, and of the
+    differences between horizontal and between vertical neighbours, summed.
 
-TEMPERATURE = 0.2  # of InfoNCE
-
-
-def vicreg_loss(first: Tensor, second: Tensor) -> Tensor:
-    """VICReg (Bardes et al., arXiv 2105.04906, eq. 6, with its weights): embeddings of one place agree, each
-    component varies over the places, and no two components say the same.
-
-    first, second: (n, D), rows of one number show the same place.
+    output, painted: (B, 3, H, W), ImageNet-normalised; H and W multiples of 8.
     """
-    first, second = first.float(), second.float()
-    variance = covariance = 0.0
-    for embedding in (first, second):
-        centered = embedding - embedding.mean(dim=0)
-        table = centered.T @ centered / (len(embedding) - 1)  # (D, D)
-        variance += F.relu(1.0 - (table.diagonal() + 1e-4).sqrt()).mean() / 2
-        covariance += (table.square().sum() - table.diagonal().square().sum()) / len(table)
-    return 25.0 * F.mse_loss(first, second) + 25.0 * variance + covariance
-
-
-def infonce_loss(first: Tensor, second: Tensor) -> Tensor:
-    """InfoNCE between the views (van den Oord et al., arXiv 1807.03748, eq. 4), both ways averaged: which of all
-    places of the other view is this one?
-
-    first, second: (n, D), rows of one number show the same place.
-    """
-    logits = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T / TEMPERATURE  # (n, n)
-    same = torch.arange(len(logits), device=logits.device)
-    return 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
-
-
-VIEW_LOSSES = {"vicreg": vicreg_loss, "infonce": infonce_loss}
-
-
-def found_share(first: Tensor, second: Tensor) -> Tensor:
-    """The share of rows whose nearest row of the other view, by angle, is their own. first, second: (n, D)."""
-    nearest = (F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T).argmax(dim=1)
-    return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()
-
-
-def relative_std(embedding: Tensor) -> Tensor:
-    """Standard deviation of the rows' directions, times sqrt(D): 1 where they spread evenly, 0 when collapsed.
-
-    embedding: (n, D).
-    """
-    return F.normalize(embedding.float(), dim=1).std(dim=0).mean() * embedding.shape[1] ** 0.5
+    output, painted = output.float(), painted.float()
+    error = F.l1_loss(output, painted) + F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(painted, 8))
+    return error + sum(F.l1_loss(output.diff(dim=dim), painted.diff(dim=dim)) for dim in (2, 3))

@@ -1,4 +1,4 @@
-"""The command line: `python main.py --mode {train,test,prune,pretrain} ...`."""
+"""The command line: `python main.py --mode {train,test,prune,distill} ...`."""
 
 import argparse
 import math
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
-from data import PICTURE_SUFFIXES
+from data import PICTURE_SUFFIXES, TRIPLE
+from distill import DistillConfig, distill
 from evaluate import OUTPUT_NAME, TestConfig, test
-from loss import STYLE_LOSSES, VIEW_LOSSES
+from loss import STYLE_LOSSES
 from network import BACKBONES, UPSAMPLINGS, VGG_SOURCES
-from pretrain import PretrainConfig, pretrain
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
 from train import TrainConfig, train
@@ -23,9 +23,11 @@ MODES = {
     "train": (TrainConfig, train),
     "test": (TestConfig, test),
     "prune": (PruneConfig, prune),
-    "pretrain": (PretrainConfig, pretrain),
+    "distill": (DistillConfig, distill),
 }
 OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original implementation calls them
+GONE = {"pretrain": "learning VGG weights without labels is gone; --vgg_weights bundled is the original VGG19, and "
+                    "--mode distill teaches a narrow network"}
 
 
 # -------------------------------------------------------------------------------------------- value types
@@ -111,9 +113,9 @@ _SWITCH = {"action": "store_true"}
 FLAGS = (
     Flag("gpu_no", "device: -1 is the CPU, n that GPU (default: GPU 0 when there is one, else the CPU)", {"type": int}),
     Flag("load_path", "model file, or the folder of a run: the model to test or prune, or to start training from; "
-         "test compares several; pretrain: the network that learns from --teacher (default: none; in test the compact "
+         "test compares several; distill: the network that learns from --teacher (default: none; in test the compact "
          "model of model-store/)", {"nargs": "+"}),
-    Flag("save_path", "train, prune, pretrain: the folder to write to; test: a picture file, or a folder (default: "
+    Flag("save_path", "train, prune, distill: the folder to write to; test: a picture file, or a folder (default: "
          f"none; in test {OUTPUT_NAME}.png for one picture, the folder {OUTPUT_NAME} for more)"),
     Flag("content_dir", f"folder of photographs, searched recursively for {' '.join(PICTURE_SUFFIXES)} in any case"),
     Flag("style_dir", "folder of paintings, likewise"),
@@ -130,8 +132,8 @@ FLAGS = (
          "so that its zero padding paints no frame along the border (prune: of the picture grid); 0: as published",
          {"type": count_or_zero}),
     Flag("imsize", "bring the shorter side of every picture to this many pixels", {"type": count}),
-    Flag("cropsize", "side of the square cut from every picture, pixels (train: at random, a multiple of 8; "
-         "test, prune: from the centre; pretrain: side of the views, a multiple of 8)", {"type": count}),
+    Flag("cropsize", "side of the square cut from every picture, pixels (train, distill: at random, a multiple of "
+         "8; test, prune: from the centre)", {"type": count}),
     Flag("cencrop", "cut training crops from the centre, not at random", _SWITCH),
     Flag("max_pixels", "refuse pictures of more pixels than this", {"type": count}),
     Flag("cache_dir", "folder to keep the resized pictures in, for this and later runs: each is decoded once "
@@ -141,19 +143,12 @@ FLAGS = (
     Flag("metrics", "measure content and style loss as in training, SSIM and ST-LPIPS of content and output, and write "
          "metrics.json; without names, all (default: measure nothing)", {"nargs": "*", "choices": tuple(METRICS)}),
     Flag("vgg_weights", f"where encoder (train) and loss network start: {', '.join(VGG_SOURCES)}, or the path of a "
-         ".pth or .safetensors file with torchvision's keys; pretrain: learn a decoder for these (default: imagenet; "
-         "in pretrain none: learn such weights)"),
+         ".pth or .safetensors file with torchvision's keys"),
     Flag("holdout", "share of each folder's pictures, chosen by name, that is not learned from; test and prune take "
          "only this share of a folder, or with 0 all of it",
          {"type": share}),
-    Flag("lr", "learning rate (train: of encoder and decoder where theirs is not given; pretrain: the highest, "
+    Flag("lr", "learning rate (train: of encoder and decoder where theirs is not given; distill: the highest, "
          "between a warm-up and a decay to 0 at --max_iter)", {"type": amount}),
-    Flag("view_strength", "strength of the views' random colours, greyscale and solarising, from 0, none, to 1",
-         {"type": fraction}),
-    Flag("view_loss", "how two views of a place are compared", {"choices": tuple(VIEW_LOSSES)}),
-    Flag("reconstruction_weight", "weight of the error with which each tap's features give the view back",
-         {"type": amount}),
-    Flag("weight_decay", "weight decay of AdamW", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("warmup_iter", "first iterations, over which the learning rates rise from 0", {"type": count_or_zero}),
@@ -177,9 +172,10 @@ FLAGS = (
     Flag("new_weights", "take only the widths from --load_path, and new weights (He initialisation): a narrow network "
          "from scratch", _SWITCH),
     Flag("teacher", "model file, or the folder of a run, whose outputs and bottleneck features are to be matched "
-         "(distillation; pretrain: nothing else is learned)"),
+         f"(distillation); distill: also a folder of painted pictures, {'/NAME, '.join(TRIPLE)}/NAME, each of any "
+         "suffix"),
     Flag("teacher_weight", "weight of the distillation loss, with --teacher", {"type": amount}),
-    Flag("check_iter", "iterations between checks (metrics, picture grid or exported weights, checkpoint)",
+    Flag("check_iter", "iterations between checks (metrics, picture grid or student, checkpoint)",
          {"type": count}),
     Flag("keep_checkpoints", "numbered checkpoints to keep beside the newest; -1 keeps all", {"type": count_or_all}),
     Flag("resume", "go on with the run in --save_path; flags not given are as that run had them", _SWITCH),
@@ -227,9 +223,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="main.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
-    parser.add_argument("--mode", choices=(*MODES, *OTHER_NAMES), default="train",
-                        help="train a network, stylise pictures, cut channels, or learn VGG19 weights; eval and "
-                        "prune_eval are other names of test and prune (default: train)")
+    parser.add_argument("--mode", choices=(*MODES, *OTHER_NAMES, *GONE), default="train",
+                        metavar=f"{{{','.join((*MODES, *OTHER_NAMES))}}}",
+                        help="train a network, stylise pictures, cut channels, or teach a network what another one "
+                        "does; eval and prune_eval are other names of test and prune (default: train)")
     groups = {}
     for flag in FLAGS:
         title = " and ".join(", ".join(flag.modes).rsplit(", ", 1)) + (" mode" if len(flag.modes) == 1 else " modes")
@@ -257,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = vars(build_parser().parse_args(arguments))
         mode = given.pop("mode")
+        if mode in GONE:
+            raise UserError(f"--mode {mode}: {GONE[mode]}")
         mode = OTHER_NAMES.get(mode, mode)
         config, run = MODES[mode]
         used = {name: _fit(config, mode, name, value) for name, value in given.items() if name in _defaults(config)}

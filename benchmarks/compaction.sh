@@ -61,8 +61,8 @@ go_on() { # NAME
 learn() { # NAME CUT [FLAG]
     local student=$out/steps/$1/student
     if [ ! -e "$student/student.pth" ]; then
-        "${main[@]}" --mode pretrain --teacher "$baseline" --load_path "$2" "${@:3}" "${pictures[@]}" --imsize 192 \
-            --cropsize 64 --view_strength 0 --batch_size 4 --lr 2e-3 --max_iter "$learn_iter" \
+        "${main[@]}" --mode distill --teacher "$baseline" --load_path "$2" "${@:3}" "${pictures[@]}" --imsize 192 \
+            --cropsize 64 --batch_size 4 --lr 2e-3 --max_iter "$learn_iter" \
             --check_iter "$learn_iter" --save_path "$student"
     fi
     finish "$1" "$student/student.pth"

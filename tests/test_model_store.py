@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import find_pictures, prepare_picture
-from network import BUNDLED_VGG19, COMPACT_MODEL, load_network, load_vgg
-from pretrain import mean_activations
+from data import find_pictures, normalize, prepare_picture
+from network import BUNDLED_VGG19, COMPACT_MODEL, LossNetwork, conv_indices, load_network, load_vgg
 
 STORE = Path(__file__).parent.parent / "model-store"
 SUMS = dict(reversed(line.split()) for line in (STORE / "SHA256SUMS").read_text().splitlines())
@@ -38,7 +37,10 @@ def test_model_loads(name):
 
 def test_activations_of_the_bundled_vgg_are_of_order_one():
     weights, origin = load_vgg("vgg19", "bundled")
+    network = LossNetwork("vgg19")
+    network.layers.load_state_dict(weights)
     pictures = torch.cat([prepare_picture(path, 64, 64) for path in find_pictures(STORE.parent / "imgs", "")])
-    means = mean_activations(weights, pictures, torch.device("cpu"))
+    with torch.no_grad():
+        means = [network.layers[: index + 2](normalize(pictures)).mean() for index in conv_indices("vgg19")]
     assert len(means) == 9 and all(0.3 < mean < 3.0 for mean in means)
     assert origin.startswith("bundled")

@@ -1,0 +1,473 @@
+"""`--mode distill`: a network of any widths learns to paint as another one does, or as painted pictures show."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data import (
+    MAX_PIXELS,
+    CropConfig,
+    MixedPictures,
+    PaintedTriples,
+    check_failures,
+    collate,
+    normalize,
+    open_folder,
+    open_triples,
+    split_holdout,
+    training_loader,
+)
+from loss import distillation_loss, painted_loss
+from network import (
+    NetworkConfig,
+    StyleTransferNetwork,
+    adain,
+    channel_statistics,
+    find_model_file,
+    initialize,
+    load_network,
+    load_teacher,
+    model_checkpoint,
+)
+from utils import (
+    CHECKPOINT_FORMAT,
+    CheckpointFolder,
+    MetricFile,
+    UserError,
+    autocast_dtype,
+    catch_stop_signals,
+    compare_resumed,
+    describe_device,
+    note,
+    process_count,
+    progress_bar,
+    resolve_device,
+    save_checkpoint,
+    seed_everything,
+)
+
+EXPORT_NAME = "student.pth"
+WARMUP_SHARE = 0.05
+HELD_OUT_PICTURES = 128
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Every setting of a distillation, with its default; `main.py` makes the flags from it."""
+
+    teacher: str | None = None  # a network, or a folder of painted pictures, see `data.open_triples`
+    load_path: str | None = None  # the network that learns
+    new_weights: bool = False
+    upsampling: str | None = None  # None: as load_path says
+    content_dir: str | None = None
+    style_dir: str | None = None
+    save_path: str | None = None
+    resume: bool = False
+    imsize: int = 256
+    cropsize: int = 96
+    max_pixels: int = MAX_PIXELS
+    holdout: float = 0.1
+    lr: float = 1e-3
+    max_iter: int = 10_000
+    batch_size: int = 16
+    check_iter: int = 500
+    keep_checkpoints: int = 1
+    amp: str = "auto"
+    seed: int = 0
+    num_workers: int | None = None  # None: one a core, at most 8
+    gpu_no: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError for settings that make no sense, naming the flag."""
+        if not self.save_path:
+            raise UserError("--save_path is needed in distill mode")
+        if self.cropsize < 32 or self.cropsize % 8:
+            raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
+        if process_count() > 1:
+            raise UserError("--mode distill runs in one process; start it without torchrun")
+        if self.resume and not self.teacher:
+            return  # the run knows the rest
+        if not self.teacher:
+            raise UserError("--teacher is needed in distill mode: the network, or the folder of painted pictures, to "
+                            "learn from")
+        if not self.load_path:
+            raise UserError("--load_path is needed in distill mode: the network that learns")
+        if self.teacher_is_pictures:
+            if self.content_dir or self.style_dir:
+                raise UserError(f"--teacher {self.teacher} is a folder with contents and styles of its own; "
+                                "--content_dir and --style_dir must not be given with it")
+        elif not self.content_dir and not self.style_dir:
+            raise UserError("--content_dir or --style_dir is needed in distill mode, where --teacher is a network")
+        elif self.batch_size < 2:
+            raise UserError("--batch_size 1: each picture is painted in the style of the next one; 2 or more are "
+                            "needed")
+
+    @property
+    def teacher_is_pictures(self) -> bool:
+        """Whether `teacher` is a folder that no network is in."""
+        if not Path(self.teacher).is_dir():
+            return False
+        try:
+            find_model_file(self.teacher, "--teacher")
+        except UserError:
+            return True
+        return False
+
+
+# --------------------------------------------------------------------------------------------- the student
+
+
+def norms_behind(layers: nn.Sequential) -> nn.ModuleDict:
+    """A batch normalisation for every conv of `layers`, by its index; it has the bias in the conv's place."""
+    norms = nn.ModuleDict()
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv2d):
+            norm = norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+            norm.bias, layer.bias = layer.bias, None
+    return norms
+
+
+class NormalizedLayers(nn.Module):
+    """The layers of an encoder or a decoder, with batch normalisation behind every conv that has a ReLU."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+        self.norms = norms_behind(layers if isinstance(layers[-1], nn.ReLU) else layers[:-1])
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W): an encoder's picture, or a decoder's bottleneck feature, to what the last layer gives."""
+        for index, layer in enumerate(self.layers):
+            feature = layer(feature)
+            if str(index) in self.norms:
+                feature = self.norms[str(index)](feature)
+        return feature
+
+
+class Student(nn.Module):
+    """A style-transfer network with batch normalisation, and the projection of its bottleneck to its teacher's.
+
+    Of given weights, the filters are where it starts. Their scales go: normalisation wakes channels that cutting
+    others left dead (README, Compact every layer).
+    """
+
+    def __init__(self, network: StyleTransferNetwork, teacher_width: int | None) -> None:
+        """teacher_width: channels of the teacher's bottleneck; None: no projection."""
+        super().__init__()
+        self.encoder = NormalizedLayers(network.encoder.layers[0])
+        self.decoder = NormalizedLayers(network.decoder.layers[0])
+        self.projection = None
+        if teacher_width is not None:
+            self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
+
+    def folded(self, config: NetworkConfig) -> StyleTransferNetwork:
+        """The network of `config` that paints as this one does in evaluation, on the CPU."""
+        network = StyleTransferNetwork(config)
+        for part in ("encoder", "decoder"):
+            getattr(network, part).layers[0].load_state_dict(folded_weights(getattr(self, part)))
+        return network
+
+
+def paint(encoder: Callable, decoder: Callable, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Each picture in the style of the batch's next one: all serve as both.
+
+    pictures: (B, 3, H, W), ImageNet-normalised. Returns the outputs, (B, 3, H, W), and the bottleneck feature,
+    (B, C, H/8, W/8).
+    """
+    feature = encoder(pictures)
+    mean, std = (statistic.roll(-1, dims=0) for statistic in channel_statistics(feature))
+    return decoder(adain(feature, mean, std)), feature
+
+
+def rate_share(iteration: int, max_iter: int) -> float:
+    """The learning rate's course, 0..1: a linear warm-up, then half a cosine down to 0 behind the last iteration."""
+    warmup = math.ceil(WARMUP_SHARE * max_iter)
+    if iteration <= warmup:
+        return iteration / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup) / (max_iter + 1 - warmup))
+
+
+def folded_weights(network: NormalizedLayers) -> dict[str, Tensor]:
+    """The convs on the CPU, the normalisation behind each, as in evaluation, folded in where there is one.
+
+    Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N the index in `network.layers`.
+    """
+    weights = {name: tensor.detach().float().cpu() for name, tensor in network.layers.state_dict().items()}
+    for index, norm in network.norms.items():
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        weight = network.layers[int(index)].weight * gain[:, None, None, None]
+        weights[f"{index}.weight"] = weight.detach().float().cpu().contiguous()
+        weights[f"{index}.bias"] = (norm.bias - norm.running_mean * gain).detach().float().cpu()
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+class Distiller:
+    """The student of a network, which is to paint as that does and see what it sees (`distillation_loss`); the
+    optimiser and one step."""
+
+    metrics = ("loss", "output_error", "feature_error")
+
+    def __init__(self, config: DistillConfig, device: torch.device) -> None:
+        seed_everything(config.seed)
+        self.config = config
+        self.device = device
+        self.amp_dtype = autocast_dtype(config.amp, device)
+        network, _ = load_network(config.load_path)
+        teacher_width = self.open_teacher(network.config)
+        if config.new_weights:
+            initialize(network, network)
+        network.use(config.upsampling)
+        self.network_config = network.config
+        self.network = Student(network, teacher_width).to(device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), config.lr, fused=True)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch has the same shape
+
+    def open_teacher(self, student: NetworkConfig) -> int | None:
+        """Returns the channels of the teacher's bottleneck, None when there is none to match."""
+        self.teacher, checkpoint = load_teacher(self.config.teacher, student)
+        self.teacher.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        self.vgg_origin = checkpoint.get("vgg_weights")
+        return self.teacher.config.bottleneck_width
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def losses(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """pictures: (B, 3, H, W), uint8. Returns the loss, and `metrics`, (n,), detached."""
+        pictures = _as_input(pictures)
+        with self.autocast():
+            with torch.no_grad():
+                target, teacher_feature = paint(self.teacher.encoder, self.teacher.decoder, pictures)
+            output, feature = paint(self.network.encoder, self.network.decoder, pictures)
+            projected = self.network.projection(feature)  # (B, C of the teacher, H/8, W/8)
+        square = teacher_feature.float().square().mean()
+        loss = distillation_loss(output, target, projected, teacher_feature, square)
+        output_error = F.mse_loss(output.detach().float(), target.float())
+        return loss, torch.stack([loss.detach(), output_error, loss.detach() - output_error])
+
+    def step(self, batch: list[Tensor], iteration: int) -> Tensor:
+        """One step of AdamW on a batch, the arguments of `losses`. Returns `metrics`, (n,), on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)
+        loss, metrics = self.losses(*batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return metrics
+
+    @torch.no_grad()
+    def measure(self, held_out: list[Tensor]) -> dict[str, float]:
+        """`metrics` of held-out pictures, normalised as in the export. held_out: (n, 3, H, W), whole batches."""
+        self.network.eval()
+        batches = zip(*(pictures.split(self.config.batch_size) for pictures in held_out))
+        metrics = [self.losses(*(pictures.to(self.device) for pictures in batch))[1] for batch in batches]
+        self.network.train()
+        means = torch.stack(metrics).mean(dim=0).tolist()
+        return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
+
+    def export(self, folder: Path) -> None:
+        """Write the student as a model file for `--load_path`, the normalisations folded in."""
+        network = self.network.folded(self.network_config)
+        save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / EXPORT_NAME)
+
+
+class PaintedDistiller(Distiller):
+    """The student of pictures painted by anyone, which is to paint them pixel by pixel (`painted_loss`)."""
+
+    metrics = ("loss",)
+
+    def open_teacher(self, student: NetworkConfig) -> None:
+        self.vgg_origin = None  # no VGG has a part in it
+
+    def losses(self, content: Tensor, style: Tensor, painted: Tensor) -> tuple[Tensor, Tensor]:
+        """content, style, painted: (B, 3, H, W), uint8. Returns the loss, and `metrics`, (1,), detached."""
+        pictures = _as_input(torch.cat([content, style]))
+        with self.autocast():
+            content_feature, style_feature = self.network.encoder(pictures).chunk(2)
+            output = self.network.decoder(adain(content_feature, *channel_statistics(style_feature)))
+        loss = painted_loss(output, normalize(painted))
+        return loss, loss.detach()[None]
+
+
+def _as_input(pictures: Tensor) -> Tensor:
+    """(B, 3, H, W), uint8, to ImageNet-normalised, in the memory format of the networks."""
+    return normalize(pictures).contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------ start, resume
+
+
+def resume_config(given: dict) -> tuple[DistillConfig, dict]:
+    """The settings of the run in `--save_path`, changed by the flags given now, and its newest checkpoint.
+
+    Raises UserError when there is none.
+    """
+    checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
+    stored = checkpoint.get("distill_config")
+    if not isinstance(stored, dict):
+        raise UserError(f"--resume: --save_path {given['save_path']} holds no run of --mode distill")
+    known = {field.name for field in fields(DistillConfig)}
+    stored = {name: value for name, value in stored.items() if name in known}
+    fixed = ("teacher", "load_path", "new_weights", "upsampling")
+    compare_resumed(given, asdict(DistillConfig()) | stored, fixed)
+    return DistillConfig(**{**stored, **given, "resume": True}), checkpoint
+
+
+def distill(given: dict) -> int:
+    """Run `--mode distill` with the flags given on the command line. Returns the exit code."""
+    checkpoint = None
+    config = DistillConfig(**given)
+    if config.resume:
+        config, checkpoint = resume_config(given)
+    config.check()
+    folder = CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, is_resumed=checkpoint is not None)
+    if checkpoint and checkpoint["iteration"] >= config.max_iter:
+        note(f"the run in {config.save_path} has done its {checkpoint['iteration']} iterations; "
+             "a larger --max_iter goes on")
+        return 0
+    run = _Run(config, folder, checkpoint)
+    try:
+        return run.loop()
+    finally:
+        for tally in run.tallies:
+            note(tally.summary())
+
+
+class _Run:
+    """What a running distillation holds; `loop` is the distillation."""
+
+    def __init__(self, config: DistillConfig, folder: CheckpointFolder, checkpoint: dict | None) -> None:
+        self.config = config
+        self.folder = folder
+        kind = PaintedDistiller if config.teacher_is_pictures else Distiller
+        self.trainer = kind(config, resolve_device(config.gpu_no))
+        self.iteration = self.samples_seen = self.steps = 0
+        # Over `steps`, since the last check.
+        self.sums = torch.zeros(len(self.trainer.metrics), device=self.trainer.device)
+        held_out = self._open_pictures()
+        self.metrics = MetricFile(Path(config.save_path) / "metrics.jsonl")
+        if checkpoint:
+            self.restore(checkpoint)
+        self.metrics.truncate_after(self.iteration)
+        precision = "float32" if self.trainer.amp_dtype is None else "bfloat16"
+        note(f"distilling on {describe_device(self.trainer.device)}, {precision}; "
+             f"{sum(self.picture_counts)} pictures, {held_out} more are held out")
+
+    def _open_pictures(self) -> int:
+        """Find the pictures and split them. Returns how many are held out."""
+        config = self.config
+        crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
+        if config.teacher_is_pictures:
+            partners, tally = open_triples(config.teacher, "--teacher", crop.shorter_side, config.max_pixels)
+            opened = [(list(partners), tally)]
+            by_position = partial(PaintedTriples, crop=crop, seed=config.seed, partners=partners)
+        else:
+            opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels)
+                      for flag in ("content_dir", "style_dir") if getattr(config, flag)]
+            by_position = partial(MixedPictures, crop=crop, seed=config.seed)
+        self.tallies = [tally for _, tally in opened]
+        folders, held_out = zip(*(split_holdout(paths, config.holdout) for paths, _ in opened))
+        self.picture_counts = [len(paths) for paths in folders]
+        self.pictures = by_position(folders)
+        self.held_out = None  # or always the same crops, in whole batches
+        measured = [(paths, tally) for paths, tally in zip(held_out, self.tallies) if paths]
+        if measured:
+            pictures = by_position([paths for paths, _ in measured])
+            count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
+            *self.held_out, failures = collate([pictures[position] for position in range(count)])
+            check_failures(failures, [tally for _, tally in measured])
+        return sum(map(len, held_out))
+
+    def restore(self, checkpoint: dict) -> None:
+        self.trainer.network.load_state_dict(checkpoint["state_dict"])
+        self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
+        self.steps = checkpoint["metric_steps"]
+        self.sums.copy_(checkpoint["metric_sums"])
+        if checkpoint["picture_counts"] != self.picture_counts:
+            note(f"the folders changed: {self.picture_counts} pictures to learn from, {checkpoint['picture_counts']} "
+                 "before; other pictures will be drawn than without the interruption")
+
+    def loop(self) -> int:
+        """The iterations up to max_iter. Returns the exit code: 0, or 128 + the signal that stopped it."""
+        config, device = self.config, self.trainer.device
+        workers = config.num_workers if config.num_workers is not None else min(8, os.cpu_count())
+        left = (config.max_iter - self.iteration) * config.batch_size
+        positions = range(self.samples_seen, self.samples_seen + left)
+        loader = training_loader(self.pictures, positions, config.batch_size, workers, device.type == "cuda")
+        bar = progress_bar(config.max_iter, "distill", "it", initial=self.iteration)
+        with bar, catch_stop_signals() as stop:
+            for *batch, failures in loader:
+                check_failures(failures, self.tallies)
+                batch = [pictures.to(device, non_blocking=True) for pictures in batch]
+                self.iteration += 1
+                latest = self.trainer.step(batch, self.iteration)
+                self.sums += latest
+                self.steps += 1
+                self.samples_seen += config.batch_size
+                is_check = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
+                if device.type == "cpu" or is_check or stop:
+                    self.raise_if_bad()
+                    bar.set_postfix_str(f"loss {latest[0]:.4f}", refresh=False)
+                if is_check:
+                    self.check()
+                elif stop:
+                    self.save()
+                bar.update()
+                if stop and self.iteration < config.max_iter:
+                    break
+            else:
+                return 0
+        note(f"stopped after iteration {self.iteration}, saved; go on with: "
+             f"python main.py --mode distill --resume --save_path {config.save_path}")
+        return stop.exit_code
+
+    def raise_if_bad(self) -> None:
+        """Raises UserError when a loss since the last check was not finite."""
+        if not self.sums.isfinite().all():
+            raise UserError(f"iteration {self.iteration}: the loss is not finite; {self.folder.last_good}. "
+                            "A lower --lr may help")
+
+    def check(self) -> None:
+        """Every `check_iter`: metrics, the student as a model file, a checkpoint."""
+        row = {"iteration": self.iteration, **dict(zip(self.trainer.metrics, (self.sums / self.steps).tolist()))}
+        self.sums.zero_()
+        self.steps = 0
+        if self.held_out:
+            row |= self.trainer.measure(self.held_out)
+        self.trainer.export(Path(self.config.save_path))
+        self.metrics.append(row)
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint. There is no random state in it: pictures go by position, and a step draws nothing.
+
+        Raises UserError, and writes nothing, when a weight is not finite.
+        """
+        state_dict = {name: tensor.cpu() for name, tensor in self.trainer.network.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in state_dict.values()):
+            raise UserError(f"iteration {self.iteration}: a weight is not finite; the checkpoint was not written, "
+                            f"{self.folder.newest} is untouched. A lower --lr may help")
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "iteration": self.iteration,
+            "distill_config": asdict(self.config),
+            "state_dict": state_dict,
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "metric_sums": self.sums.cpu(),
+            "metric_steps": self.steps,
+            "samples_seen": self.samples_seen,
+            "picture_counts": self.picture_counts,
+        }
+        self.folder.save(checkpoint, self.iteration)

@@ -46,7 +46,6 @@ SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
 SMALLEST_CELL = 16
 DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
 DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
-MARGIN = 16  # pixels, see `StyleTransferNetwork.stylize`
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 TITLE_HEIGHT = 32  # pixels
 COMPARED_ROWS = 16  # pairs in comparison.png at most
@@ -66,7 +65,7 @@ class TestConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
-    margin: int = MARGIN
+    margin: int = 0
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
     cropsize: int | None = None
@@ -204,7 +203,7 @@ def _open_models(config: TestConfig, device: torch.device) -> list[_Model]:
     models = []
     for path, name in zip(config.load_path, model_names(config.load_path)):
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
-        network.use_upsampling(config.upsampling)
+        network.use(config.upsampling)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"--load_path {path}: this model is named twice")

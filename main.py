@@ -13,10 +13,10 @@ from data import PICTURE_SUFFIXES, TRIPLE
 from distill import DistillConfig, distill
 from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES
-from network import BACKBONES, UPSAMPLINGS, VGG_SOURCES
+from network import BACKBONES, PADDINGS, UPSAMPLINGS, VGG_SOURCES
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
-from train import TrainConfig, train
+from train import OPTIMIZERS, TrainConfig, train
 from utils import UserError, note
 
 MODES = {
@@ -127,9 +127,12 @@ FLAGS = (
     Flag("upsampling", "how the decoder upsamples: nearest, as published, or bilinear, without lines 8 pixels apart "
          "where brightness changes slowly (default: as in the file of --load_path; of a new network nearest)",
          {"choices": UPSAMPLINGS}),
+    Flag("padding", "how the encoder, and the loss network with it, pads: zeros, as published and as VGG learned, or "
+         "reflect, without a frame on plain pictures (default: as in the file of --load_path; of a new network zeros)",
+         {"choices": PADDINGS}),
     Flag("style_strength", "0 gives the content picture back, 1 the full style", {"type": fraction}),
     Flag("margin", "pixels, a multiple of 8, by which content and style are continued by reflection for the encoder, "
-         "so that its zero padding paints no frame along the border (prune: of the picture grid); 0: as published",
+         "so that zero padding paints no frame along the border (prune: of the picture grid); 0: as published",
          {"type": count_or_zero}),
     Flag("imsize", "bring the shorter side of every picture to this many pixels", {"type": count}),
     Flag("cropsize", "side of the square cut from every picture, pixels (train, distill: at random, a multiple of "
@@ -151,6 +154,8 @@ FLAGS = (
          "between a warm-up and a decay to 0 at --max_iter)", {"type": amount}),
     Flag("encoder_lr", "learning rate of the encoder; 0 freezes it (default: --lr)", {"type": amount}),
     Flag("decoder_lr", "learning rate of the decoder; 0 freezes it (default: --lr)", {"type": amount}),
+    Flag("optimizer", "adam, as published, or muon: updates of the filters made orthogonal (Jordan et al., 2024); it "
+         "learns faster from a new decoder", {"choices": OPTIMIZERS}),
     Flag("warmup_iter", "first iterations, over which the learning rates rise from 0", {"type": count_or_zero}),
     Flag("decay_iter", "last iterations of --max_iter, over which the learning rates fall to 0",
          {"type": count_or_zero}),

@@ -39,6 +39,7 @@ _LOSS_TAPS = {
 }
 BACKBONES = tuple(_ENCODERS)
 UPSAMPLINGS = ("nearest", "bilinear")
+PADDINGS = ("zeros", "reflect")
 
 
 def _conv_widths(layout) -> tuple[int, ...]:
@@ -53,6 +54,8 @@ class NetworkConfig:
     encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder
     width is the bottleneck; the last decoder width is 3 (RGB). Raises ValueError when they do not fit.
     upsampling: "nearest", as published, or "bilinear", in the decoder.
+    padding: "zeros", as published, or "reflect", in the encoder and in the loss network that teaches it; the decoder
+    always reflects.
     """
 
     backbone: str
@@ -60,6 +63,7 @@ class NetworkConfig:
     encoder_widths: tuple[int, ...]
     decoder_widths: tuple[int, ...]
     upsampling: str = "nearest"
+    padding: str = "zeros"
 
     def __post_init__(self) -> None:
         if self.backbone not in _ENCODERS:
@@ -68,6 +72,8 @@ class NetworkConfig:
             raise ValueError(f"pooling {self.pooling!r} is neither 'max' nor 'avg'")
         if self.upsampling not in UPSAMPLINGS:
             raise ValueError(f"upsampling {self.upsampling!r} is none of {', '.join(UPSAMPLINGS)}")
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding {self.padding!r} is none of {', '.join(PADDINGS)}")
         convs = len(_conv_widths(_ENCODERS[self.backbone]))
         for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
             if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
@@ -85,7 +91,7 @@ class NetworkConfig:
     def from_dict(cls, values: dict) -> "NetworkConfig":
         return cls(
             values["backbone"], values["pooling"], tuple(values["encoder_widths"]), tuple(values["decoder_widths"]),
-            values.get("upsampling", "nearest"),  # older files have none
+            values.get("upsampling", "nearest"), values.get("padding", "zeros"),  # older files have none
         )
 
     def to_dict(self) -> dict:
@@ -113,7 +119,7 @@ class NetworkConfig:
         return 2 ** _ENCODERS[self.backbone].count(_POOL)
 
 
-def _encoder_layers(layout, widths: tuple[int, ...], pooling: str) -> nn.Sequential:
+def _encoder_layers(layout, widths: tuple[int, ...], pooling: str, padding: str = "zeros") -> nn.Sequential:
     """VGG layers numbered as in torchvision's `vgg.features`: conv, ReLU, ..., pooling."""
     pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
     remaining = iter(widths)
@@ -123,7 +129,7 @@ def _encoder_layers(layout, widths: tuple[int, ...], pooling: str) -> nn.Sequent
             layers.append(pool(2, 2))
         else:
             width = next(remaining)
-            layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(width_in, width, 3, padding=1, padding_mode=padding), nn.ReLU(inplace=True)]
             width_in = width
     return nn.Sequential(*layers)
 
@@ -189,7 +195,7 @@ class Encoder(nn.Module):
         super().__init__()
         # One block in a list: the original implementation's key names are `layers.0.<index>`.
         layout = _ENCODERS[config.backbone]
-        self.layers = nn.ModuleList([_encoder_layers(layout, config.encoder_widths, config.pooling)])
+        self.layers = nn.ModuleList([_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding)])
 
     def forward(self, image: Tensor) -> Tensor:
         return self.layers[0](image)
@@ -256,14 +262,17 @@ class StyleTransferNetwork(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def use_upsampling(self, upsampling: str | None) -> None:
-        """Have the decoder upsample by another of UPSAMPLINGS, with the same weights. None: as it does."""
-        if upsampling is None:
-            return
-        self.config = replace(self.config, upsampling=upsampling)
+    def use(self, upsampling: str | None = None, padding: str | None = None) -> None:
+        """Have the decoder upsample by another of UPSAMPLINGS, or the encoder pad by another of PADDINGS, with the same
+        weights. None: as it does."""
+        changed = {"upsampling": upsampling, "padding": padding}
+        self.config = replace(self.config, **{name: value for name, value in changed.items() if value is not None})
         for layer in self.decoder.layers[0]:
             if isinstance(layer, nn.Upsample):
-                layer.mode = upsampling
+                layer.mode = self.config.upsampling
+        for layer in self.encoder.layers[0]:
+            if isinstance(layer, nn.Conv2d):
+                layer.padding_mode = self.config.padding
 
     def forward(self, content: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
         """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, sides multiples of the
@@ -319,11 +328,12 @@ class StyleTransferNetwork(nn.Module):
 class LossNetwork(nn.Module):
     """A frozen VGG, tapped at four ReLUs; its poolings stay max poolings."""
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, backbone: str, padding: str = "zeros") -> None:
         super().__init__()
         layout = _LOSS_NETWORKS[backbone]
-        self.layers = _encoder_layers(layout, _conv_widths(layout), "max")
+        self.layers = _encoder_layers(layout, _conv_widths(layout), "max", padding)
         self.taps = _LOSS_TAPS[backbone]
+        self.padding = padding
         self.requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -449,13 +459,19 @@ def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[Style
     vgg: from `load_vgg`. The decoder gets He initialisation from torch's global generator: torch's own
     shrinks the signal by half at every layer, and the first thousand iterations go into undoing that.
     """
-    loss_network = LossNetwork(config.backbone)
-    loss_network.layers.load_state_dict(vgg)
     network = StyleTransferNetwork(config)
     encoder = network.encoder.layers[0]
     encoder.load_state_dict({name: vgg[name] for name in encoder.state_dict()})
     initialize(network.decoder, network)
-    return network, loss_network
+    return network, build_loss_network(config, vgg)
+
+
+def build_loss_network(config: NetworkConfig, vgg: dict[str, Tensor]) -> LossNetwork:
+    """The frozen VGG that a network of `config` learns from: of its backbone, and padding as it does. vgg: from
+    `load_vgg`."""
+    loss_network = LossNetwork(config.backbone, config.padding)
+    loss_network.layers.load_state_dict(vgg)
+    return loss_network
 
 
 def initialize(part: nn.Module, network: StyleTransferNetwork) -> None:

@@ -13,7 +13,6 @@ from data import MAX_PIXELS, denormalize, normalize, to_pil
 from evaluate import (
     DEMO_CONTENT,
     DEMO_STYLE,
-    MARGIN,
     check_margin,
     encode_style,
     load_input,
@@ -63,7 +62,7 @@ class PruneConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
-    margin: int = MARGIN  # of the picture grid
+    margin: int = 0  # of the picture grid
     imsize: int = 512
     cropsize: int = 512
     max_pixels: int = MAX_PIXELS

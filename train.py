@@ -28,12 +28,14 @@ from data import (
     split_holdout,
     training_loader,
 )
+from muon import Muon
 from network import (
     LossNetwork,
     NetworkConfig,
     StyleTransferNetwork,
     adain,
     build_from_vgg,
+    build_loss_network,
     channel_statistics,
     initialize,
     load_network,
@@ -70,6 +72,7 @@ TERMS = ("content", "style", "uncorrelation", "channel", "xor")
 METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")
 PREVIEW_PICTURES = 4
 CENSUS_MEMORY = 100  # batches
+OPTIMIZERS = ("adam", "muon")
 STOP_INTERVAL = 16  # iterations on GPUs between two askings whether another process was told to stop
 
 
@@ -86,6 +89,7 @@ class TrainConfig:
     backbone: str = "vgg19"
     swap_max_pool: bool = False
     upsampling: str | None = None  # None: as --load_path says, or nearest
+    padding: str | None = None  # None: as --load_path says, or zeros
     vgg_weights: str = "imagenet"
     imsize: int = 512
     cropsize: int = 256
@@ -96,6 +100,7 @@ class TrainConfig:
     lr: float = 1e-4
     encoder_lr: float | None = None  # None: lr
     decoder_lr: float | None = None  # None: lr
+    optimizer: str = "adam"
     warmup_iter: int = 0
     decay_iter: int = 0
     max_iter: int = 80_000
@@ -376,16 +381,21 @@ class Trainer:
         ).to(device)
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(amp_dtype or torch.float32, memory_format=self.losses.formats["loss_network"])
-        groups = []
+        groups, self.group_parts = [], []
         for part, rate in config.learning_rates.items():
             module = getattr(self.network, part).requires_grad_(rate > 0)
             if rate > 0:
-                groups.append({"params": list(module.parameters()), "lr": rate})
+                added = parameter_groups(module, config.optimizer)
+                groups += [group | {"lr": rate} for group in added]
+                self.group_parts += [part] * len(added)
             self.losses.formats[part] = conv_format(device, amp_dtype, is_trained=rate > 0)
             module.to(memory_format=self.losses.formats[part])
         if teacher is not None:
             groups[-1]["params"] += self.losses.projection.parameters()  # the decoder's
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        if config.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(groups, fused=True)
+        else:
+            self.optimizer = Muon(groups, amp_dtype or torch.float32)
         self.census = self.steering = None
         if config.takes_census:
             self.census = ChannelCensus(network.config, config.compact_layers, config.census_memory, device)
@@ -425,8 +435,8 @@ class Trainer:
     def set_rates(self, iteration: int) -> None:
         """Set the learning rates for the step of an iteration, counted from 1."""
         share = self.config.rate_share(iteration)
-        for group, rate in zip(self.optimizer.param_groups, filter(None, self.config.learning_rates.values())):
-            group["lr"] = rate * share
+        for group, part in zip(self.optimizer.param_groups, self.group_parts):
+            group["lr"] = self.config.learning_rates[part] * share
 
     def follow(self, norms: dict[str, Tensor]) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
         """Count the channels that are left, and steer the channel loss's weight, where the settings want it.
@@ -479,6 +489,16 @@ class Trainer:
         return picture_grid([content, style, output.float()])
 
 
+def parameter_groups(module: nn.Module, optimizer: str) -> list[dict]:
+    """The parameters of a part of the network, in groups as the optimiser takes them: Muon takes the filters of the
+    hidden layers as matrices; biases, and the filters that give the picture's three colours, learn by Adam."""
+    if optimizer == "adam":
+        return [{"params": list(module.parameters())}]
+    hidden = [parameter for parameter in module.parameters() if parameter.dim() == 4 and len(parameter) > 3]
+    others = [parameter for parameter in module.parameters() if parameter.dim() != 4 or len(parameter) <= 3]
+    return [{"params": hidden, "orthogonal": True}, {"params": others, "orthogonal": False}]
+
+
 def conv_format(device: torch.device, amp_dtype: torch.dtype | None, is_trained: bool) -> torch.memory_format:
     """The memory format in which a part's convolutions are fastest.
 
@@ -506,6 +526,7 @@ def _same_weights(network: StyleTransferNetwork, loss_network: LossNetwork) -> b
     vgg = loss_network.layers.state_dict()
     return (
         network.config.pooling == "max"
+        and network.config.padding == loss_network.padding
         and encoder.keys() == vgg.keys()
         and all(encoder[name].shape == vgg[name].shape and torch.equal(encoder[name], vgg[name]) for name in vgg)
     )
@@ -584,7 +605,8 @@ def resume_config(given: dict) -> tuple[TrainConfig, dict]:
     stored = asdict(TrainConfig()) | {  # a flag that is newer than the run stood at its default
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
     }
-    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher", "upsampling")
+    fixed = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher", "upsampling",
+             "padding", "optimizer")
     compare_resumed(given, stored, fixed)
     return TrainConfig(**{**stored, **given, "resume": True}), checkpoint
 
@@ -597,7 +619,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
                         f"now they are {origin}")
     pooling = "avg" if config.swap_max_pool else "max"
-    network, loss_network = build_from_vgg(NetworkConfig.full(config.backbone, pooling), vgg)
+    network, _ = build_from_vgg(NetworkConfig.full(config.backbone, pooling), vgg)
     if checkpoint is not None:
         network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["config"]))
         network.load_state_dict(checkpoint["state_dict"])
@@ -608,10 +630,10 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
                             f"--backbone says {config.backbone}")
         if config.new_weights:
             initialize(network, network)
-    network.use_upsampling(config.upsampling)
+    network.use(config.upsampling, config.padding)
     config.check_target(network.config)
     teacher = load_teacher(config.teacher, network.config)[0] if config.teacher else None
-    trainer = Trainer(network, loss_network, config, device, teacher)
+    trainer = Trainer(network, build_loss_network(network.config, vgg), config, device, teacher)
     if checkpoint is not None:
         try:
             trainer.restore(checkpoint)

@@ -157,9 +157,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The data type of mixed precision for `--amp`, or None for float32 throughout.
 
-    `auto` is bfloat16 where the device has matrix units for it: GPUs of compute capability 8.0 or
-    newer, CPUs with AMX. A CPU without them runs bfloat16 convolutions 10 to 60 times slower than
-    float32, so `auto` leaves it off there.
+    `auto` is bfloat16 where the device computes in it: GPUs of compute capability 8.0 or newer, CPUs with AMX or
+    AVX512-BF16. Other CPUs run bfloat16 convolutions 10 to 60 times slower than float32, so `auto` leaves it off there.
     """
     if amp == "off":
         return None
@@ -167,8 +166,8 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.bfloat16 if has_amx is not None and has_amx() else None
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.bfloat16 if any(supported() for supported in asked if supported is not None) else None
 
 
 def describe_device(device: torch.device) -> str:

@@ -222,7 +222,7 @@ def test_bilinear_decoder_is_layer_by_layer_and_paints_a_ramp_without_steps():
     ramp = torch.linspace(0.0, 1.0, 24).view(1, 1, -1, 1).expand(1, network.config.bottleneck_width, 24, 8)
     steps = {}
     for upsampling in ("nearest", "bilinear"):
-        network.use_upsampling(upsampling)
+        network.use(upsampling)
         assert network.config.upsampling == upsampling
         rows = network.decoder(ramp)[0, :, 32:-32, 32].double()  # (3, 128), away from the border
         steps[upsampling] = rows.diff(n=2).abs().max() / (rows.max() - rows.min())

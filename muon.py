@@ -1,0 +1,64 @@
+"""Muon: momentum whose update of a weight matrix is made orthogonal; the rest of a network learns by Adam."""
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+MOMENTUM = 0.9
+ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
+UPDATE_RMS = 0.2  # root mean square of an update at a rate of 1, about Adam's: one rate serves both
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """About U V^T of the singular value decomposition U S V^T: singular values come near 1 (0.7 to 1.2).
+
+    matrix: (m, n), m <= n is quickest. Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan
+    et al., Muon: an optimizer for hidden layers in neural networks, 2024. In the matrix's own data type.
+    """
+    matrix = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (-4.7750 * square + 2.0315 * square @ square) @ matrix
+    return matrix
+
+
+class Muon(Optimizer):
+    """Groups with `orthogonal=True` hold the weights of convs, (C', C, 3, 3), which learn as matrices (C', C * 9) by
+    Nesterov momentum made orthogonal; the other groups learn by Adam. No weight decay.
+
+    A matrix's update is scaled to the size of Adam's (Liu et al., arXiv 2502.16982, sec. 2.2), so that rates compare.
+    dtype: in which the iteration computes; bfloat16 does where the device is quick in it.
+    """
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(groups, {"lr": 1e-3, "orthogonal": False})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            update = self._matrix_update if group["orthogonal"] else self._adam_update
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.sub_(update(weight), alpha=group["lr"])
+
+    def _matrix_update(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        momentum = state["momentum"].mul_(MOMENTUM).add_(weight.grad)
+        matrix = weight.grad.add(momentum, alpha=MOMENTUM).reshape(len(weight), -1)  # (C', C * 9)
+        is_tall = matrix.shape[0] > matrix.shape[1]
+        matrix = orthogonalize((matrix.T if is_tall else matrix).to(self.dtype)).float()
+        scale = UPDATE_RMS * max(matrix.shape) ** 0.5
+        return scale * (matrix.T if is_tall else matrix).reshape(weight.shape)
+
+    def _adam_update(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state.update(step=torch.zeros(()), mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
+        state["step"] += 1
+        mean = state["mean"].lerp_(weight.grad, 1 - ADAM_BETAS[0])
+        square = state["square"].lerp_(weight.grad.square(), 1 - ADAM_BETAS[1])
+        bias, square_bias = (1 - beta ** state["step"].item() for beta in ADAM_BETAS)
+        return mean / bias / ((square / square_bias).sqrt() + ADAM_EPS)

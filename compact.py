@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import loss as losses
-from network import NetworkConfig, least_kept, macs_per_channel_pair
+from cost import least_kept, macs_per_channel_pair
+from network import NetworkConfig
 
 # The parts that the channel and xor losses act on; of the encoder, "bottleneck" takes the last layer only.
 COMPACT_LAYERS = {

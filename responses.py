@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cost import ConvLayer, bottleneck_conv, conv_layers
 from data import FailedPictures, PictureError, find_measured, normalize, prepare_picture
 from loss import L0_EPS, channel_norm, l0_norm
-from network import ConvLayer, StyleTransferNetwork, adain, bottleneck_conv, channel_statistics, conv_layers
+from network import StyleTransferNetwork, adain, channel_statistics
 from utils import UserError, note, progress_bar, write_atomically
 
 LOADING_CHUNK = 16  # pictures decoded ahead

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from network import ConvLayer, least_kept
+from cost import ConvLayer, least_kept
 from responses import LayerResponses
 from utils import UserError
 

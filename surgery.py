@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from network import ConvLayer, StyleTransferNetwork, bottleneck_conv, conv_layers
+from cost import ConvLayer, bottleneck_conv, conv_layers
+from network import StyleTransferNetwork
 from utils import UserError
 
 

@@ -38,21 +38,14 @@ from network import (
     build_loss_network,
     channel_statistics,
     initialize,
-    load_network,
-    load_teacher,
-    load_vgg,
-    model_checkpoint,
 )
+from runfolder import CheckpointFolder, MetricFile, WandbRun, compare_resumed
 from utils import (
-    CheckpointFolder,
-    MetricFile,
     UserError,
-    WandbRun,
     any_process,
     autocast_dtype,
     average_over_processes,
     catch_stop_signals,
-    compare_resumed,
     describe_device,
     gather_with_gradient,
     is_first_process,
@@ -67,6 +60,7 @@ from utils import (
     restore_random_state,
     seed_everything,
 )
+from weights import load_network, load_teacher, load_vgg, model_checkpoint
 
 TERMS = ("content", "style", "uncorrelation", "channel", "xor")
 METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")

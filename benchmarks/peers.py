@@ -31,6 +31,7 @@ from measure import print_json, spread, versions
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from cost import count_macs, count_parameters
 from data import (
     TRIPLE,
     PictureError,
@@ -42,19 +43,13 @@ from data import (
     split_holdout,
     to_pil,
 )
-from evaluate import (
-    COMPARED_ROWS,
-    TestConfig,
-    choose_pairs,
-    comparison_sheet,
-    encode_style,
-    model_names,
-    stylize_picture,
-)
+from evaluate import TestConfig, choose_pairs, model_names
+from figures import COMPARED_ROWS, comparison_sheet
 from main import amount, count, count_or_zero, share
-from network import count_macs, count_parameters, find_model_file, load_network
 from quality import INTERVAL, METRICS, Measurement, Meter
+from stylize import encode_style, stylize_picture
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically
+from weights import find_model_file, load_network
 
 MARGIN = TestConfig.margin  # pixels around a picture that our encoders see reflected: as in test mode
 SIDE = 384  # pixels, of every picture: what the peer's network is fixed to

@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from measure import label_plainly, print_json, spread, versions
 
-from network import StyleTransferNetwork, count_macs, count_parameters, load_network
-from prune import new_figure, time_pairs
+from cost import count_macs, count_parameters, time_pairs
+from figures import new_figure
+from network import StyleTransferNetwork
 from quality import mean_and_margin
 from utils import UserError, make_folder, resolve_device
+from weights import load_network
 
 ALONE = "other"  # the group of models that no pattern takes; no line joins them
 

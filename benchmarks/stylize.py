@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from measure import peak_memory, print_json, spread, versions
 
-from network import BACKBONES, NetworkConfig, StyleTransferNetwork, count_macs, count_parameters, load_network
+from cost import count_macs, count_parameters
+from network import BACKBONES, NetworkConfig, StyleTransferNetwork
 from utils import UserError, resolve_device, time_in_turns
+from weights import load_network
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -25,9 +25,10 @@ from plain import PlainTrainer, plain_loader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import PictureCache, TrainingPictures, find_pictures, training_loader
-from network import NetworkConfig, build_from_vgg, load_vgg
+from network import NetworkConfig, build_from_vgg
 from train import TrainConfig, Trainer
 from utils import UserError, autocast_dtype, keep_freed_memory, resolve_device, seed_everything, time_in_turns
+from weights import load_vgg
 
 PUBLISHED = {
     "ch_xor": dict(encoder_lr=5e-6, uncorrelation_loss_weight=0.0, channel_loss_weight=1e4, xor_loss_weight=500.0),

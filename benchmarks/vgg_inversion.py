@@ -20,8 +20,9 @@ from torch import Tensor
 import loss as losses
 from data import OUTPUT_FORMATS, PictureError, find_measured, normalize, picture_grid, prepare_picture, save_picture
 from main import amount, count, share
-from network import LossNetwork, load_vgg
+from network import LossNetwork
 from utils import UserError, note, progress_bar, resolve_device
+from weights import load_vgg
 
 NOISE = 0.1  # standard deviation of the first picture, in normalised colours
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from data import denormalize, find_pictures, normalize, prepare_picture, split_holdout, to_pil
-from evaluate import DEMO_CONTENT, DEMO_STYLE
 from main import main
-from network import COMPACT_MODEL, NetworkConfig, StyleTransferNetwork, load_network, model_checkpoint
+from network import NetworkConfig, StyleTransferNetwork
+from stylize import DEMO_CONTENT, DEMO_STYLE
 from utils import save_checkpoint
+from weights import COMPACT_MODEL, load_network, model_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"

@@ -12,24 +12,13 @@ from torch.testing import assert_close
 
 import loss as losses
 from compact import ChannelCensus, CompactLosses, Epsilon, NetworkCost, TargetSteering, selected_widths
+from cost import count_macs, count_parameters, least_kept, macs_per_channel_pair
 from data import normalize
 from main import main
-from network import (
-    NetworkConfig,
-    StyleTransferNetwork,
-    adain,
-    build_from_vgg,
-    channel_statistics,
-    count_macs,
-    count_parameters,
-    least_kept,
-    load_network,
-    load_vgg,
-    macs_per_channel_pair,
-    model_checkpoint,
-)
+from network import NetworkConfig, StyleTransferNetwork, adain, build_from_vgg, channel_statistics
 from train import METRICS, TrainConfig, Trainer, train
 from utils import save_checkpoint
+from weights import load_network, load_vgg, model_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

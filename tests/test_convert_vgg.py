@@ -12,7 +12,8 @@ from PIL import Image
 
 import convert_vgg
 from data import normalize, pil_to_tensor
-from network import BUNDLED_VGG19, MODEL_STORE, LossNetwork, load_vgg
+from network import LossNetwork
+from weights import BUNDLED_VGG19, MODEL_STORE, load_vgg
 
 PHOTOGRAPH = MODEL_STORE.parent / "imgs" / "content" / "parrot.jpg"
 

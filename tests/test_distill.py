@@ -31,8 +31,9 @@ from data import (
 from distill import EXPORT_NAME, DistillConfig, Distiller, PaintedDistiller, distill, paint, rate_share
 from loss import painted_loss
 from main import main
-from network import adain, channel_statistics, load_network, model_checkpoint
+from network import adain, channel_statistics
 from train import TrainConfig, build_trainer
+from weights import load_network, model_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"

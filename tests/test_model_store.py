@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data import find_pictures, normalize, prepare_picture
-from network import BUNDLED_VGG19, COMPACT_MODEL, LossNetwork, conv_indices, load_network, load_vgg
+from network import LossNetwork
+from weights import BUNDLED_VGG19, COMPACT_MODEL, conv_indices, load_network, load_vgg
 
 STORE = Path(__file__).parent.parent / "model-store"
 SUMS = dict(reversed(line.split()) for line in (STORE / "SHA256SUMS").read_text().splitlines())

@@ -17,6 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import network as network_module
+from cost import count_macs, count_parameters
 from data import normalize
 from network import (
     LossNetwork,
@@ -25,16 +26,10 @@ from network import (
     adain,
     build_from_vgg,
     channel_statistics,
-    conv_indices,
-    count_macs,
-    count_parameters,
-    find_model_file,
-    load_network,
-    load_vgg,
-    model_checkpoint,
     upsampled_conv,
 )
-from prune import cut_bottleneck
+from surgery import cut_bottleneck
+from weights import conv_indices, find_model_file, load_network, load_vgg, model_checkpoint
 
 BACKBONES = ("vgg19", "vgg16")
 

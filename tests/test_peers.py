@@ -15,9 +15,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peers  # noqa: E402
 
+from cost import count_macs, count_parameters  # noqa: E402
 from data import TRIPLE, find_pictures, normalize, prepare_picture, split_holdout, to_pil  # noqa: E402
-from network import count_macs, count_parameters, model_checkpoint  # noqa: E402
 from utils import save_checkpoint  # noqa: E402
+from weights import model_checkpoint  # noqa: E402
 
 
 class ContentPeer:

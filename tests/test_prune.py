@@ -13,7 +13,6 @@ from torch.testing import assert_close
 
 import prune as prune_module
 from data import normalize, prepare_picture
-from evaluate import load_input, stylize_picture
 from network import NetworkConfig, StyleTransferNetwork
 from prune import (
     PruneConfig,
@@ -24,6 +23,7 @@ from prune import (
     largest_pixel_difference,
     measure_responses,
 )
+from stylize import load_input, stylize_picture
 
 LAST_ENCODER_CONV = {"vgg19": "encoder.layers.0.19", "vgg16": "encoder.layers.0.14"}
 FIRST_DECODER_CONV = "decoder.layers.0.1"

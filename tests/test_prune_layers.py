@@ -12,25 +12,16 @@ from test_prune import make_folders, random_picture
 from torch.testing import assert_close
 
 import responses as responses_module
+from cost import conv_layers, count_macs, count_parameters, least_kept
 from data import normalize, prepare_picture
 from main import main
-from network import (
-    NetworkConfig,
-    StyleTransferNetwork,
-    adain,
-    channel_statistics,
-    conv_layers,
-    count_macs,
-    count_parameters,
-    least_kept,
-    load_network,
-    model_checkpoint,
-)
+from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics
 from prune import PruneConfig, choose_channels, largest_pixel_difference
 from responses import LayerResponses, Responses, measure_responses
 from selection import macs_of_widths, most_macs, select_by_magnitude, select_channels
 from surgery import cut_bottleneck, cut_channels
 from utils import save_checkpoint
+from weights import load_network, model_checkpoint
 
 BOTTLENECK = {"vgg19": "encoder.layers.0.19", "vgg16": "encoder.layers.0.14"}
 

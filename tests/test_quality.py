@@ -17,9 +17,10 @@ from test_cli import refusal
 from torch.testing import assert_close
 
 from data import denormalize, normalize
-from evaluate import TestConfig, choose_pairs, comparison_sheet, model_names
+from evaluate import TestConfig, choose_pairs, model_names
+from figures import comparison_sheet
 from main import main
-from network import LossNetwork, NetworkConfig, build_from_vgg, load_vgg, model_checkpoint
+from network import LossNetwork, NetworkConfig, build_from_vgg
 from quality import (
     LUMA,
     METRICS,
@@ -33,6 +34,7 @@ from quality import (
 )
 from train import TrainConfig, Trainer
 from utils import save_checkpoint
+from weights import load_vgg, model_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality_cost  # noqa: E402
 
+from cost import count_macs, count_parameters  # noqa: E402
 from main import main  # noqa: E402
-from network import NetworkConfig, StyleTransferNetwork, count_macs, count_parameters, model_checkpoint  # noqa: E402
+from network import NetworkConfig, StyleTransferNetwork  # noqa: E402
 from utils import save_checkpoint  # noqa: E402
+from weights import model_checkpoint  # noqa: E402
 
 
 def narrow(width: int) -> StyleTransferNetwork:

@@ -11,9 +11,10 @@ import torch
 from conftest import small_network
 from torch.testing import assert_close
 
-from network import NetworkConfig, build_from_vgg, load_vgg, model_checkpoint
+from network import NetworkConfig, build_from_vgg
 from train import TrainConfig, Trainer, conv_format
 from utils import save_checkpoint, time_in_turns
+from weights import load_vgg, model_checkpoint
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -17,19 +17,12 @@ from torch.testing import assert_close
 
 import loss as losses
 from data import normalize
-from network import (
-    NetworkConfig,
-    StyleTransferNetwork,
-    adain,
-    build_from_vgg,
-    channel_statistics,
-    load_network,
-    load_vgg,
-    model_checkpoint,
-)
-from prune import cut_bottleneck
+from network import NetworkConfig, StyleTransferNetwork, adain, build_from_vgg, channel_statistics
+from runfolder import CheckpointFolder
+from surgery import cut_bottleneck
 from train import METRICS, MetricSums, TrainConfig, Trainer, build_trainer, train
-from utils import CheckpointFolder, UserError, save_checkpoint
+from utils import UserError, save_checkpoint
+from weights import load_network, load_vgg, model_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(

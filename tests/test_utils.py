@@ -12,9 +12,8 @@ import torch
 from conftest import user_error
 from torch.testing import assert_close
 
+from runfolder import CheckpointFolder, MetricFile, wandb_key_is_configured
 from utils import (
-    CheckpointFolder,
-    MetricFile,
     autocast_dtype,
     catch_stop_signals,
     load_checkpoint,
@@ -24,7 +23,6 @@ from utils import (
     restore_random_state,
     save_checkpoint,
     seed_everything,
-    wandb_key_is_configured,
     write_atomically,
     write_text_atomically,
 )

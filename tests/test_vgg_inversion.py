@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import vgg_inversion  # noqa: E402
 
 from data import normalize, prepare_picture  # noqa: E402
-from network import LossNetwork, load_vgg  # noqa: E402
+from network import LossNetwork  # noqa: E402
+from weights import load_vgg  # noqa: E402
 
 FOLDERS = ["--content_dir", str(ROOT / "imgs/content"), "--style_dir", str(ROOT / "imgs/style"), "--gpu_no", "-1"]
 

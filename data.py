@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-from utils import UserError, note, write_atomically
+from utils import UserError, note, usable_cores, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -270,7 +270,7 @@ def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPic
         except PictureError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         reasons = dict(zip(sample, pool.map(reason, sample)))
     broken = {path: text for path, text in reasons.items() if text is not None}
     where = f"{failed.flag} {failed.folder}"

@@ -1,9 +1,8 @@
 """`--mode distill`: a network of any widths learns to paint as another one does, or as painted pictures show."""
 
 import math
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,34 +13,34 @@ from torch.nn import functional as F
 from data import (
     MAX_PIXELS,
     CropConfig,
+    FailedPictures,
     MixedPictures,
     PaintedTriples,
+    PicturesByPosition,
     check_failures,
     collate,
     normalize,
     open_folder,
     open_triples,
     split_holdout,
-    training_loader,
 )
 from loss import distillation_loss, painted_loss
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
-from runfolder import CheckpointFolder, MetricFile, compare_resumed
+from run import Checked, Run, is_finished, open_config
+from runfolder import CheckpointFolder, WandbRun
 from utils import (
-    CHECKPOINT_FORMAT,
     UserError,
     autocast_dtype,
-    catch_stop_signals,
     describe_device,
     note,
     process_count,
-    progress_bar,
     resolve_device,
     save_checkpoint,
     seed_everything,
 )
 from weights import find_model_file, load_network, load_teacher, model_checkpoint
 
+FIXED = ("teacher", "load_path", "new_weights", "upsampling")  # settings that a resumed run keeps
 EXPORT_NAME = "student.pth"
 WARMUP_SHARE = 0.05
 HELD_OUT_PICTURES = 128
@@ -205,11 +204,13 @@ class Distiller:
     optimiser and one step."""
 
     metrics = ("loss", "output_error", "feature_error")
+    shown = ("loss",)
 
     def __init__(self, config: DistillConfig, device: torch.device) -> None:
         seed_everything(config.seed)
         self.config = config
         self.device = device
+        self.held_out: list[Tensor] | None = None  # pictures for `measure`, (n, 3, H, W), uint8, in whole batches
         self.amp_dtype = autocast_dtype(config.amp, device)
         network, _ = load_network(config.load_path)
         teacher_width = self.open_teacher(network.config)
@@ -245,30 +246,48 @@ class Distiller:
         output_error = F.mse_loss(output.detach().float(), target.float())
         return loss, torch.stack([loss.detach(), output_error, loss.detach() - output_error])
 
-    def step(self, batch: list[Tensor], iteration: int) -> Tensor:
-        """One step of AdamW on a batch, the arguments of `losses`. Returns `metrics`, (n,), on the device."""
+    def set_rates(self, iteration: int) -> None:
+        """Set the learning rate for the step of an iteration, counted from 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)
-        loss, metrics = self.losses(*batch)
+
+    def step(self, *pictures: Tensor, all_terms: bool = True) -> dict[str, Tensor]:
+        """One step of AdamW. pictures: the arguments of `losses`. Returns `metrics`, all of them at every step, as
+        scalars on the device."""
+        loss, metrics = self.losses(*pictures)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return metrics
+        return dict(zip(self.metrics, metrics))
 
     @torch.no_grad()
-    def measure(self, held_out: list[Tensor]) -> dict[str, float]:
-        """`metrics` of held-out pictures, normalised as in the export. held_out: (n, 3, H, W), whole batches."""
+    def measure(self) -> dict[str, float]:
+        """`metrics` of the held-out pictures, normalised as in the export; empty where none are held out."""
+        if self.held_out is None:
+            return {}
         self.network.eval()
-        batches = zip(*(pictures.split(self.config.batch_size) for pictures in held_out))
+        batches = zip(*(pictures.split(self.config.batch_size) for pictures in self.held_out))
         metrics = [self.losses(*(pictures.to(self.device) for pictures in batch))[1] for batch in batches]
         self.network.train()
         means = torch.stack(metrics).mean(dim=0).tolist()
         return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
 
-    def export(self, folder: Path) -> None:
-        """Write the student as a model file for `--load_path`, the normalisations folded in."""
+    def check(self, folder: Path, iteration: int) -> Checked:
+        """Measure held-out pictures; write the student as a model file for `--load_path`, the normalisations folded
+        in."""
         network = self.network.folded(self.network_config)
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / EXPORT_NAME)
+        return Checked(self.measure(), None)
+
+    def state(self) -> dict:
+        """What a checkpoint needs to go on."""
+        weights = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
+        return {"state_dict": weights, "optimizer": self.optimizer.state_dict(), "vgg_weights": self.vgg_origin}
+
+    def restore(self, checkpoint: dict) -> None:
+        """Put back `state`."""
+        self.network.load_state_dict(checkpoint["state_dict"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
 
 
 class PaintedDistiller(Distiller):
@@ -294,169 +313,43 @@ def _as_input(pictures: Tensor) -> Tensor:
     return normalize(pictures).contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------ start, resume
-
-
-def resume_config(given: dict) -> tuple[DistillConfig, dict]:
-    """The settings of the run in `--save_path`, changed by the flags given now, and its newest checkpoint.
-
-    Raises UserError when there is none.
-    """
-    checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
-    stored = checkpoint.get("distill_config")
-    if not isinstance(stored, dict):
-        raise UserError(f"--resume: --save_path {given['save_path']} holds no run of --mode distill")
-    known = {field.name for field in fields(DistillConfig)}
-    stored = {name: value for name, value in stored.items() if name in known}
-    fixed = ("teacher", "load_path", "new_weights", "upsampling")
-    compare_resumed(given, asdict(DistillConfig()) | stored, fixed)
-    return DistillConfig(**{**stored, **given, "resume": True}), checkpoint
+# ---------------------------------------------------------------------------------------------------- mode
 
 
 def distill(given: dict) -> int:
     """Run `--mode distill` with the flags given on the command line. Returns the exit code."""
-    checkpoint = None
-    config = DistillConfig(**given)
-    if config.resume:
-        config, checkpoint = resume_config(given)
-    config.check()
+    config, checkpoint = open_config("distill", DistillConfig, given, FIXED)
     folder = CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, is_resumed=checkpoint is not None)
-    if checkpoint and checkpoint["iteration"] >= config.max_iter:
-        note(f"the run in {config.save_path} has done its {checkpoint['iteration']} iterations; "
-             "a larger --max_iter goes on")
+    if is_finished(config, checkpoint):
         return 0
-    run = _Run(config, folder, checkpoint)
-    try:
-        return run.loop()
-    finally:
-        for tally in run.tallies:
-            note(tally.summary())
+    kind = PaintedDistiller if config.teacher_is_pictures else Distiller
+    trainer = kind(config, resolve_device(config.gpu_no))
+    pictures, tallies, counts = _open_pictures(config, trainer)
+    precision = "float32" if trainer.amp_dtype is None else "bfloat16"
+    note(f"distilling on {describe_device(trainer.device)}, {precision}; {sum(counts)} pictures")
+    return Run("distill", config, trainer, folder, pictures, tallies, counts, WandbRun.none(), checkpoint).loop()
 
 
-class _Run:
-    """What a running distillation holds; `loop` is the distillation."""
-
-    def __init__(self, config: DistillConfig, folder: CheckpointFolder, checkpoint: dict | None) -> None:
-        self.config = config
-        self.folder = folder
-        kind = PaintedDistiller if config.teacher_is_pictures else Distiller
-        self.trainer = kind(config, resolve_device(config.gpu_no))
-        self.iteration = self.samples_seen = self.steps = 0
-        # Over `steps`, since the last check.
-        self.sums = torch.zeros(len(self.trainer.metrics), device=self.trainer.device)
-        held_out = self._open_pictures()
-        self.metrics = MetricFile(Path(config.save_path) / "metrics.jsonl")
-        if checkpoint:
-            self.restore(checkpoint)
-        self.metrics.truncate_after(self.iteration)
-        precision = "float32" if self.trainer.amp_dtype is None else "bfloat16"
-        note(f"distilling on {describe_device(self.trainer.device)}, {precision}; "
-             f"{sum(self.picture_counts)} pictures, {held_out} more are held out")
-
-    def _open_pictures(self) -> int:
-        """Find the pictures and split them. Returns how many are held out."""
-        config = self.config
-        crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
-        if config.teacher_is_pictures:
-            partners, tally = open_triples(config.teacher, "--teacher", crop.shorter_side, config.max_pixels)
-            opened = [(list(partners), tally)]
-            by_position = partial(PaintedTriples, crop=crop, seed=config.seed, partners=partners)
-        else:
-            opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels)
-                      for flag in ("content_dir", "style_dir") if getattr(config, flag)]
-            by_position = partial(MixedPictures, crop=crop, seed=config.seed)
-        self.tallies = [tally for _, tally in opened]
-        folders, held_out = zip(*(split_holdout(paths, config.holdout) for paths, _ in opened))
-        self.picture_counts = [len(paths) for paths in folders]
-        self.pictures = by_position(folders)
-        self.held_out = None  # or always the same crops, in whole batches
-        measured = [(paths, tally) for paths, tally in zip(held_out, self.tallies) if paths]
-        if measured:
-            pictures = by_position([paths for paths, _ in measured])
-            count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
-            *self.held_out, failures = collate([pictures[position] for position in range(count)])
-            check_failures(failures, [tally for _, tally in measured])
-        return sum(map(len, held_out))
-
-    def restore(self, checkpoint: dict) -> None:
-        self.trainer.network.load_state_dict(checkpoint["state_dict"])
-        self.trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
-        self.steps = checkpoint["metric_steps"]
-        self.sums.copy_(checkpoint["metric_sums"])
-        if checkpoint["picture_counts"] != self.picture_counts:
-            note(f"the folders changed: {self.picture_counts} pictures to learn from, {checkpoint['picture_counts']} "
-                 "before; other pictures will be drawn than without the interruption")
-
-    def loop(self) -> int:
-        """The iterations up to max_iter. Returns the exit code: 0, or 128 + the signal that stopped it."""
-        config, device = self.config, self.trainer.device
-        workers = config.num_workers if config.num_workers is not None else min(8, os.cpu_count())
-        left = (config.max_iter - self.iteration) * config.batch_size
-        positions = range(self.samples_seen, self.samples_seen + left)
-        loader = training_loader(self.pictures, positions, config.batch_size, workers, device.type == "cuda")
-        bar = progress_bar(config.max_iter, "distill", "it", initial=self.iteration)
-        with bar, catch_stop_signals() as stop:
-            for *batch, failures in loader:
-                check_failures(failures, self.tallies)
-                batch = [pictures.to(device, non_blocking=True) for pictures in batch]
-                self.iteration += 1
-                latest = self.trainer.step(batch, self.iteration)
-                self.sums += latest
-                self.steps += 1
-                self.samples_seen += config.batch_size
-                is_check = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
-                if device.type == "cpu" or is_check or stop:
-                    self.raise_if_bad()
-                    bar.set_postfix_str(f"loss {latest[0]:.4f}", refresh=False)
-                if is_check:
-                    self.check()
-                elif stop:
-                    self.save()
-                bar.update()
-                if stop and self.iteration < config.max_iter:
-                    break
-            else:
-                return 0
-        note(f"stopped after iteration {self.iteration}, saved; go on with: "
-             f"python main.py --mode distill --resume --save_path {config.save_path}")
-        return stop.exit_code
-
-    def raise_if_bad(self) -> None:
-        """Raises UserError when a loss since the last check was not finite."""
-        if not self.sums.isfinite().all():
-            raise UserError(f"iteration {self.iteration}: the loss is not finite; {self.folder.last_good}. "
-                            "A lower --lr may help")
-
-    def check(self) -> None:
-        """Every `check_iter`: metrics, the student as a model file, a checkpoint."""
-        row = {"iteration": self.iteration, **dict(zip(self.trainer.metrics, (self.sums / self.steps).tolist()))}
-        self.sums.zero_()
-        self.steps = 0
-        if self.held_out:
-            row |= self.trainer.measure(self.held_out)
-        self.trainer.export(Path(self.config.save_path))
-        self.metrics.append(row)
-        self.save()
-
-    def save(self) -> None:
-        """Write the checkpoint. There is no random state in it: pictures go by position, and a step draws nothing.
-
-        Raises UserError, and writes nothing, when a weight is not finite.
-        """
-        state_dict = {name: tensor.cpu() for name, tensor in self.trainer.network.state_dict().items()}
-        if not all(tensor.isfinite().all() for tensor in state_dict.values()):
-            raise UserError(f"iteration {self.iteration}: a weight is not finite; the checkpoint was not written, "
-                            f"{self.folder.newest} is untouched. A lower --lr may help")
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT,
-            "iteration": self.iteration,
-            "distill_config": asdict(self.config),
-            "state_dict": state_dict,
-            "optimizer": self.trainer.optimizer.state_dict(),
-            "metric_sums": self.sums.cpu(),
-            "metric_steps": self.steps,
-            "samples_seen": self.samples_seen,
-            "picture_counts": self.picture_counts,
-        }
-        self.folder.save(checkpoint, self.iteration)
+def _open_pictures(
+    config: DistillConfig, trainer: Distiller
+) -> tuple[PicturesByPosition, list[FailedPictures], list[int]]:
+    """The pictures to learn from, the tally of each folder and how many of it are learned from; the trainer gets those
+    that are held out, always the same crops."""
+    crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
+    if config.teacher_is_pictures:
+        partners, tally = open_triples(config.teacher, "--teacher", crop.shorter_side, config.max_pixels)
+        opened = [(list(partners), tally)]
+        by_position = partial(PaintedTriples, crop=crop, seed=config.seed, partners=partners)
+    else:
+        opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels)
+                  for flag in ("content_dir", "style_dir") if getattr(config, flag)]
+        by_position = partial(MixedPictures, crop=crop, seed=config.seed)
+    tallies = [tally for _, tally in opened]
+    folders, held_out = zip(*(split_holdout(paths, config.holdout) for paths, _ in opened))
+    measured = [(paths, tally) for paths, tally in zip(held_out, tallies) if paths]
+    if measured:
+        pictures = by_position([paths for paths, _ in measured])
+        count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
+        *trainer.held_out, failures = collate([pictures[position] for position in range(count)])
+        check_failures(failures, [tally for _, tally in measured])
+    return by_position(folders), tallies, [len(paths) for paths in folders]

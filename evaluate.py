@@ -37,6 +37,7 @@ from utils import (
     note,
     progress_bar,
     resolve_device,
+    usable_cores,
     write_text_atomically,
 )
 from weights import COMPACT_MODEL, find_model_file
@@ -233,7 +234,7 @@ def _check_pictures(pictures: _Pictures, used: Iterable[int], config: TestConfig
             raise UserError(f"--{pictures.flag} {pictures.paths[number]}: {width} x {height} pixels; "
                             f"--metrics needs {MIN_SIDE} or more on each side")
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(check, sorted(set(used))):
             pass
 

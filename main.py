@@ -16,7 +16,8 @@ from loss import STYLE_LOSSES
 from network import BACKBONES, PADDINGS, UPSAMPLINGS
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig, prune
 from quality import METRICS
-from train import OPTIMIZERS, TrainConfig, train
+from train import TrainConfig, train
+from transfer import OPTIMIZERS
 from utils import UserError, note
 from weights import VGG_SOURCES
 

@@ -171,6 +171,11 @@ class WandbRun:
         where = "online" if wants_online and not self.run.offline else "offline"
         note(f"wandb: {where}, run {self.run.id} in {self.run.dir}")
 
+    @classmethod
+    def none(cls) -> "WandbRun":
+        """No run: what is logged goes nowhere."""
+        return cls("disabled", None, None, None, None, None, None)
+
     @property
     def id(self) -> str | None:
         return self.run.id if self.run else None

@@ -109,6 +109,22 @@ def any_process(flag: bool) -> bool:
     return bool(shared)
 
 
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the quota of its control group (Linux)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups of version 2, or no quota ("max")
+        pass
+    return cores
+
+
+def worker_count(asked: int | None) -> int:
+    """The processes that decode pictures: as asked, or one a usable core, at most 8."""
+    return asked if asked is not None else min(8, usable_cores())
+
+
 # --------------------------------------------------------------------------------------------- device
 
 

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import PictureCache, TrainingPictures, find_pictures, training_loader
 from network import NetworkConfig, build_from_vgg
-from train import TrainConfig, Trainer
+from train import TrainConfig
+from transfer import TransferTrainer
 from utils import UserError, autocast_dtype, keep_freed_memory, resolve_device, seed_everything, time_in_turns
 from weights import load_vgg
 
@@ -66,10 +67,10 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     """The variants by name, all from the same weights; each takes content and style, (B, 3, H, W), uint8."""
     vgg, _ = load_vgg(config.backbone, "random", config.seed)
 
-    def trainer(changed: TrainConfig, upsampling: str = "nearest") -> Trainer:
+    def trainer(changed: TrainConfig, upsampling: str = "nearest") -> TransferTrainer:
         seed_everything(config.seed)
         network = replace(NetworkConfig.full(config.backbone), upsampling=upsampling)
-        return Trainer(*build_from_vgg(network, vgg), changed, device)
+        return TransferTrainer(*build_from_vgg(network, vgg), changed, device)
 
     first = trainer(config)
     plain = PlainTrainer(first.network.state_dict(), vgg, config.weights, config.learning_rates, config.l0_eps, device)
@@ -86,7 +87,7 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     return steps
 
 
-def in_default_format(trainer: Trainer) -> Trainer:
+def in_default_format(trainer: TransferTrainer) -> TransferTrainer:
     """The trainer with every convolution in torch's default memory format, NCHW; see `train.conv_format`."""
     trainer.losses.to(memory_format=torch.contiguous_format)
     trainer.losses.formats = dict.fromkeys(trainer.losses.formats, torch.contiguous_format)

@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train as train_module  # noqa: E402
+import run as run_module  # noqa: E402
 from network import NetworkConfig, StyleTransferNetwork  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -72,13 +72,13 @@ def read_metrics(folder: Path) -> list[dict]:
 def stop_after(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training in this process gets SIGTERM within `iteration`, until `monkeypatch.undo()`."""
 
-    class StoppingSums(train_module.MetricSums):
+    class StoppingSums(run_module.MetricSums):
         def add(self, metrics, at):
             super().add(metrics, at)
             if at == iteration:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_module, "MetricSums", StoppingSums)
+    monkeypatch.setattr(run_module, "MetricSums", StoppingSums)
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,12 @@ def test_positions_take_the_folders_in_turn(monkeypatch):
     assert len(set(seen)) == 16  # an epoch shows each picture once
 
 
+def step(trainer: Distiller, iteration: int, *pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a run does at each iteration."""
+    trainer.set_rates(iteration)
+    return trainer.step(*pictures)
+
+
 # ------------------------------------------------------------------------------------------- painted pictures
 
 
@@ -257,11 +263,11 @@ def test_student_comes_nearer_to_painted_pictures(tmp_path):
     trainer = PaintedDistiller(DistillConfig(**painted_settings(tmp_path, max_iter=100)), CPU)
     content, style = natural_pictures(4), natural_pictures(4).flip(0)
     painted = 255 - content
-    losses = [float(trainer.step([content, style, painted], iteration)[0]) for iteration in range(1, 41)]
+    losses = [float(step(trainer, iteration, content, style, painted)["loss"]) for iteration in range(1, 41)]
     assert losses[-1] < 0.8 * losses[0]
     trainer.network.eval()
     loss, metrics = trainer.losses(content, style, painted)
-    trainer.export(tmp_path)
+    trainer.check(tmp_path, 1)
     network, checkpoint = load_network(tmp_path / EXPORT_NAME)
     with torch.no_grad():
         output = network(normalize(content), normalize(style))
@@ -317,13 +323,13 @@ def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
     trainer = distiller(tmp_path, max_iter=100, new_weights=new_weights)
     given = natural_pictures()
     before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
-    errors = torch.stack([trainer.step([given], iteration) for iteration in range(1, 41)])
-    assert (errors[-1] < 0.7 * errors[0]).all()
+    first, *_, last = [step(trainer, iteration, given) for iteration in range(1, 41)]
+    assert all(last[name] < 0.7 * first[name] for name in trainer.metrics)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.teacher.state_dict().items())
 
     # The file paints as the network with its normalisations, and knows whose losses it was taught with.
     trainer.network.eval()
-    trainer.export(tmp_path)
+    trainer.check(tmp_path, 1)
     network, checkpoint = load_network(tmp_path / EXPORT_NAME)
     assert network.config == small_config() and checkpoint["vgg_weights"] == "the teacher's"
     pictures = normalize(given)
@@ -340,7 +346,7 @@ def test_student_upsamples_as_its_file_says_unless_another_is_asked_for(tmp_path
     for changes, desired in (({}, "bilinear"), ({"upsampling": "nearest"}, "nearest")):
         trainer = Distiller(DistillConfig(**files | changes), CPU)
         modes = {layer.mode for layer in trainer.network.decoder.layers if isinstance(layer, torch.nn.Upsample)}
-        trainer.export(tmp_path)
+        trainer.check(tmp_path, 1)
         assert modes == {desired} == {load_network(tmp_path / EXPORT_NAME)[0].config.upsampling}
 
 
@@ -357,9 +363,9 @@ def test_student_that_pads_by_reflection(tmp_path):
     torch.save(model_checkpoint(network), files["load_path"])
     trainer = Distiller(DistillConfig(**files), CPU)
     given = natural_pictures()
-    trainer.step([given], 1)
+    step(trainer, 1, given)
     trainer.network.eval()
-    trainer.export(tmp_path)
+    trainer.check(tmp_path, 1)
     student, _ = load_network(tmp_path / EXPORT_NAME)
     assert student.config == replace(small_config(), padding="reflect")
     with torch.no_grad():
@@ -390,14 +396,14 @@ def assert_same_runs(actual: Path, desired: Path) -> None:
 
 def stop_in(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A distillation of either kind gets SIGINT in `iteration`, until `monkeypatch` is undone."""
-    real = Distiller.step
+    real = Distiller.set_rates
 
-    def step_and_stop(self, batch, at):
+    def set_and_stop(self, at):
         if at == iteration:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, batch, at)
+        real(self, at)
 
-    monkeypatch.setattr(Distiller, "step", step_and_stop)
+    monkeypatch.setattr(Distiller, "set_rates", set_and_stop)
 
 
 def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, capsys):
@@ -429,7 +435,7 @@ def test_training_starts_from_the_student(tmp_path):
     assert distill(settings(tmp_path, save_path=str(tmp_path / "run"), max_iter=1)) == 0
     start = str(tmp_path / "run" / EXPORT_NAME)
     config = TrainConfig(content_dir="x", style_dir="x", save_path="x", load_path=start, vgg_weights="random")
-    trainer, _ = build_trainer(config, CPU, None)
+    trainer = build_trainer(config, CPU, None)
     desired = load_network(start)[0].state_dict()
     assert all(torch.equal(tensor, desired[name]) for name, tensor in trainer.network.state_dict().items())
 

@@ -25,7 +25,8 @@ sys.path.insert(0, {root!r})
 import torch
 from data import normalize
 from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, load_vgg
-from train import TrainConfig, Trainer
+from train import TrainConfig
+from transfer import TransferTrainer
 from utils import process_count, process_group, process_rank
 
 device = torch.device("cpu")
@@ -36,7 +37,7 @@ with process_group(device):
     torch.manual_seed(0)
     network, loss_network = build_from_vgg(NetworkConfig.full(), load_vgg("vgg19", "random")[0])
     teacher = StyleTransferNetwork(NetworkConfig.full()) if config.teacher else None
-    trainer = Trainer(network, loss_network, config, device, teacher)
+    trainer = TransferTrainer(network, loss_network, config, device, teacher)
     if teacher:  # at 0 the projection would pass no gradient on
         torch.nn.init.normal_(trainer.losses.projection.weight, std=0.05, generator=torch.Generator().manual_seed(2))
     pictures = torch.randint(0, 256, (2, 4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)

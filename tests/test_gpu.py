@@ -10,7 +10,9 @@ from test_speed import EVERY_LAYER, ON, VGG, batch
 
 from data import TrainingPictures, training_loader
 from network import NetworkConfig, build_from_vgg
-from train import MetricSums, TrainConfig, Trainer, train
+from run import MetricSums
+from train import TrainConfig, train
+from transfer import TransferTrainer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,11 +23,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda", 0)
 
 
-def make_trainer(**settings) -> Trainer:
+def make_trainer(**settings) -> TransferTrainer:
     torch.manual_seed(0)
     config = TrainConfig(**(dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | settings))
     teacher = small_network(width=20) if config.teacher else None
-    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, GPU, teacher)
+    return TransferTrainer(*build_from_vgg(NetworkConfig.full(), VGG), config, GPU, teacher)
 
 
 def batches(count: int) -> list[list[torch.Tensor]]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import network as network_module
+import weights as weights_module
 from cost import count_macs, count_parameters
 from data import normalize
 from network import (
@@ -700,7 +701,7 @@ def test_vgg_file_with_code_is_refused_and_not_run(tmp_path):
 
 def test_bundled_weights_are_only_of_vgg19(tmp_path, monkeypatch, random_vgg):
     assert "vgg19" in user_error(load_vgg, "vgg16", "bundled")
-    monkeypatch.setattr(network_module, "BUNDLED_VGG19", tmp_path / "bundled.pth")
+    monkeypatch.setattr(weights_module, "BUNDLED_VGG19", tmp_path / "bundled.pth")
     message = user_error(load_vgg, "vgg19", "bundled")
     assert str(tmp_path / "bundled.pth") in message and "imagenet" in message and "random" in message
     torch.save(torchvision_state(random_vgg["vgg19"]), tmp_path / "bundled.pth")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-import prune as prune_module
+import figures as figures_module
 from data import normalize, prepare_picture
 from network import NetworkConfig, StyleTransferNetwork
 from prune import (
@@ -352,11 +352,11 @@ def test_grid_numbers():
 @pytest.mark.parametrize("margin", [16, 0])
 def test_grid_is_painted_with_the_margin(tmp_path, monkeypatch, margin):
     network, painted = small_network(), []
-    monkeypatch.setattr(prune_module, "stylize_picture",
+    monkeypatch.setattr(figures_module, "stylize_picture",
                         lambda *inputs: painted.append(inputs) or stylize_picture(*inputs))
     config = PruneConfig(imsize=48, cropsize=48, margin=margin)
     responses = Responses(np.arange(12.0).reshape(2, 6), ["a", "b"], contents=1)
-    prune_module.plot_prune_grid(network, responses, [0, 2], config, tmp_path / "grid.png")
+    figures_module.plot_prune_grid(network, responses, [0, 2], config, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width > 1000
     content, style = (load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style"))
     for cut, number in zip((network, cut_bottleneck(network, [0, 1])), range(2)):

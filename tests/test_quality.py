@@ -32,7 +32,8 @@ from quality import (
     ssim,
     t_quantile,
 )
-from train import TrainConfig, Trainer
+from train import TrainConfig
+from transfer import TransferTrainer
 from utils import save_checkpoint
 from weights import load_vgg, model_checkpoint
 
@@ -145,7 +146,7 @@ def test_missing_package_is_one_line(monkeypatch, missing):
 
 @pytest.mark.parametrize("style_kind", ["meanstd", "gram"])
 def test_losses_are_those_of_training(style_kind):
-    """The Trainer's content and style loss of a batch of one, before its step, is the Meter's of the same pair."""
+    """The trainer's content and style loss of a batch of one, before its step, is the Meter's of the same pair."""
     vgg, origin = load_vgg("vgg19", "random", seed=3)
     torch.manual_seed(0)
     network, loss_network = build_from_vgg(NetworkConfig.full(), vgg)
@@ -155,7 +156,7 @@ def test_losses_are_those_of_training(style_kind):
     meter = Meter(("content", "style"), "vgg19", "random", style_kind, 3, CPU)
     actual = meter.measure(content, style, [output])[0]
     config = TrainConfig(style_loss=style_kind, amp="off", encoder_lr=1e-5, decoder_lr=1e-4)
-    desired = Trainer(network, loss_network, config, CPU).step(content, style, all_terms=True)
+    desired = TransferTrainer(network, loss_network, config, CPU).step(content, style, all_terms=True)
     assert meter.vgg_origin == origin
     assert_close(actual, torch.stack([desired["content"], desired["style"]]).double(), rtol=1e-4, atol=0)
     # Another VGG is another measure, so that the equality above says something.

@@ -12,7 +12,8 @@ from conftest import small_network
 from torch.testing import assert_close
 
 from network import NetworkConfig, build_from_vgg
-from train import TrainConfig, Trainer, conv_format
+from train import TrainConfig
+from transfer import TransferTrainer, conv_format
 from utils import save_checkpoint, time_in_turns
 from weights import load_vgg, model_checkpoint
 
@@ -32,10 +33,10 @@ EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l
 VGG = load_vgg("vgg19", "random")[0]
 
 
-def make_trainer(config: TrainConfig) -> Trainer:
+def make_trainer(config: TrainConfig) -> TransferTrainer:
     torch.manual_seed(0)
     teacher = small_network(width=20) if config.teacher else None
-    return Trainer(*build_from_vgg(NetworkConfig.full(), VGG), config, CPU, teacher)
+    return TransferTrainer(*build_from_vgg(NetworkConfig.full(), VGG), config, CPU, teacher)
 
 
 def batch(seed: int, size: int = 16, pictures: int = 2) -> list[torch.Tensor]:

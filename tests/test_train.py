@@ -18,9 +18,11 @@ from torch.testing import assert_close
 import loss as losses
 from data import normalize
 from network import NetworkConfig, StyleTransferNetwork, adain, build_from_vgg, channel_statistics
+from run import MetricSums
 from runfolder import CheckpointFolder
 from surgery import cut_bottleneck
-from train import METRICS, MetricSums, TrainConfig, Trainer, build_trainer, train
+from train import TrainConfig, build_trainer, train
+from transfer import METRICS, TransferTrainer
 from utils import UserError, save_checkpoint
 from weights import load_network, load_vgg, model_checkpoint
 
@@ -144,7 +146,7 @@ def test_new_weights_keep_the_widths_alone(tmp_path):
     narrow = StyleTransferNetwork(replace(full, encoder_widths=(*full.encoder_widths[:-1], 200)))
     save_checkpoint(model_checkpoint(narrow), tmp_path / "narrow.pth")
     config = TrainConfig(**SMALL | {"load_path": str(tmp_path / "narrow.pth"), "new_weights": True, "save_path": "x"})
-    networks = [build_trainer(config, torch.device("cpu"), None)[0].network for _ in range(2)]
+    networks = [build_trainer(config, torch.device("cpu"), None).network for _ in range(2)]
     assert networks[0].config == narrow.config
     for name, actual in networks[0].state_dict().items():
         assert torch.equal(actual, networks[1].state_dict()[name])
@@ -213,7 +215,7 @@ def test_compile_without_a_compiler_is_one_line(tmp_path):
 
 
 def test_first_term_that_is_not_finite_is_named():
-    sums = MetricSums(torch.device("cpu"))
+    sums = MetricSums(torch.device("cpu"), METRICS)
     good = {name: torch.tensor(1.0) for name in METRICS}
     sums.add(good, 6)
     sums.raise_if_bad(CheckpointFolder(Path("none"), keep=0))
@@ -226,11 +228,11 @@ def test_first_term_that_is_not_finite_is_named():
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def make_trainer(**changes) -> Trainer:
+def make_trainer(**changes) -> TransferTrainer:
     config = TrainConfig(**(SMALL | changes))
     torch.manual_seed(0)
     network, loss_network = build_from_vgg(NetworkConfig.full(config.backbone), load_vgg(config.backbone, "random")[0])
-    return Trainer(network, loss_network, config, torch.device("cpu"))
+    return TransferTrainer(network, loss_network, config, torch.device("cpu"))
 
 
 def random_batch(seed: int = 0, pictures: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,7 +121,7 @@ def _select(network: StyleTransferNetwork, responses: Responses, config: PruneCo
         magnitudes = {name: weight.abs().sum(dim=(1, 2, 3)).cpu().numpy() for name, weight in weights.items()}
         return select_by_magnitude(layers, magnitudes, responses.layers, macs, config.round_to)
     if config.every_layer:
-        return select_channels(layers, responses.layers, macs, config.round_to)
+        return select_channels(layers, responses.layers, macs, config.round_to, network.config.padding)
     bottleneck = bottleneck_conv(network.config)
     channels = choose_channels(config, responses)
     return Selection({bottleneck: channels}, {}, {bottleneck: len(responses.always_zero)}, {bottleneck: 0})

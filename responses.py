@@ -278,8 +278,8 @@ def _estimate_importance(
     gradient: Molchanov et al., arXiv 1906.10771). J = d output / d g is the first-order change of the whole
     picture, and the squared gradient of <v, output> by g, for random normal v, is |J|^2 in the mean (Hutchinson's
     estimator): one backward pass serves all channels of all convs, in one unit. Summed over the pixels and colours
-    of the normalised output, averaged over the pairs. That the encoder's zero padding makes the mean a worse
-    substitute along the border is not in it.
+    of the normalised output, averaged over the pairs. That zero padding in the encoder makes the mean a
+    worse substitute along the border is not in it.
     """
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)

@@ -56,20 +56,20 @@ def most_macs(layers: list[ConvLayer], prune_macs: float, multiple: int) -> floa
 
 
 def select_channels(
-    layers: list[ConvLayer], responses: Mapping[str, LayerResponses], macs: float | None, multiple: int
+    layers: list[ConvLayer], responses: Mapping[str, LayerResponses], macs: float | None, multiple: int, padding: str
 ) -> Selection:
-    """The channels to cut from every conv but the last.
+    """The channels to cut from every conv but the last. padding: of the network's encoder.
 
-    First those go that are off, and those that are constant, except in the encoder before the bottleneck (see
-    `surgery.cut_channels`): both exactly, for everything measured. With `macs`, the least important others follow
-    until the multiply-adds are at or below it, and their mean takes their place, in the encoder too: it comes
+    First those go that are off, and those that are constant, but for those of an encoder that pads with zeros, before
+    the bottleneck (see `surgery.cut_channels`): both exactly, for everything measured. With `macs`, the least important
+    others follow until the multiply-adds are at or below it, and their mean takes their place, in any encoder: it comes
     nearer to them than nothing would. Each layer keeps at least one channel. Widths are multiples of `multiple`
     where the width before is not less: of the channels that would go, the most important stay.
     """
     orders, widths = [], []
     for layer in layers[:-1]:
         found = responses[layer.name]
-        off, constant = found.off, _foldable(layer, found)
+        off, constant = found.off, _foldable(layer, found, padding)
         rank = np.zeros(layer.width, int)  # the kinds go one after the other, each by importance
         rank[off], rank[constant] = -2, -1
         orders.append(np.lexsort((found.l2.sum(axis=0, dtype=np.float64), found.importance, rank)))
@@ -82,7 +82,7 @@ def select_channels(
     cuts, constants, folded = {}, {}, {}
     for layer, order, width in zip(layers, orders, widths):
         found = responses[layer.name]
-        constant = _foldable(layer, found)
+        constant = _foldable(layer, found, padding)
         values = found.mean.copy()
         values[found.off], values[constant] = 0, found.largest[constant]
         cuts[layer.name] = order[: layer.width - width].tolist()
@@ -111,9 +111,9 @@ def select_by_magnitude(
     return Selection(cuts, {}, {name: len(responses[name].off) for name in cuts}, dict.fromkeys(cuts, 0))
 
 
-def _foldable(layer: ConvLayer, found: LayerResponses) -> np.ndarray:
+def _foldable(layer: ConvLayer, found: LayerResponses, padding: str) -> np.ndarray:
     """Indices of the constant channels that the next conv's bias replaces exactly."""
-    return found.constant[:0] if layer.kind == "encoder" else found.constant
+    return found.constant[:0] if layer.kind == "encoder" and padding == "zeros" else found.constant
 
 
 def _cut_to_budget(

@@ -20,8 +20,8 @@ def cut_channels(
     conv loses the inputs they fed; AdaIN treats channels one by one, so the bottleneck's others are untouched.
     constants: values after the ReLU, by conv and channel, that take the place of cut channels: the next conv's
     bias gets what they fed it. That equals a constant channel where the next conv pads by reflection: after the
-    bottleneck (AdaIN makes of a channel that is the same constant for content and style that constant again) and
-    in the decoder. The encoder's zero padding makes it differ along the border.
+    bottleneck (AdaIN makes of a channel that is the same constant for content and style that constant again), in the
+    decoder, and in an encoder that pads by reflection. Zero padding makes it differ along the border.
     Raises UserError for a conv that is not there or gives the picture, an index that is not there or twice the
     same, a constant of a channel that stays, or when no channel of a conv would be left.
     """

@@ -133,12 +133,22 @@ def test_constant_channels_of_bottleneck_and_decoder_are_folded_exactly(strength
 
 
 def test_a_constant_of_the_encoder_is_not_exact_at_the_border():
-    """Why `select_channels` does not fold them: zero padding."""
+    """Why `select_channels` does not fold them: zero padding. Reflection leaves no difference."""
     network = small_network(width=8)
     plant(network, {"encoder.layers.0.5": [3]}, 2.0)
-    paint_within_range(network)
-    cut = cut_channels(network, {"encoder.layers.0.5": [3]}, {"encoder.layers.0.5": {3: 2.0}})
-    assert largest_pixel_difference(network, cut, PAIRS, 1.0) > 0.05
+    for padding, is_exact in (("zeros", False), ("reflect", True)):
+        network.use(padding=padding)
+        paint_within_range(network)
+        cut = cut_channels(network, {"encoder.layers.0.5": [3]}, {"encoder.layers.0.5": {3: 2.0}})
+        difference = largest_pixel_difference(network, cut, PAIRS, 1.0)
+        assert difference < 1e-2 if is_exact else difference > 0.05
+
+
+def test_constant_encoder_channels_are_chosen_where_the_encoder_reflects(measured):
+    network, _, found = measured
+    names = convs(network.config)
+    selection = select_channels(conv_layers(network.config, 512), found.layers, None, 1, "reflect")
+    assert 6 in selection.cuts[names[2]] and selection.folded[names[2]] == 1
 
 
 @pytest.mark.parametrize(("cuts", "constants", "needed"), [
@@ -288,7 +298,7 @@ def test_a_file_without_the_layers_is_refused(measured):
 
 def test_off_and_constant_channels_are_cut_exactly(measured):
     network, _, found = measured
-    selection = select_channels(conv_layers(network.config, 512), found.layers, None, 1)
+    selection = select_channels(conv_layers(network.config, 512), found.layers, None, 1, "zeros")
     names = convs(network.config)
     for number, channel in {8: 4, 11: 1, 16: 2}.items():
         assert channel in selection.cuts[names[number]]
@@ -322,7 +332,7 @@ def test_a_budget_is_met_and_not_needlessly_undercut(backbone, budget, multiple)
     full = NetworkConfig.full(backbone)
     layers, drawn = conv_layers(full, 512), drawn_responses(full)
     macs = most_macs(layers, budget, multiple)
-    selection = select_channels(layers, drawn, macs, multiple)
+    selection = select_channels(layers, drawn, macs, multiple, "zeros")
     widths = [layer.width - len(selection.cuts.get(layer.name, [])) for layer in layers]
     before, after = count_macs(full, 512), count_macs(full.with_widths(widths), 512)
     assert after <= budget * before
@@ -337,7 +347,7 @@ def test_a_budget_is_met_and_not_needlessly_undercut(backbone, budget, multiple)
 def test_the_least_important_go_first_and_their_mean_takes_their_place():
     full = NetworkConfig.full()
     layers, drawn = conv_layers(full, 512), drawn_responses(full)
-    selection = select_channels(layers, drawn, most_macs(layers, 0.4, 1), 1)
+    selection = select_channels(layers, drawn, most_macs(layers, 0.4, 1), 1, "zeros")
     for name, found in drawn.items():
         cut = selection.cuts[name]
         kept = sorted(set(range(len(found.mean))) - set(cut))
@@ -357,7 +367,7 @@ def test_of_equally_important_channels_the_one_that_saves_most_goes():
         widths = list(full.widths)
         widths[number] -= 1
         saved.append(before - macs_of_widths(layers, widths))
-    selection = select_channels(layers, equal, before - 1, 1)
+    selection = select_channels(layers, equal, before - 1, 1, "zeros")
     assert [len(cut) for cut in selection.cuts.values()] == [int(number == np.argmax(saved)) for number in range(17)]
 
 
@@ -366,7 +376,7 @@ def test_a_layer_that_is_off_keeps_a_channel():
     drawn = drawn_responses(config)
     name = "decoder.layers.0.8"
     drawn[name] = LayerResponses(np.zeros((1, 6)), *[np.zeros(6)] * 4)
-    selection = select_channels(conv_layers(config, 512), drawn, None, 1)
+    selection = select_channels(conv_layers(config, 512), drawn, None, 1, "zeros")
     assert len(selection.cuts[name]) == 5 and selection.off[name] == 6
 
 
@@ -376,7 +386,7 @@ def test_widths_are_rounded_up_by_keeping_the_strongest(multiple, desired):
     largest = np.array([0, 0, 3, 0, 1, 2, 0, 0, 4, 5.0])
     found = LayerResponses(largest[None], 0 * largest, largest, largest / 2, np.array([5, 4, 9, 3, 9, 9, 2, 1, 9, 9.0]))
     drawn = {layer.name: found for layer in conv_layers(config, 0)[:-1]}
-    selection = select_channels(conv_layers(config, 512), drawn, None, multiple)
+    selection = select_channels(conv_layers(config, 512), drawn, None, multiple, "zeros")
     for name in drawn:
         # Off are 7, 6, 3, 1, 0, of rising importance; the most important of them stay.
         assert selection.cuts[name] == [7, 6, 3, 1, 0][: 10 - desired]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics, small_config, small_network, stop_after
+from helpers import ROOT, read_metrics, small_config, small_network, stop_after
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,7 +21,6 @@ from transfer import METRICS, TransferTrainer
 from utils import save_checkpoint
 from weights import load_network, load_vgg, model_checkpoint
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 FULL = NetworkConfig.full()
 ODD = NetworkConfig("vgg19", "max", (5, 7, 3, 11, 13, 2, 9, 4, 17), (6, 1, 8, 15, 10, 12, 14, 19, 3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import user_error
+from helpers import user_error
 from PIL import Image
 
 import convert_vgg

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import user_error, write_map, write_picture
+from helpers import user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics, small_config, small_network, user_error, write_map, write_picture
+from helpers import ROOT, read_metrics, small_config, small_network, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
@@ -35,7 +35,6 @@ from network import adain, channel_statistics
 from train import TrainConfig, build_trainer
 from weights import load_network, model_checkpoint
 
-ROOT = Path(__file__).parent.parent
 CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
 SMALL = dict(imsize=40, cropsize=32, batch_size=4, num_workers=0, gpu_no=-1, amp="off", check_iter=2, holdout=0.25,
              lr=5e-3)

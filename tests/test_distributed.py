@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, read_metrics
 from torch.testing import assert_close
 
 from data import shard_positions
 
-ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -98,10 +98,6 @@ def train_flags(folder: Path, max_iter: int) -> list[str]:
         --save_path {folder} --max_iter {max_iter}""".split()
 
 
-def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_torchrun_trains_resumes_and_saves_once(tmp_path):
     """2 processes, 4 iterations, resumed to 6: one set of files, and the means of one process of batch 2."""
     folder = tmp_path / "two"
@@ -113,7 +109,7 @@ def test_torchrun_trains_resumes_and_saves_once(tmp_path):
     single = tmp_path / "one"
     subprocess.run([sys.executable, str(ROOT / "main.py"), *train_flags(single, 6), "--batch_size", "2"], check=True,
                    env=ENVIRONMENT, capture_output=True, timeout=300)
-    two, one = metrics_of(folder), metrics_of(single)
+    two, one = read_metrics(folder), read_metrics(single)
     assert [row["iteration"] for row in two] == [2, 4, 6]
     for actual, desired in zip(two, one):
         for name in ("content", "style", "channel", "xor", "nonzero_channels", "total"):

@@ -1,11 +1,10 @@
 """What only a GPU shows: no host synchronisation in a step, CUDA graphs, the fast step against the plain one."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_network
+from helpers import ROOT, small_network
+from plain import PlainTrainer
 from test_speed import EVERY_LAYER, ON, VGG, batch
 
 from data import TrainingPictures, training_loader
@@ -13,11 +12,6 @@ from network import NetworkConfig, build_from_vgg
 from run import MetricSums
 from train import TrainConfig, train
 from transfer import TransferTrainer
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from plain import PlainTrainer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)

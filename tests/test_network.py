@@ -1,7 +1,6 @@
 """The networks against reference values, and every way a model or VGG file is read or refused."""
 
 import json
-import os
 import pickle
 from collections import OrderedDict
 from dataclasses import FrozenInstanceError, replace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models
-from conftest import REFERENCE, small_config, small_network, user_error
+from helpers import REFERENCE, Payload, small_config, small_network, user_error
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
@@ -526,16 +525,6 @@ def test_damaged_configuration_is_refused(tmp_path, config):
 def test_file_without_a_dictionary_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pth")
     assert str(tmp_path / "model.pth") in user_error(load_network, tmp_path / "model.pth")
-
-
-class Payload:
-    """Pickles to a call of os.system that touches a file."""
-
-    def __init__(self, touched) -> None:
-        self.touched = touched
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.touched}",)
 
 
 def save_zip(content, path):

@@ -5,20 +5,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 import torch
-from conftest import small_network, write_map
+from helpers import small_network, write_map
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import peers  # noqa: E402
-
-from cost import count_macs, count_parameters  # noqa: E402
-from data import TRIPLE, find_pictures, normalize, prepare_picture, split_holdout, to_pil  # noqa: E402
-from utils import save_checkpoint  # noqa: E402
-from weights import model_checkpoint  # noqa: E402
+from cost import count_macs, count_parameters
+from data import TRIPLE, find_pictures, normalize, prepare_picture, split_holdout, to_pil
+from utils import save_checkpoint
+from weights import model_checkpoint
 
 
 class ContentPeer:

@@ -1,18 +1,12 @@
 """The plots of training runs: what is drawn is what the runs wrote."""
 
 import json
-import sys
-from pathlib import Path
 
+import plot_runs
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import plot_runs  # noqa: E402
-
-from utils import CHECKPOINT_NAME, save_checkpoint  # noqa: E402
+from utils import CHECKPOINT_NAME, save_checkpoint
 
 
 @pytest.fixture

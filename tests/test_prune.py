@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_network, user_error, write_picture
+from helpers import small_network, user_error, write_picture
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import small_config, small_network, user_error
+from helpers import small_config, small_network, user_error
 from PIL import Image
 from test_prune import make_folders, random_picture
 from torch.testing import assert_close

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_network, user_error
+from helpers import small_network, user_error
 from PIL import Image
 from test_cli import refusal
 from torch.testing import assert_close

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quality_cost
+from helpers import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import quality_cost  # noqa: E402
-
-from cost import count_macs, count_parameters  # noqa: E402
-from main import main  # noqa: E402
-from network import NetworkConfig, StyleTransferNetwork  # noqa: E402
-from utils import save_checkpoint  # noqa: E402
-from weights import model_checkpoint  # noqa: E402
+from cost import count_macs, count_parameters
+from main import main
+from network import NetworkConfig, StyleTransferNetwork
+from utils import save_checkpoint
+from weights import model_checkpoint
 
 
 def narrow(width: int) -> StyleTransferNetwork:

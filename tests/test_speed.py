@@ -4,11 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_network
+from helpers import ROOT, small_network
+from plain import PlainTrainer
 from torch.testing import assert_close
 
 from network import NetworkConfig, build_from_vgg
@@ -16,11 +16,6 @@ from train import TrainConfig
 from transfer import TransferTrainer, conv_format
 from utils import save_checkpoint, time_in_turns
 from weights import load_vgg, model_checkpoint
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from plain import PlainTrainer  # noqa: E402
 
 CPU = torch.device("cpu")
 OFF = dict(style_loss_weight=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics, stop_after
+from helpers import ROOT, read_metrics, stop_after
 from torch.testing import assert_close
 
 import loss as losses
@@ -26,7 +26,6 @@ from transfer import METRICS, TransferTrainer
 from utils import UserError, save_checkpoint
 from weights import load_network, load_vgg, model_checkpoint
 
-ROOT = Path(__file__).parent.parent
 SMALL = dict(
     content_dir=str(ROOT / "imgs" / "content"), style_dir=str(ROOT / "imgs" / "style"), vgg_weights="random",
     imsize=40, cropsize=32, batch_size=2, num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off",

@@ -1,6 +1,5 @@
 """Files that survive a kill, the checkpoints of a run, metrics, device, seed, signals, the wandb key."""
 
-import json
 import os
 import random
 import signal
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import user_error
+from helpers import CPU, read_metrics, user_error
 from torch.testing import assert_close
 
 from runfolder import CheckpointFolder, MetricFile, wandb_key_is_configured
@@ -26,9 +25,6 @@ from utils import (
     write_atomically,
     write_text_atomically,
 )
-
-CPU = torch.device("cpu")
-
 
 # -------------------------------------------------------------------------------------------------- files
 
@@ -158,20 +154,16 @@ def test_failed_save_keeps_the_newest_checkpoint(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ metrics
 
 
-def read_rows(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_metrics_are_appended_and_truncated(tmp_path):
     metrics = MetricFile(tmp_path / "metrics.jsonl")
     rows = [{"iteration": iteration, "total": iteration / 3} for iteration in (5, 10, 15, 20)]
     for row in rows:
         metrics.append(row)
-    assert read_rows(metrics.path) == rows
+    assert read_metrics(tmp_path) == rows
     metrics.truncate_after(10)
-    assert read_rows(metrics.path) == rows[:2]
+    assert read_metrics(tmp_path) == rows[:2]
     metrics.append({"iteration": 15, "total": 1.0})
-    assert read_rows(metrics.path) == [*rows[:2], {"iteration": 15, "total": 1.0}]
+    assert read_metrics(tmp_path) == [*rows[:2], {"iteration": 15, "total": 1.0}]
     metrics.truncate_after(0)
     assert metrics.path.read_text() == ""
 
@@ -189,7 +181,7 @@ def test_last_line_without_its_newline_is_kept_and_ended(tmp_path):
     metrics.path.write_text('{"iteration": 5}\n{"iteration": 6}')
     metrics.truncate_after(6)
     metrics.append({"iteration": 7})
-    assert [row["iteration"] for row in read_rows(metrics.path)] == [5, 6, 7]
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [5, 6, 7]
 
 
 def test_truncating_without_a_file_makes_none(tmp_path):

@@ -1,20 +1,15 @@
 """The benchmark that optimises pictures under a VGG's losses."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import vgg_inversion
+from helpers import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import vgg_inversion  # noqa: E402
-
-from data import normalize, prepare_picture  # noqa: E402
-from network import LossNetwork  # noqa: E402
-from weights import load_vgg  # noqa: E402
+from data import normalize, prepare_picture
+from network import LossNetwork
+from weights import load_vgg
 
 FOLDERS = ["--content_dir", str(ROOT / "imgs/content"), "--style_dir", str(ROOT / "imgs/style"), "--gpu_no", "-1"]
 

@@ -1,0 +1,186 @@
+"""What several test files use: small pictures, networks and trainers, command lines, what a run wrote, refusals."""
+
+import json
+import os
+import signal
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import run as run_module
+from main import main
+from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network
+from train import TrainConfig
+from transfer import TransferTrainer
+from utils import UserError, save_checkpoint
+from weights import load_vgg, model_checkpoint
+
+ROOT = Path(__file__).parent.parent
+CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
+CPU = torch.device("cpu")
+REFERENCE = json.loads((Path(__file__).parent / "reference_values.json").read_text())
+
+# A training small enough for a test: settings of TrainConfig.
+SMALL_TRAINING = dict(
+    content_dir=str(CONTENT_DIR), style_dir=str(STYLE_DIR), vgg_weights="random", imsize=40, cropsize=32, batch_size=2,
+    num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off", encoder_lr=5e-5, decoder_lr=1e-3,
+    channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
+)
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+
+def write_picture(path: Path, size: tuple[int, int] = (24, 16), color=(200, 100, 50), **options) -> Path:
+    """A picture of one colour; size is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path, **options)
+    return path
+
+
+def write_map(path: Path, size: tuple[int, int] = (40, 30), number: int = 0) -> Path:
+    """A picture whose red is 5 * column, green 7 * row, blue `number`: a pixel tells where it is from."""
+    width, height = size
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[..., 0] = 5 * np.arange(width)[None, :]
+    pixels[..., 1] = 7 * np.arange(height)[:, None]
+    pixels[..., 2] = number
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def random_picture(seed: int, size: tuple[int, int] = (32, 40), pictures: int = 1) -> Tensor:
+    """(pictures, 3, H, W), uint8; size is (height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (pictures, 3, *size), generator=generator, dtype=torch.uint8)
+
+
+def random_batch(pictures: int = 2) -> tuple[Tensor, Tensor]:
+    """Content and style of one training step, (pictures, 3, 32, 32), uint8, each."""
+    content, style = random_picture(0, (32, 32), 2 * pictures).split(pictures)
+    return content, style
+
+
+def write_noise(path: Path, size: tuple[int, int], seed: int) -> Path:
+    """A `random_picture` as a file; size is (height, width)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random_picture(seed, size)[0].permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """(H, W, 3), whole numbers that may be subtracted."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), dtype=int)
+
+
+# ----------------------------------------------------------------------------------- networks and trainers
+
+
+def small_config(backbone: str = "vgg19", pooling: str = "max", width: int = 6) -> NetworkConfig:
+    convs = {"vgg19": 9, "vgg16": 7}[backbone]
+    return NetworkConfig(backbone, pooling, (width,) * convs, (*(width,) * (convs - 1), 3))
+
+
+def small_network(backbone: str = "vgg19", pooling: str = "max", width: int = 6, seed: int = 0) -> StyleTransferNetwork:
+    """A narrow network with He-initialised weights and small biases: quick, and its pictures are not flat."""
+    network = StyleTransferNetwork(small_config(backbone, pooling, width))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = (2.0 / parameter[0].numel()) ** 0.5 if parameter.dim() == 4 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return network.eval()
+
+
+def paint_within_range(network: StyleTransferNetwork) -> None:
+    """Outputs within the range of pictures: where denormalising clips, nothing could differ."""
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight *= 0.01
+
+
+def write_model(path: Path, network: StyleTransferNetwork, **more) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(model_checkpoint(network, **more), path)
+    return path
+
+
+@lru_cache
+def random_vgg(backbone: str = "vgg19", seed: int = 0) -> dict[str, Tensor]:
+    """`--vgg_weights random`; not to be changed."""
+    return load_vgg(backbone, "random", seed)[0]
+
+
+def make_trainer(
+    network: StyleTransferNetwork | None = None, teacher: StyleTransferNetwork | None = None,
+    device: torch.device = CPU, **settings
+) -> TransferTrainer:
+    """A trainer of SMALL_TRAINING with other `settings`; without a network, of the full one at its start."""
+    config = TrainConfig(**SMALL_TRAINING | settings)
+    vgg = random_vgg(config.backbone)
+    torch.manual_seed(0)
+    if network is None:
+        network, _ = build_from_vgg(NetworkConfig.full(config.backbone), vgg)
+    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, teacher)
+
+
+# --------------------------------------------------------------------------------- command lines, and runs
+
+
+def words(flags: dict) -> list[str]:
+    """A command line of flags and their values: several for a tuple or list, none for True. `--` may be left out."""
+    line = []
+    for flag, value in flags.items():
+        values = value if isinstance(value, (tuple, list)) else () if value is True else (value,)
+        line += [flag if flag.startswith("--") else f"--{flag}", *map(str, values)]
+    return line
+
+
+def refusal(capsys, *arguments) -> str:
+    """Run main in this process; it must refuse with code 2 and one line, which is returned."""
+    code = main([str(argument) for argument in arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def user_error(function, *arguments, **named) -> str:
+    """The message of the UserError that the call must raise; it must be one line."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **named)
+    message = str(caught.value)
+    assert message.strip() and len(message.splitlines()) == 1, repr(message)
+    return message
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_after(iteration: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """A run in this process gets the signal within `iteration`, until `monkeypatch.undo()`."""
+
+    class StoppingSums(run_module.MetricSums):
+        def add(self, metrics, at):
+            super().add(metrics, at)
+            if at == iteration:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(run_module, "MetricSums", StoppingSums)
+
+
+class Payload:
+    """Unpickled, it makes the file `path` by a call of os.system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)

@@ -1,6 +1,6 @@
-# make demo   train, prune and stylise on the bundled pictures (CPU, a few minutes)
+# make demo   paint the bundled pictures with the shipped models, then train, prune and paint again (CPU, minutes)
 # make test   run all tests
-# make lint   check the code with ruff
+# make lint   check the code with ruff (settings: pyproject.toml)
 # make clean  remove what the three made
 
 PYTHON ?= python3

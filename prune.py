@@ -29,7 +29,6 @@ from utils import (
 from weights import find_model_file, model_checkpoint
 
 PRUNED_NAME = "pruned.pth"
-REPORT_SIZE = 512  # pixels: side of the pictures that multiply-adds and latency are given for
 COMPARED_PAIRS = 8  # measured pairs that are stylised before and after the cut
 PRUNED_LAYERS = ("bottleneck", "all")
 PRUNE_RANKS = ("importance", "magnitude")
@@ -64,6 +63,7 @@ class PruneConfig:
     responses: str | None = None
     half: bool = False
     latency_runs: int = 9
+    report_size: int = 512  # pixels: side of the pictures that multiply-adds and latency are given for
     gpu_no: int | None = None
 
     @property
@@ -73,6 +73,8 @@ class PruneConfig:
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
         check_margin(self.margin)
+        if self.report_size < 16 or self.report_size % 8:
+            raise UserError(f"--report_size {self.report_size}: a multiple of 8, 16 or more, is needed")
         for flag in ("load_path", "save_path", "content_dir", "style_dir"):
             if not getattr(self, flag):
                 raise UserError(f"--{flag} is needed in prune mode")
@@ -115,7 +117,7 @@ def choose_channels(config: PruneConfig, responses: Responses) -> list[int]:
 
 def _select(network: StyleTransferNetwork, responses: Responses, config: PruneConfig, macs: float | None) -> Selection:
     """What to cut: of every layer, `macs` multiply-adds at most where given, or of the bottleneck alone."""
-    layers = conv_layers(network.config, REPORT_SIZE)
+    layers = conv_layers(network.config, config.report_size)
     if config.prune_rank == "magnitude":
         weights = {layer.name: network.get_submodule(layer.name).weight.detach() for layer in layers}
         magnitudes = {name: weight.abs().sum(dim=(1, 2, 3)).cpu().numpy() for name, weight in weights.items()}
@@ -171,7 +173,9 @@ def _compared_pairs(responses: Responses, config: PruneConfig) -> list[tuple[tor
     return pairs
 
 
-def _layer_rows(before: StyleTransferNetwork, after: StyleTransferNetwork, selection: Selection) -> list[dict]:
+def _layer_rows(
+    before: StyleTransferNetwork, after: StyleTransferNetwork, selection: Selection, size: int
+) -> list[dict]:
     """A row a conv, in forward order; the numbers of channels are None where that was not measured."""
     return [
         {
@@ -186,7 +190,7 @@ def _layer_rows(before: StyleTransferNetwork, after: StyleTransferNetwork, selec
             "channels_off_for_all": selection.off.get(old.name),
             "channels_constant_folded": selection.folded.get(old.name),
         }
-        for old, new in zip(conv_layers(before.config, REPORT_SIZE), conv_layers(after.config, REPORT_SIZE))
+        for old, new in zip(conv_layers(before.config, size), conv_layers(after.config, size))
     ]
 
 
@@ -195,7 +199,7 @@ def build_report(
     pairs: list, config: PruneConfig, model_file: Path,
 ) -> dict:
     """What the cut changed, as plain values for `report.json`."""
-    times = time_pairs([before, after], REPORT_SIZE, config.latency_runs)
+    times = time_pairs([before, after], config.report_size, config.latency_runs)
     latency = [statistics.median(taken) * 1000.0 for taken in times]
     device = next(before.parameters()).device
     return {
@@ -204,8 +208,8 @@ def build_report(
         "channels_after": after.config.bottleneck_width,
         "parameters_before": count_parameters(before),
         "parameters_after": count_parameters(after),
-        "macs_before": count_macs(before.config, REPORT_SIZE),
-        "macs_after": count_macs(after.config, REPORT_SIZE),
+        "macs_before": count_macs(before.config, config.report_size),
+        "macs_after": count_macs(after.config, config.report_size),
         "file_bytes_before": _serialized_bytes(before),
         "file_bytes_after": _serialized_bytes(after, torch.float16 if config.half else torch.float32),
         "latency_ms_before": latency[0],
@@ -218,7 +222,7 @@ def build_report(
         "style_pictures": len(responses.paths) - responses.contents,
         "imsize": config.imsize,
         "cropsize": config.cropsize,
-        "size_of_macs_and_latency": REPORT_SIZE,
+        "size_of_macs_and_latency": config.report_size,
         "latency_runs": config.latency_runs,
         "device": describe_device(device),
         "torch": torch.__version__,
@@ -227,7 +231,7 @@ def build_report(
         "prune_macs": config.prune_macs,
         "prune_rank": config.prune_rank,
         "round_to": config.round_to,
-        "layers": _layer_rows(before, after, selection),
+        "layers": _layer_rows(before, after, selection, config.report_size),
     }
 
 
@@ -277,7 +281,7 @@ def prune(given: dict) -> int:
     # All that can be refused is refused before the long measurement.
     numbers = grid_numbers(config, width, is_given="prune_nums" in given)
     choose_channels(config, Responses(np.ones((1, width), np.float32), [], 0))
-    layers = conv_layers(network.config, REPORT_SIZE)
+    layers = conv_layers(network.config, config.report_size)
     macs = None if config.prune_macs is None else most_macs(layers, config.prune_macs, config.round_to)
     if config.prune_channels is not None:
         cut_bottleneck(network, config.prune_channels)
@@ -321,7 +325,7 @@ def prune(given: dict) -> int:
     report = build_report(network, pruned, selection, responses, pairs, config, model_file)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     if config.every_layer:
-        plot_widths(report["layers"], REPORT_SIZE, folder / "widths.png")
+        plot_widths(report["layers"], config.report_size, folder / "widths.png")
     print(format_report(report))
     figures = "l0_map.png, l2_curve.png and prune_grid.png"
     if config.every_layer:

@@ -8,10 +8,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: both have a stylize.py
 
-from helpers import REFERENCE  # noqa: E402
+from helpers import REFERENCE, SMALL_TRAINING, small_network, write_model, write_noise  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def reference() -> dict:
     """Values computed with an independent implementation; the file says how."""
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> dict:
+    """Settings of a training on small pictures that goes on from a narrow network: quick, and its files are small."""
+    folder = tmp_path_factory.mktemp("small")
+    for number in range(6):
+        write_noise(folder / ("content", "style")[number % 2] / f"{number}.png", (24, 30), number)
+    write_model(folder / "narrow.pth", small_network(width=8))
+    return SMALL_TRAINING | {"content_dir": str(folder / "content"), "style_dir": str(folder / "style"), "imsize": 20,
+                             "cropsize": 16, "load_path": str(folder / "narrow.pth")}

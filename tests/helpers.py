@@ -23,6 +23,7 @@ from weights import load_vgg, model_checkpoint
 ROOT = Path(__file__).parent.parent
 CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
 CPU = torch.device("cpu")
+REPORTING_MAIN = Path(__file__).parent / "reporting_main.py"
 REFERENCE = json.loads((Path(__file__).parent / "reference_values.json").read_text())
 
 # A training small enough for a test: settings of TrainConfig.
@@ -61,9 +62,9 @@ def random_picture(seed: int, size: tuple[int, int] = (32, 40), pictures: int = 
     return torch.randint(0, 256, (pictures, 3, *size), generator=generator, dtype=torch.uint8)
 
 
-def random_batch(pictures: int = 2) -> tuple[Tensor, Tensor]:
-    """Content and style of one training step, (pictures, 3, 32, 32), uint8, each."""
-    content, style = random_picture(0, (32, 32), 2 * pictures).split(pictures)
+def random_batch(size: int = 16, pictures: int = 2) -> tuple[Tensor, Tensor]:
+    """Content and style of one training step, (pictures, 3, size, size), uint8, each."""
+    content, style = random_picture(0, (size, size), 2 * pictures).split(pictures)
     return content, style
 
 
@@ -102,7 +103,7 @@ def small_network(backbone: str = "vgg19", pooling: str = "max", width: int = 6,
 def paint_within_range(network: StyleTransferNetwork) -> None:
     """Outputs within the range of pictures: where denormalising clips, nothing could differ."""
     with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.01
+        network.decoder.layers[0][-1].weight *= 0.02
 
 
 def write_model(path: Path, network: StyleTransferNetwork, **more) -> Path:

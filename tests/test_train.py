@@ -1,67 +1,50 @@
 """Training: resume, refusals, signals, wandb, metrics. Small crops, random VGG, CPU."""
 
 import json
-import os
 import signal
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, stop_after
+from helpers import (
+    CPU,
+    REPORTING_MAIN,
+    SMALL_TRAINING,
+    make_trainer,
+    random_batch,
+    read_metrics,
+    refusal,
+    small_network,
+    stop_after,
+    words,
+    write_model,
+    write_picture,
+)
 from torch.testing import assert_close
 
 import loss as losses
+import transfer as transfer_module
 from data import normalize
-from network import NetworkConfig, StyleTransferNetwork, adain, build_from_vgg, channel_statistics
+from main import main
+from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics
 from run import MetricSums
-from runfolder import CheckpointFolder
 from surgery import cut_bottleneck
 from train import TrainConfig, build_trainer, train
-from transfer import METRICS, TransferTrainer
-from utils import UserError, save_checkpoint
-from weights import load_network, load_vgg, model_checkpoint
-
-SMALL = dict(
-    content_dir=str(ROOT / "imgs" / "content"), style_dir=str(ROOT / "imgs" / "style"), vgg_weights="random",
-    imsize=40, cropsize=32, batch_size=2, num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off",
-    encoder_lr=5e-5, decoder_lr=1e-3, channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
-)
-
-
-def flags(settings: dict) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-
-def start_training(folder: Path, **changes) -> subprocess.Popen:
-    settings = SMALL | {"save_path": folder, "max_iter": 5000} | changes
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), "--mode", "train", *flags(settings)], stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_iteration(folder: Path, iteration: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        metrics = folder / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= iteration:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"no iteration {iteration} within two minutes")
-
+from transfer import METRICS
+from utils import UserError
+from weights import load_network
 
 # ------------------------------------------------------------------------------------------------ resume
 
 
 @pytest.mark.parametrize("check_iter", [1, 4])
-def test_resumed_run_equals_uninterrupted_run(tmp_path, check_iter):
+def test_resumed_run_equals_uninterrupted_run(small, tmp_path, check_iter):
     """3 + 3 iterations give the losses and weights of 6, also when a check spans the interruption."""
-    settings = SMALL | {"check_iter": check_iter}
+    settings = small | {"check_iter": check_iter}
     train(settings | {"save_path": str(tmp_path / "whole"), "max_iter": 6})
     train(settings | {"save_path": str(tmp_path / "halves"), "max_iter": 3, "num_workers": 1})
     train({"save_path": str(tmp_path / "halves"), "resume": True, "max_iter": 6})
@@ -77,9 +60,9 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, check_iter):
     assert actual[6]["iteration"] == desired[6]["iteration"] == 6
 
 
-def test_interruption_inside_a_check_interval_keeps_its_sums(tmp_path, monkeypatch):
+def test_interruption_inside_a_check_interval_keeps_its_sums(small, tmp_path, monkeypatch):
     """A stop after iteration 3 of a check interval of 6: the mean over all 6 is that of the whole run."""
-    settings = SMALL | {"check_iter": 6, "max_iter": 6}
+    settings = small | {"check_iter": 6, "max_iter": 6}
     train(settings | {"save_path": str(tmp_path / "whole")})
 
     stop_after(3, monkeypatch)
@@ -90,8 +73,8 @@ def test_interruption_inside_a_check_interval_keeps_its_sums(tmp_path, monkeypat
     assert read_metrics(tmp_path / "halves") == read_metrics(tmp_path / "whole")
 
 
-def test_resume_drops_metrics_past_the_checkpoint(tmp_path):
-    train(SMALL | {"save_path": str(tmp_path), "max_iter": 2})
+def test_resume_drops_metrics_past_the_checkpoint(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 2})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"iteration": 3, "content": 99.0}) + "\n" + '{"iteration": 4, "con')
     train({"save_path": str(tmp_path), "resume": True, "max_iter": 3})
@@ -105,36 +88,35 @@ def test_resume_without_a_run_is_refused(tmp_path):
         train({"save_path": str(tmp_path), "resume": True})
 
 
-def test_resume_with_another_network_is_refused(tmp_path):
-    train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+def test_resume_with_another_network_is_refused(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 1})
     with pytest.raises(UserError, match="--backbone vgg19, not vgg16"):
         train({"save_path": str(tmp_path), "resume": True, "backbone": "vgg16"})
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path):
-    train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+def test_a_finished_run_is_not_overwritten(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 1})
     before = (tmp_path / "check_point.pth").read_bytes()
     with pytest.raises(UserError, match="holds a run already"):
-        train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+        train(small | {"save_path": str(tmp_path), "max_iter": 1})
     assert (tmp_path / "check_point.pth").read_bytes() == before
 
 
-def test_pruned_network_trains_on(tmp_path):
+def test_pruned_network_trains_on(small, tmp_path):
     """A pruned file is a start like any other; its widths stay."""
-    network, _ = build_from_vgg(NetworkConfig.full(), load_vgg("vgg19", "random")[0])
-    save_checkpoint(model_checkpoint(cut_bottleneck(network, range(400))), tmp_path / "pruned.pth")
-    train(SMALL | {"load_path": str(tmp_path / "pruned.pth"), "save_path": str(tmp_path / "on"), "max_iter": 2})
-    assert load_network(tmp_path / "on")[0].config.bottleneck_width == 112
+    pruned = write_model(tmp_path / "pruned.pth", cut_bottleneck(small_network(width=8), range(3)))
+    train(small | {"load_path": str(pruned), "save_path": str(tmp_path / "on"), "max_iter": 2})
+    assert load_network(tmp_path / "on")[0].config.encoder_widths == (*(8,) * 8, 5)
 
 
-def test_upsampling_is_the_files_unless_another_is_asked_for(tmp_path):
-    train(SMALL | {"save_path": str(tmp_path / "a"), "max_iter": 1, "upsampling": "bilinear"})
+def test_upsampling_is_the_files_unless_another_is_asked_for(small, tmp_path):
+    train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, "upsampling": "bilinear"})
     train({"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2})
     for name, more, desired in (("b", {}, "bilinear"), ("c", {"upsampling": "nearest"}, "nearest")):
-        train(SMALL | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / name), "max_iter": 1} | more)
+        train(small | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / name), "max_iter": 1} | more)
         assert load_network(tmp_path / name)[0].config.upsampling == desired
     assert load_network(tmp_path / "a")[0].config.upsampling == "bilinear"
-    assert cut_bottleneck(load_network(tmp_path / "a")[0], range(9)).config.upsampling == "bilinear"
+    assert cut_bottleneck(load_network(tmp_path / "a")[0], range(3)).config.upsampling == "bilinear"
     with pytest.raises(UserError, match="--upsampling"):
         train({"save_path": str(tmp_path / "a"), "resume": True, "upsampling": "nearest", "max_iter": 3})
 
@@ -143,9 +125,9 @@ def test_new_weights_keep_the_widths_alone(tmp_path):
     """He initialisation: every conv anew, of the variance that keeps the signal's size; the seed decides."""
     full = NetworkConfig.full()
     narrow = StyleTransferNetwork(replace(full, encoder_widths=(*full.encoder_widths[:-1], 200)))
-    save_checkpoint(model_checkpoint(narrow), tmp_path / "narrow.pth")
-    config = TrainConfig(**SMALL | {"load_path": str(tmp_path / "narrow.pth"), "new_weights": True, "save_path": "x"})
-    networks = [build_trainer(config, torch.device("cpu"), None).network for _ in range(2)]
+    start = str(write_model(tmp_path / "narrow.pth", narrow))
+    config = TrainConfig(**SMALL_TRAINING | {"load_path": start, "new_weights": True, "save_path": "x"})
+    networks = [build_trainer(config, CPU, None).network for _ in range(2)]
     assert networks[0].config == narrow.config
     for name, actual in networks[0].state_dict().items():
         assert torch.equal(actual, networks[1].state_dict()[name])
@@ -163,40 +145,42 @@ def test_new_weights_keep_the_widths_alone(tmp_path):
 ])
 def test_new_weights_that_make_no_sense_are_refused(change, needed):
     with pytest.raises(UserError, match=needed):
-        TrainConfig(**SMALL | {"save_path": "x"} | change).check()
+        TrainConfig(**SMALL_TRAINING | {"save_path": "x"} | change).check()
 
 
 # --------------------------------------------------------------------------------- signals, kill, bad losses
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_and_says_how_to_resume(tmp_path, number, code):
+def test_signal_saves_and_says_how_to_resume(small, tmp_path, monkeypatch, capsys, number, code):
     folder = tmp_path / "run"
-    process = start_training(folder, num_workers=1)
-    wait_for_iteration(folder, 2, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert f"python main.py --mode train --resume --save_path {folder}" in errors
-    assert "Traceback" not in errors
-    iteration = torch.load(folder / "check_point.pth", weights_only=True)["iteration"]
-    assert iteration >= 2
-    assert train({"save_path": str(folder), "resume": True, "max_iter": iteration + 1}) == 0
+    settings = small | {"save_path": folder, "max_iter": 9, "check_iter": 9, "num_workers": 1}
+    with monkeypatch.context() as patch:
+        stop_after(2, patch, number)
+        assert main(["--mode", "train", *words(settings)]) == code
+    errors = capsys.readouterr().err
+    assert f"python main.py --mode train --resume --save_path {folder}" in errors and "Traceback" not in errors
+    assert torch.load(folder / "check_point.pth", weights_only=True)["iteration"] == 2
+    assert train({"save_path": str(folder), "resume": True, "max_iter": 3}) == 0
 
 
-def test_kill_leaves_a_good_checkpoint(tmp_path):
+def test_kill_leaves_a_good_checkpoint(small, tmp_path):
     folder = tmp_path / "run"
-    process = start_training(folder)
-    wait_for_iteration(folder, 3, process)
-    process.kill()
-    process.communicate(timeout=60)
-    network, checkpoint = load_network(folder)
+    command = [sys.executable, str(REPORTING_MAIN), "--mode", "train"]
+    command += words(small | {"save_path": folder, "max_iter": 5000})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for iteration in process.stdout:
+            if int(iteration) == 3:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    _, checkpoint = load_network(folder)
     assert checkpoint["iteration"] >= 2
     assert train({"save_path": str(folder), "resume": True, "max_iter": checkpoint["iteration"] + 1}) == 0
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    train(SMALL | {"save_path": str(tmp_path), "max_iter": 1})
+def test_loss_that_is_not_finite_stops_the_run(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 1})
     good = (tmp_path / "check_point.pth").read_bytes()
     # A rate this large makes iteration 2's weights, and so iteration 3's losses, overflow.
     with pytest.raises(UserError, match=r"iteration \d+: (the \w+ loss|a weight) is not finite"):
@@ -204,40 +188,30 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert (tmp_path / "check_point.pth").read_bytes() == good
 
 
-def test_compile_without_a_compiler_is_one_line(tmp_path):
-    settings = SMALL | {"save_path": tmp_path / "run", "max_iter": 1}
-    environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode", "train", "--compile", *flags(settings)],
-                            capture_output=True, text=True, env=environment)
-    assert result.returncode == 2, result.stderr
-    assert "error: --compile: torch.compile failed" in result.stderr and "Traceback" not in result.stderr
+def test_compile_without_a_compiler_is_one_line(small, tmp_path, monkeypatch, capsys):
+    """The step is cut short to its first loss: what is compiled does not matter where nothing can be."""
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(transfer_module.TransferLosses, "forward",
+                        lambda self, content, style, all_terms: ({"content": content.sin().sum()}, {}))
+    line = refusal(capsys, "--mode", "train", *words(small | {"save_path": tmp_path, "max_iter": 1, "compile": True}))
+    assert "error: --compile: torch.compile failed" in line and "/no/compiler" in line
 
 
 def test_first_term_that_is_not_finite_is_named():
-    sums = MetricSums(torch.device("cpu"), METRICS)
+    sums = MetricSums(CPU, METRICS)
     good = {name: torch.tensor(1.0) for name in METRICS}
     sums.add(good, 6)
-    sums.raise_if_bad(CheckpointFolder(Path("none"), keep=0))
+    sums.raise_if_bad()
     sums.add(good | {"style": torch.tensor(float("nan")), "total": torch.tensor(float("nan"))}, 7)
     sums.add({name: torch.tensor(float("inf")) for name in METRICS}, 8)
     with pytest.raises(UserError, match="iteration 7: the style loss is not finite"):
-        sums.raise_if_bad(CheckpointFolder(Path("none"), keep=0))
+        sums.raise_if_bad()
 
 
 # ------------------------------------------------------------------------------------------------ the step
-
-
-def make_trainer(**changes) -> TransferTrainer:
-    config = TrainConfig(**(SMALL | changes))
-    torch.manual_seed(0)
-    network, loss_network = build_from_vgg(NetworkConfig.full(config.backbone), load_vgg(config.backbone, "random")[0])
-    return TransferTrainer(network, loss_network, config, torch.device("cpu"))
-
-
-def random_batch(seed: int = 0, pictures: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (pictures, 3, 32, 32)
-    return tuple(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(2))
 
 
 def test_frozen_encoder_does_not_change():
@@ -253,16 +227,17 @@ def test_rates_rise_stay_and_fall():
     assert [config.rate_share(iteration) for iteration in range(1, 9)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert {TrainConfig(max_iter=8).rate_share(iteration) for iteration in range(1, 9)} == {1.0}
     with pytest.raises(UserError, match="--warmup_iter 5 and --decay_iter 4"):
-        TrainConfig(**SMALL, save_path="x", max_iter=8, warmup_iter=5, decay_iter=4).check()
+        TrainConfig(**SMALL_TRAINING, save_path="x", max_iter=8, warmup_iter=5, decay_iter=4).check()
 
 
-def test_run_learns_at_the_rates_of_its_iterations(tmp_path):
+def test_run_learns_at_the_rates_of_its_iterations(small, tmp_path):
     """The last of 4 iterations has a quarter of the rates; a step at a quarter of them is one at rates that small."""
-    settings = SMALL | {"save_path": str(tmp_path / "run"), "max_iter": 4}
+    settings = small | {"save_path": str(tmp_path / "run"), "max_iter": 4}
     train(settings | {"warmup_iter": 1, "decay_iter": 3})
     rates = [group["lr"] for group in torch.load(tmp_path / "run/check_point.pth")["optimizer"]["param_groups"]]
     assert rates == pytest.approx([0.25 * 5e-5, 0.25 * 1e-3])
-    scheduled, plain = make_trainer(warmup_iter=4), make_trainer(encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)
+    scheduled = make_trainer(small_network(), warmup_iter=4)
+    plain = make_trainer(small_network(), encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)
     scheduled.set_rates(1)
     for trainer in (scheduled, plain):
         trainer.step(*random_batch())
@@ -334,7 +309,7 @@ def test_channel_and_xor_losses_switch_channels_off():
 
 def test_vgg16_and_average_pooling_train(tmp_path):
     settings = {"backbone": "vgg16", "swap_max_pool": True, "style_loss": "gram", "max_iter": 2}
-    train(SMALL | settings | {"save_path": str(tmp_path)})
+    train(SMALL_TRAINING | settings | {"save_path": str(tmp_path)})
     network, _ = load_network(tmp_path)
     assert (network.config.backbone, network.config.pooling) == ("vgg16", "avg")
 
@@ -342,8 +317,8 @@ def test_vgg16_and_average_pooling_train(tmp_path):
 # ------------------------------------------------------------------------------------------- what is written
 
 
-def test_every_check_writes_metrics_grid_and_checkpoint(tmp_path):
-    train(SMALL | {"save_path": str(tmp_path), "max_iter": 5, "check_iter": 2, "keep_checkpoints": 2})
+def test_every_check_writes_metrics_grid_and_checkpoint(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 5, "check_iter": 2, "keep_checkpoints": 2})
     rows = read_metrics(tmp_path)
     assert [row["iteration"] for row in rows] == [2, 4, 5]
     assert all(set(METRICS) <= row.keys() for row in rows)
@@ -372,11 +347,11 @@ def read_wandb_records(path: Path) -> list:
     return records
 
 
-def test_wandb_offline_holds_the_logged_values(tmp_path, monkeypatch):
+def test_wandb_offline_holds_the_logged_values(small, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs the tests: auto is offline
-    train(SMALL | {"save_path": str(tmp_path / "run"), "max_iter": 2, "wb_mode": "auto", "wb_name": "trial",
+    train(small | {"save_path": str(tmp_path / "run"), "max_iter": 2, "wb_mode": "auto", "wb_name": "trial",
                    "wb_tags": ("channel loss", "xor loss"), "wb_notes": "a note"})
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     records = read_wandb_records(file)
@@ -395,19 +370,19 @@ def test_wandb_offline_holds_the_logged_values(tmp_path, monkeypatch):
         assert actual["pictures._type"] == "image-file"
 
 
-def test_training_without_wandb_says_so_once(tmp_path, monkeypatch, capsys):
+def test_training_without_wandb_says_so_once(small, tmp_path, monkeypatch, capsys):
     import importlib.util
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
-    assert train(SMALL | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "auto"}) == 0
+    assert train(small | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "auto"}) == 0
     assert capsys.readouterr().err.count("wandb is not installed") == 1
     with pytest.raises(UserError, match="wandb is not installed"):
-        train(SMALL | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "online"})
+        train(small | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "online"})
 
 
-def test_cached_run_equals_run_without_a_cache(tmp_path):
-    settings = SMALL | {"max_iter": 3}
+def test_cached_run_equals_run_without_a_cache(small, tmp_path):
+    settings = small | {"max_iter": 3}
     train(settings | {"save_path": str(tmp_path / "plain")})
     for name in ("first", "second"):  # fills the cache, then uses it
         train(settings | {"save_path": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "num_workers": 1})
@@ -415,14 +390,12 @@ def test_cached_run_equals_run_without_a_cache(tmp_path):
     assert list((tmp_path / "cache").glob("??/*.npy"))
 
 
-def test_broken_pictures_are_skipped_logged_once_and_counted(tmp_path, capsys):
+def test_broken_pictures_are_skipped_logged_once_and_counted(small, tmp_path, capsys):
     folder = tmp_path / "content"
-    folder.mkdir()
-    source = ROOT / "imgs" / "content" / "balloon.jpg"
     for number in range(11):
-        (folder / f"{number}.jpg").write_bytes(source.read_bytes())
-    (folder / "broken.jpg").write_bytes(source.read_bytes()[:2000])
-    train(SMALL | {"content_dir": str(folder), "save_path": str(tmp_path / "run"), "max_iter": 8})
+        write_picture(folder / f"{number}.jpg")
+    (folder / "broken.jpg").write_bytes((folder / "0.jpg").read_bytes()[:300])
+    train(small | {"content_dir": str(folder), "save_path": str(tmp_path / "run"), "max_iter": 8})
     errors = capsys.readouterr().err
     assert errors.count("broken.jpg") == 1
     assert f"--content_dir {folder}: 12 pictures, 1 skipped" in errors

@@ -1,0 +1,20 @@
+"""main.py, which also says each iteration on standard output: for tests that stop a run from outside."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import run  # noqa: E402
+from main import main  # noqa: E402
+
+
+class ReportingSums(run.MetricSums):
+    def add(self, metrics, iteration):
+        super().add(metrics, iteration)
+        print(iteration, flush=True)
+
+
+run.MetricSums = ReportingSums
+if __name__ == "__main__":  # not in a worker process
+    sys.exit(main())

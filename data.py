@@ -1,40 +1,65 @@
 """Images in and out: finding, decoding, cropping and sampling pictures; normalisation; saving and grids."""
 
 import hashlib
+import io
 import os
 import random
 import re
+import stat
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.EpsImagePlugin import has_ghostscript
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
+from metadata import Metadata, srgb_conversion, strip_metadata
 from utils import UserError, note, usable_cores, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # taken for pictures in folders unseen; others are looked at
 # Any suffix that names a picture file to write (reading goes by content, not by suffix).
 OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
                   ".tiff": "TIFF"}
 MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 MAX_FAILED_SHARE = 0.10
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
+DECODING = 2  # goes up when the same file gives other pixels than before: what is cached is then made anew
+LOOKING_THREADS = 16
 STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
 TRIPLE = ("content", "style", "painted")  # the folders of pictures painted by anyone, see `open_triples`
 
 # Pillow's own limit (89 and 179 million pixels) is below real paintings; --max_pixels stands in for it.
 Image.MAX_IMAGE_PIXELS = None
+
+
+# Files that begin so are pictures.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"8BPS", b"qoif",
+              b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+# And those of letters alone may be only when they begin so: PBM and its kin, XPM, XBM, IM, IMT, PostScript, FITS.
+TEXT_PICTURES = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"Pf", b"PF", b"Py", b"BM", b"/*", b"#define", b"*",
+                 b"Image type", b"Name", b"File", b"width", b"height", b"pixel", b"%!PS", b"SIMPLE", b"DDS ", b"icns")
+PRINTABLE = bytes(range(32, 127)) + b"\t\r\n\f"
+# Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
+NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")
+# Reasons for leaving a folder's file out.
+NO_PICTURE, BROKEN_LINK, UNREADABLE, PIPE = "no picture", "broken link", "unreadable", "pipe"
+
+# What Pillow warns of (broken tags, for one) has been dealt with or ends in a PictureError.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class PictureError(Exception):
@@ -45,67 +70,21 @@ class PictureError(Exception):
 
 
 def load_picture(path: Path, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture of any common kind to upright 8-bit RGB.
+    """Decode a picture of any kind that Pillow reads to upright 8-bit RGB, in sRGB.
 
-    Transparent pixels are laid on white. With `shorter_side`, a JPEG may be decoded at 1/2, 1/4 or 1/8
-    of its size, never below `shorter_side` (far faster; resize it afterwards).
-    Raises PictureError for a missing, empty, truncated or non-image file, or one above `max_pixels`.
+    Transparent pixels are laid on white; of several frames or pages the first is taken. With `shorter_side`, a JPEG
+    may be decoded at 1/2, 1/4 or 1/8 of its size, never below `shorter_side` (far faster; resize it afterwards).
+    Raises PictureError for a missing, empty, truncated or non-image file, or one above `max_pixels`; metadata that
+    cannot be read costs no picture.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size == 0:
-            raise PictureError(f"{path}: the file is empty")
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise PictureError(f"{path}: {width} x {height} pixels are more than --max_pixels {max_pixels}")
-            if shorter_side is not None and image.format == "JPEG":
-                shrink = shorter_side / min(width, height)
-                image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-    except PictureError:
-        raise
-    except FileNotFoundError as error:
-        raise PictureError(f"{path}: no such file") from error
-    except PermissionError as error:
-        raise PictureError(f"{path}: no permission to read it") from error
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damage.
-    except Exception as error:
-        raise PictureError(f"{path}: not a readable picture ({type(error).__name__}: {error})") from error
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode == "F":
-        raise PictureError(f"{path}: floating-point pixels have no known range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey; 65535 / 257 = 255
-        values = np.asarray(image, dtype=np.float64) / 257.0
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    with _one_line(path):
+        return _decode(Path(path), shorter_side, max_pixels).in_srgb()
 
 
 def load_resized(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`load_picture` with its shorter side brought to `size` pixels, in proportion (bicubic, antialiased)."""
-    image = load_picture(path, size, max_pixels)
-    width, height = image.size
-    if min(width, height) == size:
-        return image
-    scale = size / min(width, height)
-    target = (max(size, round(width * scale)), max(size, round(height * scale)))
-    if target[0] * target[1] > max_pixels:
-        raise PictureError(
-            f"{path}: with its shorter side at {size} it would have {target[0]} x {target[1]} pixels, "
-            f"more than --max_pixels {max_pixels}"
-        )
-    return image.resize(target, Image.Resampling.BICUBIC)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    with _one_line(path):
+        return _decode(Path(path), size, max_pixels).resized(size, path, max_pixels).in_srgb()
 
 
 def prepare_picture(
@@ -115,15 +94,199 @@ def prepare_picture(
 
     A picture smaller than the crop is enlarged to it. Returns (1, 3, H, W), uint8, 0..255.
     """
-    if imsize is not None:
-        image = load_resized(path, max(imsize, cropsize or 0), max_pixels)
-    else:
-        image = load_picture(path, max_pixels=max_pixels)
-        if cropsize is not None and min(image.size) < cropsize:
-            image = load_resized(path, cropsize, max_pixels)
-    if cropsize is not None:
-        image = center_crop(image, cropsize)
-    return pil_to_tensor(image)[None]
+    with _one_line(path):
+        return pil_to_tensor(_prepare(path, imsize, cropsize, max_pixels).in_srgb())[None]
+
+
+def load_alpha(
+    path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image | None:
+    """How opaque the pixels of `prepare_picture` are, mode L, of the same size; None when all are fully.
+
+    Raises PictureError as that does.
+    """
+    with _one_line(path):
+        if not _may_be_transparent(path):
+            return None
+        return _prepare(path, imsize, cropsize, max_pixels).alpha
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A decoded picture, upright. What is not opaque is RGB on white already."""
+
+    colour: Image.Image  # 8 bits: RGB, or where `to_srgb` is still to come RGB, L or CMYK
+    alpha: Image.Image | None = None  # L
+    to_srgb: Callable[[Image.Image], Image.Image] | None = None
+
+    def change(self, how: Callable[[Image.Image], Image.Image]) -> "_Picture":
+        return replace(self, colour=how(self.colour), alpha=None if self.alpha is None else how(self.alpha))
+
+    def resized(self, side: int, path: Path, max_pixels: int) -> "_Picture":
+        """With its shorter side at `side`. Raises PictureError when that makes more than `max_pixels`."""
+        width, height = self.colour.size
+        if min(width, height) == side:
+            return self
+        scale = side / min(width, height)
+        target = (max(side, round(width * scale)), max(side, round(height * scale)))
+        if target[0] * target[1] > max_pixels:
+            raise PictureError(
+                f"{path}: with its shorter side at {side} it would have {target[0]} x {target[1]} pixels, "
+                f"more than --max_pixels {max_pixels}"
+            )
+        return self.change(lambda image: image.resize(target, Image.Resampling.BICUBIC))
+
+    def in_srgb(self) -> Image.Image:
+        """RGB. After resizing, where there are fewer pixels to convert."""
+        image = self.colour if self.to_srgb is None else self.to_srgb(self.colour)
+        image.info = {}  # a profile in there would be written into what is saved of it
+        return image
+
+
+def _prepare(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> _Picture:
+    side = None if imsize is None else max(imsize, cropsize or 0)
+    picture = _decode(Path(path), side, max_pixels)
+    if side is None and cropsize is not None and min(picture.colour.size) < cropsize:
+        side = cropsize
+    if side is not None:
+        picture = picture.resized(side, path, max_pixels)
+    return picture if cropsize is None else picture.change(lambda image: center_crop(image, cropsize))
+
+
+def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> _Picture:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        raise PictureError(f"{path}: not a file, but a {'folder' if path.is_dir() else 'pipe, socket or device'}")
+    if status.st_size == 0:
+        raise PictureError(f"{path}: the file is empty")
+    try:
+        return _decode_from(path, path, None, shorter_side, max_pixels)
+    except (PictureError, MemoryError, PermissionError):
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damage.
+    except Exception as error:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        attempts = [(path, None)] if is_heic(head) and register_heic() else []
+        stripped = strip_metadata(path.read_bytes())
+        if stripped is not None:
+            attempts.append((io.BytesIO(stripped[0]), stripped[1]))
+        for source, metadata in attempts:
+            try:
+                return _decode_from(source, path, metadata, shorter_side, max_pixels)
+            except (PictureError, MemoryError):
+                raise
+            except Exception:
+                continue
+        if is_heic(head) and not register_heic():
+            raise PictureError(f"{path}: a HEIC picture; to read it: pip install pillow-heif") from error
+        raise  # so it was not the metadata
+
+
+def _decode_from(
+    source: Path | io.BytesIO, path: Path, metadata: Metadata | None, shorter_side: int | None, max_pixels: int
+) -> _Picture:
+    """metadata: where `source` no longer has it."""
+    with Image.open(source) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise PictureError(f"{path}: {width} x {height} pixels are more than --max_pixels {max_pixels}")
+        if image.mode == "F":
+            raise PictureError(f"{path}: floating-point pixels have no known range; save it with 8 or 16 bits")
+        if shorter_side is not None and image.format == "JPEG":
+            shrink = shorter_side / min(width, height)
+            image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
+        _scale_transparent_colour(image)
+        image.load()
+        metadata = metadata or Metadata.of(image)
+        colour, alpha = _separate(image)
+        if image.format != "TIFF":  # Pillow has turned that
+            colour, alpha = metadata.upright(colour), alpha and metadata.upright(alpha)
+    to_srgb = srgb_conversion(metadata.profile, colour.mode) if metadata.profile else None
+    if alpha is not None:
+        colour = colour.convert("RGB") if to_srgb is None else to_srgb(colour)
+        colour.putalpha(alpha)
+        white = Image.new("RGBA", colour.size, "white")
+        return _Picture(Image.alpha_composite(white, colour).convert("RGB"), alpha)
+    return _Picture(colour if to_srgb else colour.convert("RGB"), None, to_srgb)
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """A PNG's one transparent colour counts in the file's bits, Pillow's pixels in 8."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None or not image.tile:
+        return
+    rawmode = image.tile[0][3]
+    bits = re.search(r";(\d+)", rawmode if isinstance(rawmode, str) else rawmode[0])
+    in_8_bits = {"2": lambda value: 85 * (value & 3), "4": lambda value: 17 * (value & 15),
+                 "16": lambda value: value >> 8}.get(bits and bits[1], lambda value: value & 255)
+    image.info["transparency"] = tuple(map(in_8_bits, key)) if isinstance(key, tuple) else in_8_bits(key)
+
+
+def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours, mode RGB, L or CMYK, and how opaque they are, mode L, None for all fully."""
+    if image.mode.startswith("I"):  # 16-bit grey; 65535 / 257 = 255
+        values = np.asarray(image)
+        key = image.info.get("transparency")
+        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
+        return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
+    if image.has_transparency_data:
+        is_grey = image.mode in ("1", "L", "LA", "La")
+        try:
+            image = image.convert("LA" if is_grey else "RGBA")
+        except ValueError:  # a transparent colour that the picture cannot have
+            del image.info["transparency"]
+            return _separate(image)
+        alpha = image.getchannel("A")
+        return image.convert("L" if is_grey else "RGB"), alpha if alpha.getextrema()[0] < 255 else None
+    if image.mode in ("RGB", "L", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
+
+
+_FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
+
+
+def _may_be_transparent(path: Path) -> bool:
+    """By the file's header alone; True where that cannot be read."""
+    try:
+        if not Path(path).is_file():
+            return True
+        with Image.open(path) as image:
+            return image.has_transparency_data
+    except Exception:
+        return True
+
+
+@contextmanager
+def _one_line(path: Path):
+    """Within the block whatever goes wrong becomes a PictureError that names the file."""
+    try:
+        yield
+    except PictureError:
+        raise
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise PictureError(f"{path}: no permission to read it") from error
+    except MemoryError as error:
+        raise PictureError(f"{path}: {_size_in_words(path)} not enough memory for it is free") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PictureError(f"{path}: not a readable picture ({reason})") from error
+
+
+def _size_in_words(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            return f"{image.width} x {image.height} pixels;"
+    except Exception:
+        return "a large picture;"
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 @lru_cache
@@ -168,27 +331,145 @@ def picture_grid(rows: list[Tensor]) -> Image.Image:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def find_pictures(folder: Path, flag: str) -> list[Path]:
-    """Every picture file below `folder`, sorted; links are followed, what is hidden is left out.
+@dataclass(frozen=True)
+class FolderContents:
+    """The pictures of a folder, sorted, and the other files in it by the reason for leaving them out."""
 
-    Raises UserError, naming `flag`, when there is no such folder or no picture in it.
+    pictures: list[Path]
+    left_out: dict[str, list[Path]]
+
+    def describe_left_out(self) -> str:
+        """As in "3 files are no pictures, 1 link is broken"; empty when nothing was left out."""
+        one = {NO_PICTURE: "file is no picture", BROKEN_LINK: "link is broken", UNREADABLE: "file cannot be read",
+               PIPE: "is a pipe, socket or device"}
+        many = {NO_PICTURE: "files are no pictures", BROKEN_LINK: "links are broken", UNREADABLE:
+                "files cannot be read", PIPE: "are pipes, sockets or devices"}
+        return ", ".join(f"{len(paths)} {(one if len(paths) == 1 else many)[reason]}"
+                         for reason, paths in self.left_out.items())
+
+
+def look_through(folder: Path, flag: str) -> FolderContents:
+    """What a folder and all its subfolders hold; links are followed, what is hidden is left out and not counted.
+
+    A file named as pictures are is taken for one; any other is looked at. Raises UserError, naming `flag`, when there
+    is no such folder or no picture in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up
-            folders.clear()
+    pictures, others, left_out = [], [], {reason: [] for reason in (NO_PICTURE, BROKEN_LINK, UNREADABLE, PIPE)}
+    folders, linked, seen = [folder], deque(), set()
+    while folders or linked:
+        here = folders.pop() if folders else linked.popleft()  # a picture that is found twice goes by its own path
+        real = os.path.realpath(here)
+        if real in seen:
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in files
-                  if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
-    if not found:
-        raise UserError(f"{flag} {folder}: no picture in it ({', '.join(PICTURE_SUFFIXES)}, in any case)")
-    return sorted(found)
+        try:
+            with os.scandir(here) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            if here == folder:
+                raise UserError(f"{flag} {folder}: the folder cannot be read ({error.strerror})") from error
+            note(f"{flag} {folder}: the folder {here} in it is left out: it cannot be read ({error.strerror})")
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself
+                is_folder = is_file = False
+            if is_folder:
+                (linked if entry.is_symlink() else folders).append(entry.path)
+            elif is_file:
+                is_named_so = entry.name.lower().endswith(PICTURE_SUFFIXES)
+                (pictures if is_named_so else others).append(Path(entry.path))
+            else:
+                is_broken = entry.is_symlink() and not os.path.exists(entry.path)
+                left_out[BROKEN_LINK if is_broken else PIPE].append(Path(entry.path))
+    for path, reason in zip(others, _look_at(others)):
+        (pictures if reason is None else left_out[reason]).append(path)
+    contents = FolderContents(sorted(pictures), {reason: paths for reason, paths in left_out.items() if paths})
+    if not pictures:
+        found = contents.describe_left_out()
+        first = next((path.name for paths in left_out.values() for path in paths), None)
+        raise UserError(f"{flag} {folder}: no picture in it; " + (f"{found} ({first})" if found else "it is empty"))
+    return contents
+
+
+def find_pictures(folder: Path, flag: str) -> list[Path]:
+    """The pictures of `look_through`; what else is in the folder is said in a line. Raises UserError as that does."""
+    contents = look_through(folder, flag)
+    _note_left_out(contents, folder, flag)
+    return contents.pictures
+
+
+def _note_left_out(contents: FolderContents, folder: Path, flag: str) -> None:
+    if contents.left_out:
+        names = [path.name for paths in contents.left_out.values() for path in paths]
+        note(f"{flag} {folder}: left out: {contents.describe_left_out()} ({', '.join(names[:3])}"
+             f"{', ...' if len(names) > 3 else ''})")
+
+
+def _look_at(paths: list[Path]) -> list[str | None]:
+    """The reason for leaving each file out, None for pictures."""
+    if not paths:
+        return []
+    parts = [paths[place : place + 64] for place in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
+        heads = [head for part in pool.map(lambda part: [*map(_head, part)], parts) for head in part]
+    reasons = []
+    for path, head in zip(paths, heads):
+        if head is None:
+            reasons.append(UNREADABLE)
+        else:
+            reasons.append(None if _is_picture(path, head) else NO_PICTURE)
+    return reasons
+
+
+def _head(path: Path) -> bytes | None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(64)
+    except OSError:
+        return None
+
+
+def _is_picture(path: Path, head: bytes) -> bool:
+    """By content: the first 64 bytes, and where these do not say, by what Pillow makes of the file's header."""
+    if head.startswith(SIGNATURES) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
+        return True
+    if is_avif(head) or is_heic(head):
+        return True
+    is_text = not head.translate(None, PRINTABLE)
+    if is_text and not head.startswith(TEXT_PICTURES):
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.format not in NOT_DECODED and (image.format != "EPS" or has_ghostscript())
+    except Exception:
+        return False
+
+
+def is_avif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and (head[8:12] in (b"avif", b"avis") or b"avif" in head[16:64])
+
+
+def is_heic(head: bytes) -> bool:
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+    return head[4:8] == b"ftyp" and head[8:12] in brands and not is_avif(head)
+
+
+@lru_cache
+def register_heic() -> bool:
+    """Have Pillow read HEIC pictures, by pillow-heif. False when that is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> tuple[list[Path], list[Path]]:
@@ -226,8 +507,9 @@ def find_measured(folder: Path, flag: str, holdout: float) -> list[Path]:
 class FailedPictures:
     """Counts a folder's unusable pictures, logs each path once, stops the run when they are too many."""
 
-    def __init__(self, folder: Path, flag: str, total: int) -> None:
-        self.folder, self.flag, self.total = folder, flag, total
+    def __init__(self, folder: Path, flag: str, total: int, left_out: str = "") -> None:
+        """left_out: what else is in the folder, see `FolderContents.describe_left_out`."""
+        self.folder, self.flag, self.total, self.left_out = folder, flag, total, left_out
         self.paths: set[str] = set()
 
     def add(self, path: Path, reason: str) -> None:
@@ -243,16 +525,19 @@ class FailedPictures:
             )
 
     def summary(self) -> str:
-        return f"{self.flag} {self.folder}: {self.total} pictures, {len(self.paths)} skipped"
+        counts = [f"{self.total} pictures", f"{len(self.paths)} skipped", self.left_out]
+        return f"{self.flag} {self.folder}: {', '.join(filter(None, counts))}"
 
 
 def open_folder(folder: Path, flag: str, max_pixels: int) -> tuple[list[Path], FailedPictures]:
     """The pictures of a folder and the tally of its failures; some are decoded now, see `_usable`.
 
-    Raises UserError as `find_pictures` and `_usable` do.
+    Raises UserError as `look_through` and `_usable` do.
     """
-    paths = find_pictures(folder, flag)
-    failed = FailedPictures(folder, flag, len(paths))
+    contents = look_through(folder, flag)
+    _note_left_out(contents, folder, flag)
+    paths = contents.pictures
+    failed = FailedPictures(folder, flag, len(paths), contents.describe_left_out())
     return _usable(paths, lambda path: load_picture(path, shorter_side=1, max_pixels=max_pixels), failed), failed
 
 
@@ -381,12 +666,12 @@ class PictureCache:
     def file_of(self, path: Path, size: int) -> Path:
         """Where the cached picture belongs. Raises PictureError when `path` cannot be looked at."""
         try:
-            stat = os.stat(path)
+            status = os.stat(path)
         except OSError as error:
             raise PictureError(f"{path}: {error.strerror}") from error
         # What decides the pixels: the file and how it is decoded.
         picture = _digest(os.path.realpath(path), size, self.max_pixels)
-        return self.folder / picture[:2] / f"{picture}-{_digest(stat.st_size, stat.st_mtime_ns)}.npy"
+        return self.folder / picture[:2] / f"{picture}-{_digest(status.st_size, status.st_mtime_ns, DECODING)}.npy"
 
     def _write(self, picture: np.ndarray, file: Path) -> None:
         if self.is_full:

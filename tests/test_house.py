@@ -7,7 +7,7 @@ from helpers import ROOT
 
 # Lowest first; a module of one row may not import another of the same.
 ROWS = (
-    ("utils",),
+    ("utils", "metadata"),
     ("runfolder", "loss", "data", "network", "muon"),
     ("cost",),
     ("weights", "compact"),

@@ -1,0 +1,757 @@
+"""Metadata never costs a picture, colours come as sRGB, transparency is kept, and folders are read by content.
+
+Files are built byte by byte where Pillow would not write them so. Colours are compared to the formulas of the
+standards, not to the library that converts them.
+"""
+
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+from helpers import ROOT, user_error, write_map
+from PIL import Image, ImageCms, PngImagePlugin, features
+
+import data
+from data import (
+    PictureCache,
+    PictureError,
+    find_pictures,
+    load_alpha,
+    load_picture,
+    load_resized,
+    look_through,
+    open_folder,
+    prepare_picture,
+)
+from metadata import srgb_conversion
+
+MANY = 10**9
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB" and not image.info
+    return np.asarray(image).astype(int)
+
+
+def refused(path, **options) -> str:
+    with pytest.raises(PictureError) as caught:
+        load_picture(path, **options)
+    message = str(caught.value)
+    assert str(path) in message and len(message.splitlines()) == 1
+    return message
+
+
+# --------------------------------------------------------------------------------------- files, by the byte
+
+
+def exif_block(orientation=6, order="<", kind=3, count=1, more=b"") -> bytes:
+    """A TIFF block with one directory of a Make tag and the orientation."""
+    value = {1: "B3x", 3: "H2x", 4: "I", 8: "h2x", 9: "i"}.get(kind, "I")
+    entries = struct.pack(order + "HHI4s", 0x010F, 2, 4, b"abc\0")
+    entries += struct.pack(order + "HHI", 0x0112, kind, count) + struct.pack(order + value, orientation)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    return head + struct.pack(order + "H", 2) + entries + struct.pack(order + "I", 0) + more
+
+
+def png_chunk(name: bytes, body: bytes, spoil=0) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", (zlib.crc32(name + body) + spoil) % 2**32)
+
+
+def with_png_chunks(path, *chunks: bytes, behind: bool = False):
+    """`chunks` put into a PNG before its pixels, or behind them."""
+    content = path.read_bytes()
+    place = content.index(b"IEND" if behind else b"IDAT") - 4
+    path.write_bytes(content[:place] + b"".join(chunks) + content[place:])
+    return path
+
+
+def with_jpeg_segments(path, *segments: tuple[int, bytes]):
+    content = path.read_bytes()
+    added = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
+    path.write_bytes(content[:2] + added + content[2:])
+    return path
+
+
+def with_exif(path, block: bytes):
+    """A `write_map` of 40 x 30 with EXIF in any bytes."""
+    if path.suffix == ".png":
+        return with_png_chunks(write_map(path), png_chunk(b"eXIf", block))
+    if path.suffix == ".jpg":
+        return with_jpeg_segments(write_map(path), (0xE1, b"Exif\0\0" + block))
+    write_map(path.with_suffix(".png"))
+    with Image.open(path.with_suffix(".png")) as image:
+        image.save(path, exif=block, **{"lossless": True} if path.suffix == ".webp" else {"quality": 95})
+    return path
+
+
+def assert_is_map(path, orientation: int = 1, tolerance: int = 0):
+    """The picture is `write_map`'s, turned."""
+    actual = pixels(load_picture(path))
+    desired = np.stack(np.broadcast_arrays(5 * np.arange(40)[None, :], 7 * np.arange(30)[:, None], 0), axis=-1)
+    turned = {1: desired, 3: desired[::-1, ::-1], 6: np.rot90(desired, -1), 8: np.rot90(desired)}[orientation]
+    assert actual.shape == turned.shape
+    assert np.abs(actual - turned).mean() <= tolerance
+
+
+TOLERANCE = {".png": 0, ".webp": 0, ".jpg": 4}
+needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+
+
+# --------------------------------------------------------------------------------------------- orientation
+
+
+MALFORMED = {
+    "empty": b"", "text": b"no exif at all", "header": b"II*\0", "zeros": b"\0" * 64,
+    "cut": exif_block()[:16], "far": b"II*\0" + struct.pack("<I", 2**31), "itself": b"II*\0\x04\0\0\0" + b"\xff" * 90,
+    "many": b"MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12" * 30, "0": exif_block(0), "9": exif_block(9),
+    "large": exif_block(60000), "negative": exif_block(-3, kind=8), "text_type": exif_block(0x36, kind=2),
+    "fraction": exif_block(26, kind=5), "unknown_type": exif_block(6, kind=77), "no_values": exif_block(6, count=0),
+    "two_values": exif_block(2**20, kind=5, count=2**31 - 1), "wrong_order": b"MM*\0" + exif_block()[4:],
+}
+
+
+@pytest.mark.parametrize("suffix", TOLERANCE)
+@pytest.mark.parametrize("damage", MALFORMED)
+def test_malformed_exif_costs_nothing(tmp_path, suffix, damage):
+    assert_is_map(with_exif(tmp_path / f"picture{suffix}", MALFORMED[damage]), 1, TOLERANCE[suffix])
+
+
+@needs_avif
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("damage", [b"no exif!", b"\0" * 8, b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x09",
+                                    b"II*\0\0\0\0\0"])
+def test_malformed_exif_in_avif(tmp_path, damage, orientation):
+    """What turns it stands elsewhere, and Pillow writes it there."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "the maker of it"
+    with Image.open(write_map(tmp_path / "a.png")) as image:
+        image.save(tmp_path / "a.avif", exif=exif, quality=95)
+    content = (tmp_path / "a.avif").read_bytes()
+    (tmp_path / "a.avif").write_bytes(re.sub(rb"(?s)(II\*\0|MM\0\*).{4}", lambda _: damage, content, count=1))
+    assert damage in (tmp_path / "a.avif").read_bytes()
+    assert_is_map(tmp_path / "a.avif", orientation, 6)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+@pytest.mark.parametrize(
+    "block",
+    [exif_block(), exif_block(order=">"), exif_block(kind=4), exif_block(kind=1, order=">"), exif_block(kind=9),
+     exif_block()[:34], exif_block(order=">")[:36], exif_block(more=b"\xff" * 50),
+     b"II*\0\x08\0\0\0\xff\xff" + exif_block()[10:34], b"Exif\0\0" + exif_block()],
+    ids=["short", "big_endian", "long", "byte", "signed", "cut", "cut_big_endian", "more", "too_many", "twice"])
+def test_orientation_is_read_wherever_it_can_be(tmp_path, suffix, block):
+    assert_is_map(with_exif(tmp_path / f"picture{suffix}", block), 6, TOLERANCE[suffix])
+
+
+@pytest.mark.parametrize("xmp", ['<x tiff:Orientation="6"/>', "<tiff:Orientation>6</tiff:Orientation>"])
+def test_orientation_in_xmp(tmp_path, xmp):
+    path = with_png_chunks(write_map(tmp_path / "a.png"),
+                           png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp.encode()))
+    assert_is_map(path, 6)
+    path = with_jpeg_segments(write_map(tmp_path / "a.jpg"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp.encode()))
+    assert_is_map(path, 6, 4)
+
+
+def test_orientation_as_imagemagick_keeps_it(tmp_path):
+    block = exif_block(8).hex().encode()
+    text = b"Raw profile type exif\0\nexif\n      38\n" + block + b"\n"
+    assert_is_map(with_png_chunks(write_map(tmp_path / "a.png"), png_chunk(b"tEXt", text)), 8)
+    damaged = png_chunk(b"gAMA", b"\0")
+    assert_is_map(with_png_chunks(write_map(tmp_path / "b.png"), damaged, png_chunk(b"tEXt", text)), 8)
+
+
+# ------------------------------------------------------------------------------- metadata that Pillow refuses
+
+
+LARGE = 2 * PngImagePlugin.MAX_TEXT_CHUNK
+BAD_CHUNKS = {
+    "text": png_chunk(b"zTXt", b"comment\0\0" + zlib.compress(b"A" * LARGE)),
+    "international": png_chunk(b"iTXt", b"comment\0\1\0\0\0" + zlib.compress(b"A" * LARGE)),
+    "xmp": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"A" * LARGE)),
+    "profile": png_chunk(b"iCCP", b"name\0\0" + zlib.compress(b"A" * LARGE)),
+    "profile_method": png_chunk(b"iCCP", b"name\0\7" + zlib.compress(b"A")),
+    "profile_unended": png_chunk(b"iCCP", b"name"), "profile_empty": png_chunk(b"iCCP", b""),
+    "profile_no_zlib": png_chunk(b"iCCP", b"name\0\0abc"), "text_method": png_chunk(b"zTXt", b"comment\0\5abc"),
+    "memory": png_chunk(b"iTXt", b"a\0\0\0\0\0" + b"A" * 2**20) * (PngImagePlugin.MAX_TEXT_MEMORY // 2**20 + 1),
+    "gamma": png_chunk(b"gAMA", b"\0"), "gamma_zero": png_chunk(b"gAMA", b"\0\0\0\0"),
+    "colours": png_chunk(b"cHRM", b"\0" * 9), "srgb": png_chunk(b"sRGB", b""), "size": png_chunk(b"pHYs", b"\0\0"),
+    "transparency": png_chunk(b"tRNS", b"\0"), "animation": png_chunk(b"acTL", b"\0"),
+    "frame": png_chunk(b"acTL", b"\0\0\0\2\0\0\0\0") + png_chunk(b"fcTL", b"\0\0\0\7"),
+    "checksum": png_chunk(b"tEXt", b"comment\0abc", spoil=1), "unknown": png_chunk(b"abCd", b"abc", spoil=1),
+}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+def test_png_chunks_that_pillow_refuses(tmp_path, name, behind):
+    """They cost neither the picture nor its orientation, which stands in front of them."""
+    path = with_png_chunks(write_map(tmp_path / "a.png"), png_chunk(b"eXIf", exif_block()))
+    assert_is_map(with_png_chunks(path, BAD_CHUNKS[name], behind=behind), 6)
+
+
+def test_exif_of_a_wrong_checksum_still_turns_the_picture(tmp_path):
+    assert_is_map(with_png_chunks(write_map(tmp_path / "a.png"), png_chunk(b"eXIf", exif_block(), spoil=1)), 6)
+
+
+def test_large_xmp_still_turns_the_picture(tmp_path):
+    xmp = b'<x tiff:Orientation="3"/>' + b"A" * LARGE
+    chunk = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp))
+    assert_is_map(with_png_chunks(write_map(tmp_path / "a.png"), chunk), 3)
+
+
+BAD_SEGMENTS = {
+    "profile": (0xE2, b"ICC_PROFILE\0\1"), "pages": (0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\1\0\0\0\2"),
+    "pages_cut": (0xE2, b"MPF\0II*\0"), "jfif": (0xE0, b"JFIF\0"), "adobe": (0xEE, b"Adobe"),
+    "photoshop": (0xED, b"Photoshop 3.0\0" + b"8BIM\3\xed\0\0\0\0\0\3abc"),
+    "photoshop_cut": (0xED, b"Photoshop 3.0\x008BIM\0\0"),
+    "comment": (0xFE, b"\xff" * 9),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SEGMENTS)
+def test_jpeg_segments_that_pillow_refuses(tmp_path, name):
+    path = with_jpeg_segments(write_map(tmp_path / "a.jpg"), (0xE1, b"Exif\0\0" + exif_block()), BAD_SEGMENTS[name])
+    assert_is_map(path, 6, 4)
+
+
+@pytest.mark.parametrize("end", [-1, -20, -41])
+def test_webp_with_cut_metadata_behind_its_pixels(tmp_path, end):
+    path = with_exif(tmp_path / "a.webp", exif_block(1))
+    path.write_bytes(path.read_bytes()[:end])
+    assert_is_map(path)
+
+
+def tiff(path, *entries: tuple[int, int, int, int], order: str = "<", behind: bytes = b""):
+    """A `write_map` as an uncompressed TIFF with further tags."""
+    values = pixels(load_picture(write_map(path.with_suffix(".png")))).astype(np.uint8).tobytes()
+    known = [(256, 4, 1, 40), (257, 4, 1, 30), (258, 3, 3, 8), (259, 4, 1, 1), (262, 4, 1, 2), (273, 4, 1, 14),
+             (277, 4, 1, 3), (278, 4, 1, 30), (279, 4, 1, len(values))]
+    directory = 14 + len(values)
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I3H", directory, 8, 8, 8) + values
+    tags = sorted([*known, *entries])
+    content += struct.pack(order + "H", len(tags))
+    for entry in tags:
+        is_short = entry[1] == 3 and entry[2] == 1
+        content += struct.pack(order + ("HHIH2x" if is_short else "HHII"), *entry)
+    path.write_bytes(content + b"\0" * 4 + behind)
+    return path
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("entry", [
+    (700, 2, 4, 0x41424344), (700, 3, 1, 5), (34665, 4, 1, 2**31), (34665, 2, 4, 0x41424344), (34665, 4, 1, 3),
+    (34853, 12, 1, 5), (34675, 7, 2**31, 8), (34675, 3, 1, 9), (282, 5, 1, 2**31), (282, 2, 1, 0x41), (33432, 77, 1, 1),
+    (296, 3, 1, 99), (40965, 4, 1, 2**31),
+])
+def test_tiff_tags_of_any_kind(tmp_path, entry, order):
+    """bits per sample stand at 8, three of them."""
+    for orientation in (1, 6):
+        assert_is_map(tiff(tmp_path / "a.tif", entry, (274, 3, 1, orientation), order=order), orientation)
+
+
+@pytest.mark.parametrize("entry", [(274, 2, 2, 0x36), (274, 3, 1, 0), (274, 3, 1, 77), (274, 5, 1, 8)])
+def test_tiff_orientation_that_is_none(tmp_path, entry):
+    assert_is_map(tiff(tmp_path / "a.tif", entry))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("share", [0.4, 0.8])
+def test_damaged_metadata_does_not_excuse_cut_pixels(tmp_path, suffix, share):
+    path = tmp_path / f"cut{suffix}"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(path, **{} if suffix == ".tif" else {"exif": exif_block(1)})
+    if suffix == ".png":
+        with_png_chunks(path, BAD_CHUNKS["gamma"])
+    elif suffix == ".jpg":
+        with_jpeg_segments(path, BAD_SEGMENTS["profile"])
+    pixels(load_picture(path))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert "not a readable picture" in refused(path)
+
+
+# ----------------------------------------------------------------------------------------------- colours
+
+
+def icc_tag(kind: bytes, body: bytes) -> bytes:
+    tag = kind + b"\0\0\0\0" + body
+    return tag + b"\0" * (-len(tag) % 4)
+
+
+def icc_profile(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ", kind: bytes = b"mntr") -> bytes:
+    """An ICC profile of version 2."""
+    white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1.0, 0.8249)))
+    tags = {b"desc": icc_tag(b"desc", struct.pack(">I", 5) + b"test\0" + b"\0" * 78), b"cprt": icc_tag(b"text", b"x\0"),
+            b"wtpt": icc_tag(b"XYZ ", white), **tags}
+    place = 128 + 4 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", place + len(body), len(tag))
+        body += tag
+    head = struct.pack(">I4sI4s4s4s12s4s", place + len(body), b"none", 0x02400000, kind, space, pcs,
+                       bytes([7, 232, 0, 1, 0, 1]) + b"\0" * 6, b"acsp")
+    return head.ljust(68, b"\0") + white + b"\0" * 48 + table + body
+
+
+def gamma_curve(gamma: float) -> bytes:
+    return icc_tag(b"curv", struct.pack(">IH", 1, round(gamma * 256)))
+
+
+def rgb_profile(primaries: np.ndarray, gamma: float) -> bytes:
+    """primaries: (3, 3), rows red, green, blue as XYZ at D50."""
+    tags = {}
+    for name, row in zip(b"rgb", primaries):
+        tags[bytes([name]) + b"XYZ"] = icc_tag(b"XYZ ", struct.pack(">3i", *(round(v * 65536) for v in row)))
+        tags[bytes([name]) + b"TRC"] = gamma_curve(gamma)
+    return icc_profile(b"RGB ", tags)
+
+
+ADOBE = np.array([(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
+P3 = np.array([(0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)])
+PROPHOTO = np.array([(0.79767, 0.28804, 0.0), (0.13519, 0.71188, 0.0), (0.03134, 0.00009, 0.82491)])
+SRGB = np.array([(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)])
+SPACES = {"adobe": (ADOBE, 2.19921875), "p3": (P3, 2.19921875), "prophoto": (PROPHOTO, 1.80078125), "linear": (P3, 1.0)}
+
+
+def encode_srgb(linear: np.ndarray) -> np.ndarray:
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def as_srgb(values: np.ndarray, space: str) -> np.ndarray:
+    """By the standards' formulas: (..., 3), 0..255, of `space` to sRGB."""
+    primaries, gamma = SPACES[space]
+    return encode_srgb((values / 255.0) ** gamma @ primaries @ np.linalg.inv(SRGB))
+
+
+def colour_patches() -> np.ndarray:
+    """(32, 32, 3), uint8: 16 patches of muted colours, of 8 x 8 pixels each."""
+    patches = np.random.default_rng(3).integers(60, 200, (4, 4, 3), dtype=np.uint8)
+    return patches.repeat(8, axis=0).repeat(8, axis=1)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".jpg", pytest.param(".avif", marks=needs_avif)])
+def test_wide_gamut_profile_is_converted_to_srgb(tmp_path, suffix, space):
+    path, values = tmp_path / f"wide{suffix}", colour_patches()
+    options = {".webp": {"lossless": True}, ".jpg": {"quality": 100, "subsampling": 0}, ".avif": {"quality": 100}}
+    Image.fromarray(values).save(path, icc_profile=rgb_profile(*SPACES[space]), **options.get(suffix, {}))
+    with Image.open(path) as image:
+        stored = np.asarray(image.convert("RGB"))
+    desired = as_srgb(stored, space)
+    assert np.abs(desired - stored).max() > 8  # it makes a difference
+    assert np.abs(pixels(load_picture(path)) - desired).max() <= 2
+
+
+def test_profile_in_training_and_test_mode(tmp_path):
+    """Resized, with a JPEG decoded reduced, and cached: patches of 64 x 64 to 8 x 8, compared in their middle."""
+    path, values = tmp_path / "wide.jpg", colour_patches().repeat(8, axis=0).repeat(8, axis=1)
+    Image.fromarray(values).save(path, icc_profile=rgb_profile(*SPACES["adobe"]), quality=100, subsampling=0)
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    desired = as_srgb(values[32::64, 32::64], "adobe")
+    for actual in (pixels(load_resized(path, 32)), cache.open(path, 32).astype(int), cache.open(path, 32).astype(int),
+                   prepare_picture(path, 32)[0].permute(1, 2, 0).numpy().astype(int)):
+        assert actual.shape == (32, 32, 3)
+        assert np.abs(actual[4::8, 4::8] - desired).max() <= 4
+
+
+def test_profile_of_palette_and_transparent_pictures(tmp_path):
+    values, profile = colour_patches(), rgb_profile(*SPACES["adobe"])
+    desired = as_srgb(values, "adobe")
+    Image.fromarray(values).quantize(64).save(tmp_path / "palette.png", icc_profile=profile)
+    assert np.abs(pixels(load_picture(tmp_path / "palette.png")) - desired).max() <= 2
+    image = Image.fromarray(values)
+    image.putalpha(102)
+    image.save(tmp_path / "alpha.png", icc_profile=profile)
+    assert np.abs(pixels(load_picture(tmp_path / "alpha.png")) - (0.4 * desired + 0.6 * 255)).max() <= 2
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.80078125])
+@pytest.mark.parametrize("mode", ["L", "LA", "16"])
+def test_grey_profile(tmp_path, mode, gamma):
+    profile = icc_profile(b"GRAY", {b"kTRC": gamma_curve(gamma)})
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(ramp if mode != "16" else ramp.astype(np.uint16) * 257)
+    (image.convert("LA") if mode == "LA" else image).save(tmp_path / "grey.png", icc_profile=profile)
+    desired = encode_srgb((ramp / 255.0) ** gamma)[..., None]
+    assert np.abs(pixels(load_picture(tmp_path / "grey.png")) - desired).max() <= 2
+
+
+def test_grey_picture_with_a_profile_of_colours(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "grey.png", icc_profile=rgb_profile(*SPACES["prophoto"]))
+    desired = as_srgb(np.stack([ramp] * 3, axis=-1), "prophoto")
+    assert np.abs(pixels(load_picture(tmp_path / "grey.png")) - desired).max() <= 2
+
+
+def cmyk_profile() -> bytes:
+    """A press whose paper is L* = 100 and that prints, with any ink at all in full, L* = 0; grey at every mixture."""
+    grid = [(0 if any((n >> bit) & 1 for bit in range(4)) else 255, 128, 128) for n in range(16)]
+    table = struct.pack(">BBBx9i", 4, 3, 2, *[65536, 0, 0, 0, 65536, 0, 0, 0, 65536])
+    table += bytes(range(256)) * 4 + bytes(value for row in grid for value in row) + bytes(range(256)) * 3
+    return icc_profile(b"CMYK", {b"A2B0": icc_tag(b"mft1", table)}, pcs=b"Lab ", kind=b"prtr")
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".jpg"])
+def test_cmyk_profile(tmp_path, suffix):
+    """Half of one ink: L* = 50 by the profile, sRGB 119; Pillow alone would make it cyan."""
+    path = tmp_path / f"press{suffix}"
+    image = Image.new("CMYK", (32, 16), (128, 0, 0, 0))
+    image.paste((0, 0, 0, 0), (16, 0, 32, 16))
+    image.save(path, icc_profile=cmyk_profile(), **{"quality": 100} if suffix == ".jpg" else {})
+    actual = pixels(load_picture(path))
+    assert np.abs(actual[:, :15] - 118.5).max() <= 3 and (actual[:, 17:] >= 253).all()
+    assert np.abs(pixels(load_resized(path, 8))[:, :7] - 118.5).max() <= 3
+
+
+@pytest.mark.parametrize("size", [128, 132, 200, 400])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_broken_profile_is_ignored(tmp_path, suffix, size):
+    path = tmp_path / f"broken{suffix}"
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(path, icc_profile=rgb_profile(ADOBE, 2.2)[:size])
+    assert np.abs(pixels(load_picture(path)) - (200, 100, 50)).max() <= 4
+
+
+@pytest.mark.parametrize("profile", [b"no profile", cmyk_profile(), icc_profile(b"GRAY", {b"kTRC": gamma_curve(1.0)}),
+                                     icc_profile(b"RGB ", {})])
+def test_profile_of_another_kind_is_ignored(tmp_path, profile):
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "other.png", icc_profile=profile)
+    assert (pixels(load_picture(tmp_path / "other.png")) == (200, 100, 50)).all()
+
+
+def test_srgb_costs_nothing(tmp_path):
+    """By whatever name: it is told by what it does to colours."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert srgb_conversion(srgb, "RGB") is None and srgb_conversion(srgb, "L") is None
+    assert srgb_conversion(rgb_profile(*SPACES["p3"]), "RGB") is not None
+    values = colour_patches()
+    Image.fromarray(values).save(tmp_path / "srgb.png", icc_profile=srgb + b"\0" * LARGE)
+    assert (pixels(load_picture(tmp_path / "srgb.png")) == values).all()
+
+
+def test_profile_in_a_png_that_pillow_refuses(tmp_path):
+    path, values = tmp_path / "both.png", colour_patches()
+    Image.fromarray(values).save(path, icc_profile=rgb_profile(*SPACES["adobe"]) + b"\0" * LARGE)
+    assert np.abs(pixels(load_picture(path)) - as_srgb(values, "adobe")).max() <= 2
+
+
+# ------------------------------------------------------------------------------------------- transparency
+
+
+def cut_out(path, mode="RGBA", **options):
+    """A `write_map` whose alpha is 6 * column."""
+    with Image.open(write_map(path.with_suffix(".map.png"))) as image:
+        picture = image.convert("RGB")
+    picture.putalpha(Image.fromarray(np.broadcast_to(6 * np.arange(40, dtype=np.uint8), (30, 40)).copy()))
+    picture.convert(mode).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_alpha_is_given(tmp_path, name):
+    actual = load_alpha(cut_out(tmp_path / name, **{"lossless": True} if name == "a.webp" else {}))
+    assert actual.mode == "L" and (np.asarray(actual) == 6 * np.arange(40)).all()
+
+
+@pytest.mark.parametrize(("imsize", "cropsize"), [(None, None), (15, None), (60, None), (15, 10), (None, 20),
+                                                  (None, 64)])
+def test_alpha_lies_where_the_picture_lies(tmp_path, imsize, cropsize):
+    """Black where opaque and white where not: red of the picture on white is 255 - alpha, everywhere."""
+    ramp = Image.fromarray(np.broadcast_to(6 * np.arange(40, dtype=np.uint8), (30, 40)).copy())
+    image = Image.new("RGBA", (40, 30), "black")
+    image.putalpha(ramp)
+    image.save(tmp_path / "a.png", exif=exif_block())  # turned by a quarter
+    picture = prepare_picture(tmp_path / "a.png", imsize, cropsize)[0, 0].numpy().astype(int)
+    alpha = load_alpha(tmp_path / "a.png", imsize, cropsize)
+    assert alpha.mode == "L" and alpha.size == picture.shape[::-1]
+    assert np.abs(255 - picture - np.asarray(alpha)).max() <= 2
+
+
+def test_alpha_of_grey_and_palette(tmp_path):
+    image = Image.new("LA", (4, 2), (100, 51))
+    image.save(tmp_path / "grey.png")
+    assert (np.asarray(load_alpha(tmp_path / "grey.png")) == 51).all()
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([200, 0, 0, 0, 0, 150])
+    image.paste(1, (2, 0, 4, 2))
+    for name in ("a.gif", "a.png"):
+        image.save(tmp_path / name, transparency=1)
+        assert np.asarray(load_alpha(tmp_path / name)).tolist() == [[255, 255, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "opaque.png", "grey.png", "opaque.webp"])
+def test_opaque_pictures_have_no_alpha(tmp_path, name):
+    mode, colour = ("RGBA", (1, 2, 3, 255)) if "opaque" in name else ("L", 7) if "grey" in name else ("RGB", (1, 2, 3))
+    Image.new(mode, (8, 6), colour).save(tmp_path / name)
+    assert load_alpha(tmp_path / name, 4, 4) is None
+
+
+def test_alpha_refuses_as_pictures_do(tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    for path in (tmp_path / "text.png", tmp_path / "none.png", tmp_path):
+        with pytest.raises(PictureError):
+            load_alpha(path)
+
+
+def png(path, bits: int, kind: int, rows: bytes, *chunks: bytes, size=(2, 1)):
+    """A PNG by its fields."""
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + png_chunk(b"IDAT", zlib.compress(rows))
+                     + png_chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "rows", "key"),
+    [(1, 0, b"\0\x40", b"\0\1"), (2, 0, b"\0\x20", b"\0\2"), (4, 0, b"\0\x0c", b"\0\x0c"),
+     (8, 0, b"\0\0\x80", b"\0\x80"),
+     (16, 0, b"\0\0\0\x80\x01", b"\x80\x01"), (8, 2, b"\0\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
+     (16, 2, b"\0" + b"\0" * 6 + b"\x10\0\x20\0\x30\0", b"\x10\0\x20\0\x30\0")])
+def test_transparent_colour_of_every_depth(tmp_path, bits, kind, rows, key):
+    """Two pixels: black, and another, which is the transparent one."""
+    path = png(tmp_path / "key.png", bits, kind, rows, png_chunk(b"tRNS", key))
+    assert pixels(load_picture(path)).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    assert np.asarray(load_alpha(path)).tolist() == [[255, 0]]
+
+
+# ---------------------------------------------------------------------------------------- kinds of pictures
+
+
+def test_16_bit_colours(tmp_path):
+    path = png(tmp_path / "deep.png", 16, 2, b"\0" + struct.pack(">6H", 0, 257 * 10, 257 * 200, 65535, 257, 0))
+    assert pixels(load_picture(path)).tolist() == [[[0, 10, 200], [255, 1, 0]]]
+
+
+@pytest.mark.parametrize("name", ["deep.tif", "deep.pgm", "deep.png"])
+def test_16_bit_grey(tmp_path, name):
+    Image.fromarray(np.array([[0, 257 * 77, 65535]], np.uint16)).save(tmp_path / name)
+    assert pixels(load_picture(tmp_path / name))[0, :, 0].tolist() == [0, 77, 255]
+
+
+@pytest.mark.parametrize("mode", ["LAB", "YCbCr", "HSV"])
+def test_other_colour_spaces(tmp_path, mode):
+    colour = {"LAB": (255, 128, 128), "YCbCr": (255, 128, 128), "HSV": (0, 0, 255)}[mode]
+    if mode == "HSV":  # no file keeps it
+        actual = np.asarray(data._separate(Image.new(mode, (4, 4), colour))[0])
+    else:
+        Image.new(mode, (4, 4), colour).save(tmp_path / "a.tif")
+        actual = pixels(load_picture(tmp_path / "a.tif"))
+    assert actual.shape == (4, 4, 3) and (actual >= 252).all()
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif", pytest.param("a.avif", marks=needs_avif)])
+def test_first_frame_of_several(tmp_path, name):
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 0, 250)))
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    assert np.abs(pixels(load_picture(tmp_path / name)) - (250, 0, 0)).max() <= 8
+
+
+def test_float_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "float.tif")
+    assert "floating-point" in refused(tmp_path / "float.tif")
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "pipe" in refused(tmp_path / "pipe.jpg")
+    assert "device" in refused("/dev/zero")
+
+
+def test_picture_too_large_for_the_memory(tmp_path):
+    """The process may have 150 MB more than it has: 9 million pixels of one bit fit, 400 million do not."""
+    for name, side in (("small", 3000), ("huge", 20000)):
+        rows = zlib.compressobj(9)
+        packed = b"".join([rows.compress(bytes(1 + (side + 7) // 8)) for _ in range(side)]) + rows.flush()
+        head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+        (tmp_path / f"{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", packed)
+                                               + png_chunk(b"IEND", b""))
+    script = f"""
+import re, resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+now = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+resource.setrlimit(resource.RLIMIT_AS, (now + 150 * 2**20, now + 150 * 2**20))
+print(data.load_resized({str(tmp_path / "small.png")!r}, 64).size)
+for load in (data.load_picture, data.prepare_picture, lambda path: data.load_resized(path, 64)):
+    try:
+        load({str(tmp_path / "huge.png")!r})
+    except data.PictureError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "(64, 64)" and len(lines) == 4
+    assert all("20000 x 20000" in line and "memory" in line and "huge.png" in line for line in lines[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- HEIC
+
+
+def heic(path):
+    path.write_bytes(struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + b"\0" * 100)
+    return path
+
+
+@pytest.fixture
+def no_pillow_heif(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what import refuses
+    data.register_heic.cache_clear()
+    yield
+    data.register_heic.cache_clear()
+
+
+def test_heic_needs_pillow_heif(tmp_path, no_pillow_heif):
+    assert "pip install pillow-heif" in refused(heic(tmp_path / "a.heic"))
+
+
+def test_heic_in_a_folder_is_skipped_with_that_reason(tmp_path, no_pillow_heif, capsys):
+    for number in range(12):
+        write_map(tmp_path / f"{number:02}.png")
+    heic(tmp_path / "photo.HEIC")
+    paths, failed = open_folder(tmp_path, "--content_dir", MANY)
+    assert len(paths) == 12 and "13 pictures, 1 skipped" in failed.summary()
+    assert "pip install pillow-heif" in capsys.readouterr().err
+
+
+def test_heic_is_read_with_pillow_heif(tmp_path, monkeypatch):
+    """By a stand-in, which makes every HEIC picture one of one colour."""
+
+    class Heif(Image.Image):
+        format = "HEIF"
+
+    def open_heif(file, name):
+        image = Heif()
+        image.__dict__.update(Image.new("RGB", (6, 4), (10, 20, 30)).__dict__)
+        image.__class__ = Heif
+        return image
+
+    def register():
+        Image.register_open("HEIF", open_heif, lambda prefix: prefix[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    data.register_heic.cache_clear()
+    try:
+        for _ in range(2):
+            assert (pixels(load_picture(heic(tmp_path / "a.heic"))) == (10, 20, 30)).all()
+    finally:
+        data.register_heic.cache_clear()
+        Image.OPEN.pop("HEIF", None)
+        while "HEIF" in Image.ID:
+            Image.ID.remove("HEIF")
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+KINDS = {"a.tif": "TIFF", "b.bmp": "BMP", "c.gif": "GIF", "d.jfif": "JPEG", "e.ppm": "PPM", "f.tga": "TGA",
+         "g.jp2": "JPEG2000", "h.webp": "WEBP", "nosuffix": "JPEG", "no_tga": "TGA", "wrong.txt": "PNG", "i.ico": "ICO",
+         "j.dib": "DIB", "k.pcx": "PCX", "l.sgi": "SGI", "m.TIFF": "TIFF", "n.j2k": "JPEG2000", "wrong.json": "BMP",
+         "o.pdf": "JPEG", "p.avif": "AVIF", "q.dds": "DDS", "r.im": "IM", "s.xbm": "XBM", "t.msp": "MSP",
+         "u.mpo": "MPO"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_counts_in_folders(tmp_path, name):
+    if KINDS[name] == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    image = Image.new("1" if KINDS[name] in ("XBM", "MSP") else "RGB", (20, 16), 1)
+    image.save(tmp_path / name, KINDS[name])
+    load_picture(tmp_path / name)
+    assert find_pictures(tmp_path, "--content_dir") == [tmp_path / name]
+
+
+NO_PICTURES = {
+    "notes.txt": b"a photo of a cat\n", "a.json": b'{"a": 1}\n', "empty": b"", "a.csv": b"name,width\n1,2\n",
+    "weights.npy": b"\x93NUMPY\x01\x00v\0" + b" " * 100, "a.zip": b"PK\3\4" + b"\0" * 90,
+    "a.pdf": b"%PDF-1.7\n%\xe2\xe3\n",
+    "zeros": b"\0" * 500, "a.html": b"<!DOCTYPE html>", "a.h5": b"\x89HDF\r\n\x1a\n" + b"\0" * 90, "empty.gif": b"",
+    "utf8.txt": "Frühling, Sommer\n".encode(), "P5.txt": b"P5 is a node\n", "a.svg": b"<svg/>",
+    "a.mp3": b"ID3\4" + b"\0" * 90,
+    "readme.md": b"# Pictures\n", "a.py": b"#!/usr/bin/python\n", "a.mpg": b"\0\0\1\xb3\x16\0\xf0\xc4" + b"\0" * 50,
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_left_out_and_counted(tmp_path, name, capsys):
+    (tmp_path / name).write_bytes(NO_PICTURES[name])
+    message = user_error(find_pictures, tmp_path, "--content_dir")
+    assert "no picture in it" in message and "1 file is no picture" in message and name in message
+    write_map(tmp_path / "a.png")
+    assert find_pictures(tmp_path, "--content_dir") == [tmp_path / "a.png"]
+    assert f"1 file is no picture ({name})" in capsys.readouterr().err
+
+
+def test_summary_says_how_many_files_were_left_out(tmp_path, capsys):
+    for number in range(20):
+        write_map(tmp_path / f"{number:02}.png")
+    (tmp_path / "broken.jpg").write_text("no picture")
+    for name in ("a.txt", "b.txt", "deep.csv", ".hidden.txt", ".hidden.png"):
+        (tmp_path / name).write_text("text")
+    _, failed = open_folder(tmp_path, "--content_dir", MANY)
+    assert failed.summary() == f"--content_dir {tmp_path}: 21 pictures, 1 skipped, 3 files are no pictures"
+
+
+def test_folder_of_pictures_alone_says_nothing(tmp_path, capsys):
+    write_map(tmp_path / "a.png")
+    _, failed = open_folder(tmp_path, "--content_dir", MANY)
+    assert failed.summary() == f"--content_dir {tmp_path}: 1 pictures, 0 skipped"
+    assert capsys.readouterr().err == ""
+
+
+def test_empty_folder_is_said_to_be_empty(tmp_path):
+    (tmp_path / "deep").mkdir()
+    assert "it is empty" in user_error(find_pictures, tmp_path, "--style_dir")
+
+
+def test_links_pipes_and_loops(tmp_path, capsys):
+    """Looked at in no other way than by name: opening the pipe would wait for ever."""
+    write_map(tmp_path / "sub" / "a.png")
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "broken").symlink_to(tmp_path / "gone")
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "also").symlink_to(tmp_path / "sub")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        old = os.getcwd()
+        os.chdir(tmp_path)  # a socket's path may be no longer than 100 letters
+        listening.bind("socket.png")
+        os.chdir(old)
+        contents = look_through(tmp_path, "--content_dir")
+        assert find_pictures(tmp_path, "--content_dir") == contents.pictures == [tmp_path / "sub" / "a.png"]
+    assert contents.describe_left_out() == "4 links are broken, 4 are pipes, sockets or devices"
+    assert "4 links are broken" in capsys.readouterr().err
+
+
+def test_unreadable_subfolder_is_said(tmp_path, capsys, monkeypatch):
+    write_map(tmp_path / "a.png")
+    write_map(tmp_path / "locked" / "b.png")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # root may read all
+    assert find_pictures(tmp_path, "--content_dir") == [tmp_path / "a.png"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "locked") in line and "Permission denied" in line and "--content_dir" in line
+    assert "cannot be read" in user_error(find_pictures, tmp_path / "locked", "--content_dir")
+
+
+def test_pictures_are_told_by_their_names_unopened(tmp_path, monkeypatch):
+    for name in ("a.jpg", "b.JPEG", "c.png", "d.WebP"):
+        (tmp_path / name).write_text("no picture")
+    monkeypatch.setattr(data, "_look_at", lambda paths: [] if paths == [] else 1 / 0)
+    assert len(find_pictures(tmp_path, "--content_dir")) == 4

@@ -2,14 +2,18 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
 import random
 import re
+import signal
 import stat
+import struct
+import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from metadata import Metadata, srgb_conversion, strip_metadata
-from utils import UserError, note, usable_cores, write_atomically
+from utils import UserError, keep_freed_memory, note, usable_cores, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,8 +38,10 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # taken for pictures in f
 # Any suffix that names a picture file to write (reading goes by content, not by suffix).
 OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
                   ".tiff": "TIFF"}
+ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")  # what can hold transparency in full
 MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 MAX_FAILED_SHARE = 0.10
+WAIT = 1  # seconds for a batch, between two looks whether the run is to stop
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
 DECODING = 2  # goes up when the same file gives other pixels than before: what is cached is then made anew
 LOOKING_THREADS = 16
@@ -314,13 +320,22 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a picture in the format of `path`'s suffix, atomically. Raises UserError when it does not fit."""
-    options = {"quality": 95, "subsampling": 0} if OUTPUT_FORMATS[path.suffix.lower()] == "JPEG" else {}
+def save_picture(image: Image.Image, path: Path, alpha: Image.Image | None = None) -> None:
+    """Write a picture in the format of `path`'s suffix, atomically; with `alpha`, mode L and of its size, where the
+    format is one of ALPHA_FORMATS. Raises UserError, naming the file and the reason, when it cannot be written."""
+    path = Path(path)
+    kind = OUTPUT_FORMATS[path.suffix.lower()]
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    if alpha is not None and kind in ALPHA_FORMATS:
+        image = image.copy()
+        image.putalpha(alpha)
+    encoded = io.BytesIO()  # not into the file at once: Pillow's writers do not say why a disk did not take it
     try:
-        write_atomically(path, lambda file: image.save(file, OUTPUT_FORMATS[path.suffix.lower()], **options))
-    except (OSError, ValueError) as error:  # a full disk, or a side that the format cannot hold
-        raise UserError(f"{path}: the picture ({image.width} x {image.height}) cannot be written ({error})") from error
+        image.save(encoded, kind, **options)
+        write_atomically(path, lambda file: file.write(encoded.getbuffer()))
+    except (OSError, ValueError, struct.error) as error:  # a full disk, or a side that the format cannot hold
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the picture ({image.width} x {image.height}) cannot be written ({reason})") from error
 
 
 def picture_grid(rows: list[Tensor]) -> Image.Image:
@@ -825,13 +840,29 @@ def collate(samples: list) -> tuple:
     return *map(torch.stack, pictures), sum(failures, [])
 
 
-def _ignore_stop_signals(_worker: int) -> None:
+class _Batch:
+    """A batch on its way from a worker: arrays go through the worker's pipe, tensors would go through /dev/shm, which
+    is small in a container."""
+
+    def __init__(self, samples: list) -> None:
+        *pictures, self.failures = collate(samples)
+        self.pictures = [picture.numpy() for picture in pictures]
+
+    def pin_memory(self) -> "_Batch":
+        self.pictures = [torch.from_numpy(picture).pin_memory() for picture in self.pictures]
+        return self
+
+    def unpack(self) -> tuple:
+        """As `collate` gives it."""
+        return *map(torch.as_tensor, self.pictures), self.failures
+
+
+def _begin_worker(_worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process finishes its step
     # and needs its workers alive until then.
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    keep_freed_memory(False)  # the main process's setting would keep the largest decoded picture for ever
 
 
 def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:
@@ -844,13 +875,52 @@ def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, proc
     return [start + offset for start in starts for offset in range(batch_size)]
 
 
-def training_loader(
-    pictures: PicturesByPosition, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader:
-    """Batches of the given positions, in order. `positions` must hold whole batches."""
-    return DataLoader(
-        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=collate,
-        pin_memory=pin_memory, worker_init_fn=_ignore_stop_signals, prefetch_factor=4 if num_workers else None,
+def training_batches(
+    pictures: PicturesByPosition, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple]:
+    """Batches of the given positions, in order, as `collate` gives them. `positions` must hold whole batches.
+
+    Ends early when `stop` says so while a batch is waited for. Raises UserError when worker processes cannot be
+    started; when one is killed, DataLoader raises a RuntimeError, wherever this process is at that moment.
+    """
+    loader = DataLoader(
+        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_Batch,
+        pin_memory=pin_memory, worker_init_fn=_begin_worker, prefetch_factor=4 if num_workers else None,
+        timeout=WAIT if num_workers else 0,
         # Its own generator: drawing the workers' base seed must not move the run's random state.
         generator=torch.Generator(),
     )
+    try:
+        batches = iter(loader)
+    except OSError as error:  # too few file descriptors, processes, or places for semaphores in /dev/shm
+        raise UserError(f"--num_workers {num_workers}: the processes that decode pictures cannot be started "
+                        f"({error.strerror}); fewer, or 0, need less") from error
+    try:
+        while True:
+            try:
+                yield next(batches).unpack()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                if stop():
+                    return
+    finally:
+        _end_workers()
+
+
+def _end_workers() -> None:
+    """Kill what is left of the workers: they are deaf to gentler signals, and this process would wait for their end."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # torch's handler would take their end for an accident.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
+    try:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)

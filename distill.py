@@ -30,6 +30,7 @@ from run import Checked, Run, is_finished, open_config
 from runfolder import CheckpointFolder, WandbRun
 from utils import (
     UserError,
+    allow_tf32,
     autocast_dtype,
     describe_device,
     note,
@@ -57,7 +58,7 @@ class DistillConfig:
     content_dir: str | None = None
     style_dir: str | None = None
     save_path: str | None = None
-    resume: bool = False
+    resume: bool | str = False  # "auto": where there is a run
     imsize: int = 256
     cropsize: int = 96
     max_pixels: int = MAX_PIXELS
@@ -206,13 +207,17 @@ class Distiller:
     metrics = ("loss", "output_error", "feature_error")
     shown = ("loss",)
 
-    def __init__(self, config: DistillConfig, device: torch.device) -> None:
+    def __init__(self, config: DistillConfig, device: torch.device, checkpoint: dict | None = None) -> None:
+        """checkpoint: of the run that goes on; `restore` puts its weights back."""
         seed_everything(config.seed)
         self.config = config
         self.device = device
         self.held_out: list[Tensor] | None = None  # pictures for `measure`, (n, 3, H, W), uint8, in whole batches
         self.amp_dtype = autocast_dtype(config.amp, device)
-        network, _ = load_network(config.load_path)
+        if checkpoint is None:
+            network, _ = load_network(config.load_path)
+        else:
+            network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["student_config"]))
         teacher_width = self.open_teacher(network.config)
         if config.new_weights:
             initialize(network, network)
@@ -282,10 +287,16 @@ class Distiller:
     def state(self) -> dict:
         """What a checkpoint needs to go on."""
         weights = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
-        return {"state_dict": weights, "optimizer": self.optimizer.state_dict(), "vgg_weights": self.vgg_origin}
+        return {"state_dict": weights, "optimizer": self.optimizer.state_dict(), "vgg_weights": self.vgg_origin,
+                "student_config": self.network_config.to_dict()}
 
     def restore(self, checkpoint: dict) -> None:
-        """Put back `state`."""
+        """Put back `state`. Raises UserError when the teacher is not as it was."""
+        projection = checkpoint["state_dict"].get("projection.weight")
+        width = None if projection is None else len(projection)
+        if width != (None if self.network.projection is None else self.network.projection.out_channels):
+            raise UserError(f"--resume: --teacher {self.config.teacher} is not the one that the run began with: "
+                            f"its bottleneck had {width} channels")
         self.network.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
@@ -319,15 +330,17 @@ def _as_input(pictures: Tensor) -> Tensor:
 def distill(given: dict) -> int:
     """Run `--mode distill` with the flags given on the command line. Returns the exit code."""
     config, checkpoint = open_config("distill", DistillConfig, given, FIXED)
-    folder = CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, is_resumed=checkpoint is not None)
-    if is_finished(config, checkpoint):
-        return 0
-    kind = PaintedDistiller if config.teacher_is_pictures else Distiller
-    trainer = kind(config, resolve_device(config.gpu_no))
-    pictures, tallies, counts = _open_pictures(config, trainer)
-    precision = "float32" if trainer.amp_dtype is None else "bfloat16"
-    note(f"distilling on {describe_device(trainer.device)}, {precision}; {sum(counts)} pictures")
-    return Run("distill", config, trainer, folder, pictures, tallies, counts, WandbRun.none(), checkpoint).loop()
+    device = resolve_device(config.gpu_no)
+    allow_tf32(True)
+    with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
+        if is_finished(config, checkpoint):
+            return 0
+        kind = PaintedDistiller if config.teacher_is_pictures else Distiller
+        trainer = kind(config, device, checkpoint)
+        pictures, tallies, counts = _open_pictures(config, trainer)
+        precision = "float32" if trainer.amp_dtype is None else "bfloat16"
+        note(f"distilling on {describe_device(device)}, {precision}; {sum(counts)} pictures")
+        return Run("distill", config, trainer, folder, pictures, tallies, counts, WandbRun.none(), checkpoint).loop()
 
 
 def _open_pictures(

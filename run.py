@@ -1,15 +1,17 @@
 """The training loop: resume, signals, checks, sums of metrics, checkpoints."""
 
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from contextlib import closing
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from data import FailedPictures, PicturesByPosition, check_failures, shard_positions, training_loader
+from data import FailedPictures, PicturesByPosition, check_failures, shard_positions, training_batches
 from runfolder import CheckpointFolder, MetricFile, WandbRun, compare_resumed
 from utils import (
     CHECKPOINT_FORMAT,
@@ -19,6 +21,7 @@ from utils import (
     catch_stop_signals,
     is_first_process,
     note,
+    note_of_process,
     process_count,
     process_rank,
     progress_bar,
@@ -26,7 +29,9 @@ from utils import (
     restore_random_state,
     worker_count,
 )
+from weights import VGG_SOURCES
 
+PATHS = ("content_dir", "style_dir", "save_path", "load_path", "teacher", "cache_dir")
 STOP_INTERVAL = 16  # iterations on GPUs between two askings whether another process was told to stop
 
 
@@ -68,9 +73,12 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
     """The settings of a run, and the newest checkpoint of the one that `--resume` goes on with, else None.
 
     kind: the mode's configuration; given: the flags on the command line, which change a resumed run's settings but for
-    those in `fixed`. Raises UserError when the settings make no sense, or when there is no such run.
+    those in `fixed`. With `--resume auto` a run starts where there is none. Raises UserError when the settings make no
+    sense, or when there is no such run.
     """
     config, checkpoint = kind(**given), None
+    if config.resume == "auto" and not (config.save_path and CheckpointFolder(config.save_path, 0).newest.exists()):
+        config = replace(config, resume=False)
     if config.resume:
         checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
         stored = checkpoint.get(f"{mode}_config")
@@ -81,10 +89,19 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
         stored = asdict(kind()) | {  # a flag that is newer than the run stood at its default
             name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
         }
-        compare_resumed(given, stored, fixed)
+        stored["gpu_no"] = None  # of the machine that the run was on
+        compare_resumed(_with_absolute_paths(given), _with_absolute_paths(stored), fixed)
         config = kind(**{**stored, **given, "resume": True})
     config.check()
     return config, checkpoint
+
+
+def _with_absolute_paths(settings: dict) -> dict:
+    """The settings as they are stored: a run can be resumed from any folder."""
+    absolute = {name: os.path.abspath(settings[name]) for name in PATHS if settings.get(name)}
+    if settings.get("vgg_weights", VGG_SOURCES[0]) not in VGG_SOURCES:
+        absolute["vgg_weights"] = os.path.abspath(settings["vgg_weights"])
+    return settings | absolute
 
 
 def is_finished(config, checkpoint: dict | None) -> bool:
@@ -125,15 +142,15 @@ class MetricSums:
         self.latest = torch.where(present, values, self.latest)
         self.first_bad.masked_fill_(~values.isfinite() & (self.first_bad < 0), iteration)
 
-    def raise_if_bad(self, folder: CheckpointFolder) -> None:
-        """Raises UserError naming the first term that was not finite, its iteration, and what `folder` holds."""
+    def raise_if_bad(self) -> None:
+        """Raises UserError naming the first term that was not finite, and its iteration."""
         bad = {name: at for name, at in zip(self.names, self.first_bad.tolist()) if at >= 0}
         if not bad:
             return
         name = min(bad, key=bad.get)  # the earliest; of equals the first, and terms stand before their total
         term = name if name == "loss" else f"{name} loss"
-        raise UserError(f"iteration {bad[name]}: the {term} is not finite; "
-                        f"{folder.last_good}. A lower --lr, --encoder_lr or loss weight may help")
+        raise UserError(f"iteration {bad[name]}: the {term} is not finite, a lower --lr, --encoder_lr or loss weight "
+                        "may help")
 
     def show(self, names: tuple[str, ...]) -> str:
         """The latest values of some metrics, for the progress bar."""
@@ -196,10 +213,30 @@ class Run:
         """The iterations that are left. Returns the exit code: 0, or 128 + the signal that stopped it."""
         try:
             return self._loop()
+        except (UserError, RuntimeError) as error:
+            # A worker's end is raised wherever this process is, so also where other errors are translated.
+            reason = self._reason_of(error) or self._reason_of(error.__cause__)
+            if reason is None and not isinstance(error, UserError):
+                raise
+            raise UserError(f"{reason or error}; {self.folder.last_good}{self._how_to_go_on()}") from error
         finally:
             self.wandb_run.finish()
             for tally in self.tallies:
-                note(tally.summary())
+                note_of_process(tally.summary())
+
+    def _reason_of(self, error: BaseException | None) -> str | None:
+        """What a library's error says of the processes that work for this one, in words; None for another error."""
+        if "DataLoader worker" in str(error):
+            return (f"--num_workers {worker_count(self.config.num_workers)}: a process that decodes pictures was "
+                    "killed, as a rule because memory was short; fewer need less")
+        if process_count() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            return f"iteration {self.iteration + 1}: another process of this run has ended"
+        return None
+
+    def _how_to_go_on(self) -> str:
+        if not self.folder.newest.exists():
+            return ""
+        return f", go on with: python main.py --mode {self.mode} --resume --save_path {self.config.save_path}"
 
     def _loop(self) -> int:
         config, device = self.config, self.trainer.device
@@ -207,11 +244,15 @@ class Run:
             self.samples_seen, config.max_iter - self.iteration, config.batch_size, process_rank(), process_count()
         )
         workers = worker_count(config.num_workers)
-        loader = training_loader(self.pictures, positions, config.batch_size, workers, device.type == "cuda")
         bar = progress_bar(config.max_iter, self.mode, "it", initial=self.iteration)
         shown = time.perf_counter()
-        with bar, catch_stop_signals() as stop:
-            for *batch, failures in loader:
+        is_check = False
+        with catch_stop_signals() as stop, bar, closing(training_batches(
+            self.pictures, positions, config.batch_size, workers, device.type == "cuda",
+            # A process among several that left on its own would have the others wait for it.
+            stop=lambda: bool(stop) and process_count() == 1,
+        )) as batches:
+            for *batch, failures in batches:
                 check_failures(failures, self.tallies)
                 batch = [pictures.to(device, non_blocking=True) for pictures in batch]
                 self.iteration += 1
@@ -224,20 +265,19 @@ class Run:
                             or self.iteration % STOP_INTERVAL == 0)
                 stopping = may_stop and any_process(bool(stop))
                 if device.type == "cpu" or is_check or stopping or time.perf_counter() - shown > 1.0:
-                    self.sums.raise_if_bad(self.folder)
+                    self.sums.raise_if_bad()
                     shown = time.perf_counter()
                     bar.set_postfix_str(self.sums.show(self.trainer.shown), refresh=False)
                 if is_check:
                     self.check()
-                elif stopping:
-                    self.save()
                 bar.update()
-                if stopping and self.iteration < config.max_iter:
+                if stopping:
                     break
-            else:
+            if self.iteration == config.max_iter:
                 return 0
-        note(f"stopped after iteration {self.iteration}, saved; go on with: "
-             f"python main.py --mode {self.mode} --resume --save_path {config.save_path}")
+            if not is_check:
+                self.save()
+        note(f"stopped after iteration {self.iteration}, saved{self._how_to_go_on()}")
         return stop.exit_code if stop else 0  # 0 where another process was told to stop
 
     def check(self) -> None:
@@ -257,10 +297,10 @@ class Run:
             return
         state = self.trainer.state()
         if not all(tensor.isfinite().all() for tensor in state["state_dict"].values()):
-            raise UserError(f"iteration {self.iteration}: a weight is not finite; the checkpoint was not written, "
-                            f"{self.folder.newest} is untouched. A lower learning rate may help")
+            raise UserError(f"iteration {self.iteration}: a weight is not finite, so no checkpoint was written; a "
+                            "lower learning rate may help")
         settings = {name: list(value) if isinstance(value, tuple) else value
-                    for name, value in asdict(self.config).items()}
+                    for name, value in _with_absolute_paths(asdict(self.config)).items()}
         checkpoint = {
             "format": CHECKPOINT_FORMAT,
             "iteration": self.iteration,

@@ -3,17 +3,26 @@
 import importlib.util
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils import (
     CHECKPOINT_NAME,
     UserError,
+    is_first_process,
     load_checkpoint,
     make_folder,
     note,
     save_checkpoint,
     write_text_atomically,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_NAME = ".lock"
 
 
 def compare_resumed(given: dict, stored: dict, fixed: tuple[str, ...]) -> None:
@@ -34,16 +43,44 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self._lock = None
 
     @classmethod
-    def of_run(cls, save_path: str, keep: int, is_resumed: bool) -> "CheckpointFolder":
-        """The folder of `--save_path`, made where it is not there. Raises UserError when a new run would mix with
-        one that it holds."""
+    @contextmanager
+    def of_run(cls, save_path: str, keep: int, is_resumed: bool):
+        """The folder of `--save_path`, made where it is not there, and locked within the block. Raises UserError when
+        another run writes to it, or when a new run would mix with one that it holds."""
         folder = cls(make_folder(save_path, "--save_path"), keep)
-        if not is_resumed and folder.newest.exists():
-            raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it, another "
+        with folder.locked():
+            folder.refuse_another_run(is_resumed)
+            yield folder
+
+    @contextmanager
+    def locked(self):
+        """Within the block no other run can write to the folder; a kill ends it too. Of several processes the first
+        holds the lock. Raises UserError when another run has it."""
+        if fcntl is None or not is_first_process():
+            yield
+            return
+        try:
+            lock = open(self.folder / LOCK_NAME, "w")
+        except OSError as error:
+            raise UserError(f"--save_path {self.folder}: cannot be written to ({error.strerror})") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"--save_path {self.folder}: another run is writing to it; wait for its end, or choose "
+                                "another --save_path") from error
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def refuse_another_run(self, is_resumed: bool) -> None:
+        """Raises UserError when a new run would mix with one that the folder holds."""
+        if not is_resumed and self.newest.exists():
+            raise UserError(f"--save_path {self.folder}: holds a run already; --resume goes on with it, another "
                             "--save_path starts a new one")
-        return folder
 
     @classmethod
     def load_newest(cls, save_path: str | None) -> dict:
@@ -112,8 +149,12 @@ class MetricFile:
         write_text_atomically(self.path, "".join(kept))
 
     def append(self, row: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Raises UserError when the file cannot be written to."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: the metrics cannot be written ({error.strerror})") from error
 
 
 def wandb_key_is_configured() -> bool:

@@ -21,6 +21,7 @@ from runfolder import CheckpointFolder, WandbRun
 from transfer import TransferConfig, TransferTrainer
 from utils import (
     UserError,
+    allow_tf32,
     describe_device,
     is_first_process,
     make_folder,
@@ -30,11 +31,11 @@ from utils import (
     resolve_device,
     seed_everything,
 )
-from weights import load_network, load_teacher, load_vgg
+from weights import load_network, load_teacher, load_vgg, same_vgg
 
 PREVIEW_PICTURES = 4
 # Settings that a resumed run keeps.
-FIXED = ("backbone", "swap_max_pool", "vgg_weights", "load_path", "new_weights", "teacher", "upsampling", "padding",
+FIXED = ("backbone", "swap_max_pool", "load_path", "new_weights", "teacher", "upsampling", "padding",
          "optimizer")
 
 
@@ -47,7 +48,7 @@ class TrainConfig(TransferConfig):
     save_path: str | None = None
     load_path: str | None = None
     new_weights: bool = False
-    resume: bool = False
+    resume: bool | str = False  # "auto": where there is a run
     backbone: str = "vgg19"
     swap_max_pool: bool = False
     upsampling: str | None = None  # None: as --load_path says, or nearest
@@ -128,7 +129,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
     """The trainer at its start, or with the network of the checkpoint, for its `restore`."""
     seed_everything(config.seed)
     vgg, origin = load_vgg(config.backbone, config.vgg_weights, config.seed)
-    if checkpoint is not None and checkpoint.get("vgg_weights") != origin:
+    if checkpoint is not None and not same_vgg(checkpoint.get("vgg_weights"), origin):
         raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
                         f"now they are {origin}")
     pooling = "avg" if config.swap_max_pool else "max"
@@ -153,19 +154,21 @@ def train(given: dict) -> int:
     """Run `--mode train` with the flags given on the command line. Returns the exit code."""
     config, checkpoint = open_config("train", TrainConfig, given, FIXED)
     device = resolve_device(config.gpu_no)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    allow_tf32(True)
     with process_group(device):
-        folder = CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, is_resumed=checkpoint is not None)
-        if is_finished(config, checkpoint):
-            return 0
-        run = _open_run(config, device, folder, checkpoint)
-        try:
-            return run.loop()
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--compile: torch.compile failed ({reason}); training without the flag needs no compiler"
-                            ) from error
+        with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
+            if is_finished(config, checkpoint):
+                return 0
+            run = _open_run(config, device, folder, checkpoint)
+            try:
+                return run.loop()
+            except Exception as error:
+                # torch.compile passes on what its backends raise: no compiler, no Triton, a GPU too old for it.
+                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"--compile: torch.compile failed ({reason}); training without the flag needs no "
+                                "compiler") from error
 
 
 def _open_run(config: TrainConfig, device: torch.device, folder: CheckpointFolder, checkpoint: dict | None) -> Run:

@@ -338,16 +338,23 @@ class TransferTrainer:
         if self.losses.teacher is not None:
             state["projection"] = self.losses.projection.state_dict()
         return model_checkpoint(self.network, vgg_weights=self.vgg_origin, **state,
-                                optimizer=self.optimizer.state_dict())
+                                optimizer=self.optimizer.state_dict(), optimized=self._optimized())
+
+    def _optimized(self) -> list[list]:
+        """Name and shape of each parameter that learns, in the optimiser's order."""
+        names = {parameter: name for name, parameter in self.losses.named_parameters()}
+        return [[names[parameter], list(parameter.shape)]
+                for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def restore(self, checkpoint: dict) -> None:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts
         were trained. What the run did not count or steer before starts anew."""
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
+        stored = checkpoint.get("optimized") or _shapes_in(checkpoint["optimizer"])  # older runs have no names
+        own = self._optimized() if "optimized" in checkpoint else [shape for _, shape in self._optimized()]
+        if stored != own:
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
-                            "start a new run with --load_path for that") from error
+                            "start a new run with --load_path for that")
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.set_rates(checkpoint["iteration"])  # load_state_dict put those of its run back
         if self.losses.teacher is not None:
             self.losses.projection.load_state_dict(checkpoint["projection"])
@@ -374,6 +381,12 @@ class TransferTrainer:
             code = self.network.style_code(style)
             output = self.network.stylize(content, code)
         return picture_grid([content, style, output.float()])
+
+
+def _shapes_in(optimizer: dict) -> list[list[int]]:
+    """The shapes of the parameters in an optimiser's state dict, in its order."""
+    order = [number for group in optimizer["param_groups"] for number in group["params"]]
+    return [list(optimizer["state"][number]["exp_avg"].shape) for number in order]
 
 
 def parameter_groups(module: nn.Module, optimizer: str) -> list[dict]:

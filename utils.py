@@ -36,6 +36,11 @@ def note(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
+def note_of_process(message: str) -> None:
+    """`note` of every process: of several, each line tells whose it is."""
+    tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=sys.stderr)
+
+
 def progress_bar(total: int, description: str, unit: str, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
@@ -58,6 +63,20 @@ def process_count() -> int:
 
 def is_first_process() -> bool:
     return process_rank() == 0
+
+
+def check_processes() -> None:
+    """Raises UserError where WORLD_SIZE or RANK tells of several processes that torchrun did not start: a scheduler
+    or a notebook can leave them behind, and each would wait for the others, or write nothing, without a word."""
+    alone = {"WORLD_SIZE": "1", "RANK": "0"}
+    left = {name: os.environ[name] for name in alone if os.environ.get(name, alone[name]) != alone[name]}
+    missing = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    if left and missing:
+        found = " and ".join(f"{name}={value}" for name, value in left.items())
+        names = " ".join(name for name in alone if name in os.environ)
+        raise UserError(f"the environment has {found}, but not {', '.join(missing)}, which torchrun sets, too; for "
+                        f"one process: unset {names}; for several: start with torchrun")
 
 
 @contextmanager
@@ -132,21 +151,35 @@ def resolve_device(gpu_no: int | None) -> torch.device:
     """The device of `--gpu_no`: None picks GPU 0 when there is one, else the CPU; -1 is the CPU.
 
     On the CPU, freed memory stays with the process from here on, see `keep_freed_memory`.
-    Raises UserError when a GPU is asked for that is not there.
+    A GPU becomes torch's current one, so that nothing is put on another. Raises UserError when a GPU is asked for that
+    is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu_no is None and count and process_count() > 1:
         gpu_no = int(os.environ["LOCAL_RANK"])  # torchrun: one GPU a process
     if gpu_no is None:
         gpu_no = 0 if count else -1
+        if not count and torch.backends.mps.is_available():
+            note("Apple's GPU (MPS) is not supported: the CPU computes")
     if gpu_no == -1:
         keep_freed_memory()
         return torch.device("cpu")
     if gpu_no < -1:
         raise UserError(f"--gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
     if gpu_no >= count:
-        raise UserError(f"--gpu_no {gpu_no}: this machine has {count} usable GPU(s); use -1 for the CPU")
+        raise UserError(f"--gpu_no {gpu_no}: this machine has {count} usable CUDA GPU(s); use -1 for the CPU")
+    torch.cuda.set_device(gpu_no)
     return torch.device("cuda", gpu_no)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 convolutions and matrix products on a GPU may round their inputs to TF32's 10 bits.
+
+    Training may: its mixed precision rounds more. Pictures and measurements are computed in full float32; torch alone
+    would round convolutions.
+    """
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 # glibc's mallopt parameters, and its own defaults for them.
@@ -233,17 +266,16 @@ def random_state() -> dict:
     random state that a run carries along.
     """
     state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_initialized():
+        state["cuda"] = [torch.cuda.get_rng_state()]  # of the run's own GPU: asking others would put a context there
     return state
 
 
 def restore_random_state(state: dict) -> None:
     """Put back what `random_state` took."""
     torch.set_rng_state(state["torch"])
-    cuda_states = state.get("cuda", [])
-    if torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda_states)
+    if torch.cuda.is_initialized() and len(state.get("cuda", [])) == 1:  # an older run's file has one for every GPU
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 # -------------------------------------------------------------------------------------------- signals
@@ -303,6 +335,8 @@ def write_atomically(path: Path, write) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
     # The rename itself is only durable once the folder's entry is on the disk.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

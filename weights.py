@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,6 +17,9 @@ MODEL_STORE = Path(__file__).parent / "model-store"
 BUNDLED_VGG19 = MODEL_STORE / "vgg19_features.pth"
 COMPACT_MODEL = MODEL_STORE / "compact.pth"  # what test mode uses where no model is named
 VGG_SOURCES = ("imagenet", "bundled", "random")
+# What torch puts before a tensor's name: DataParallel and DistributedDataParallel, torch.compile, sharding, activation
+# checkpoints. No module of our networks is called so.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 # ---------------------------------------------------------------------------------------- VGG weights
@@ -46,8 +50,23 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
         if source == "bundled" and not path.exists():
             raise UserError(f"--vgg_weights bundled: {path} is not there; use imagenet, random or a path")
         weights = _read_vgg_file(path)
-        origin = f"{source} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
+        origin = f"{source} ({_digest(path)})"
     return _select_vgg(backbone, source, weights), origin
+
+
+def _digest(path: Path) -> str:
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def same_vgg(first: str | None, second: str | None) -> bool:
+    """Whether two origins of `load_vgg` name the same weights: by the files' SHA-256, wherever they lay. Where an older
+    run has none, by the words before it."""
+    if first is None or second is None:
+        return first == second
+    digests = [re.search(r"sha256 (\w+)", origin) for origin in (first, second)]
+    if all(digests):
+        return digests[0][1] == digests[1][1]
+    return first.split(", sha256")[0].rstrip(")") == second.split(", sha256")[0].rstrip(")")
 
 
 def _random_vgg(backbone: str, seed: int) -> dict[str, Tensor]:
@@ -87,7 +106,7 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
             f"({error}); put the file there, or use --vgg_weights bundled, random or a path"
         ) from error
     # Not by torchvision's own loader: it would run code pickled in a file of that name.
-    return load_checkpoint(file, flag="--vgg_weights imagenet:"), f"imagenet (torchvision {entry})"
+    return load_checkpoint(file, flag="--vgg_weights imagenet:"), f"imagenet (torchvision {entry}, {_digest(file)})"
 
 
 def _read_vgg_file(path: Path) -> dict[str, Tensor]:
@@ -139,7 +158,7 @@ def find_model_file(path: Path, flag: str = "--load_path") -> Path:
     """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
     path = Path(path)
     if path.is_dir():
-        for name in (CHECKPOINT_NAME, "pruned.pth"):
+        for name in ("student.pth", CHECKPOINT_NAME, "pruned.pth"):
             if (path / name).is_file():
                 return path / name
         raise UserError(f"{flag} {path}: the folder holds neither {CHECKPOINT_NAME} nor pruned.pth")
@@ -151,16 +170,21 @@ def load_network(
 ) -> tuple[StyleTransferNetwork, dict]:
     """Rebuild the network in a model file, full or pruned, on the CPU, in float32 and evaluation mode.
 
-    Files of the original implementation hold only `state_dict`: widths are read off the tensors, and
-    `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
+    Files of the original implementation hold only `state_dict`, or are a state_dict themselves: widths are read off
+    the tensors, and `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
+    Tensors may be named as in a wrapped network, see `unwrap_names`.
     Returns the network and the whole checkpoint dictionary. Raises UserError, naming `flag`, when it is
     no model.
     """
     path = find_model_file(path, flag)
     checkpoint = load_checkpoint(path, flag)
-    state_dict = checkpoint.get("state_dict")
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed)")
+    if "state_dict" not in checkpoint and _holds_tensors(checkpoint):
+        checkpoint = {"state_dict": checkpoint}
+    if not _holds_tensors(checkpoint.get("state_dict")):
+        found = ", ".join(sorted(map(str, checkpoint))[:5]) or "nothing"
+        raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed, or the "
+                        f"state_dict itself; found {found})")
+    state_dict = unwrap_names(f"{flag} {path}", checkpoint["state_dict"])
     try:
         if "config" in checkpoint:
             config = NetworkConfig.from_dict(checkpoint["config"])
@@ -187,6 +211,33 @@ def load_teacher(path: Path, student: NetworkConfig) -> tuple[StyleTransferNetwo
     return teacher, checkpoint
 
 
+def _holds_tensors(value) -> bool:
+    """Whether it is a dictionary of tensors, one at least."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
+
+
+def unwrap_names(source: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names without WRAPPERS: of the whole network, of a part of it, several around each other.
+
+    Raises UserError, naming `source`, when tensors of one module have different wrappers: whether they are of one
+    network cannot be told.
+    """
+    first, plain = {}, {}  # first: by module, the wrappers in it and the name of a tensor that has them
+    for key, tensor in state_dict.items():
+        module = wrappers = ""
+        for part in str(key).split("."):
+            if part in WRAPPERS:
+                wrappers += f"{part}."
+                continue
+            expected, example = first.setdefault(module, (wrappers, key))
+            if wrappers != expected:
+                raise UserError(f"{source}: prefixes are mixed, {example} and {key}; every tensor of a network needs "
+                                f"the same ({' or '.join(f'{name}.' for name in WRAPPERS[:2])}), or none")
+            module, wrappers = f"{module}{part}.", ""
+        plain[f"{module}{wrappers}".removesuffix(".")] = tensor
+    return plain
+
+
 def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> NetworkConfig:
     """Read backbone and widths off the conv tensors. Raises ValueError when they fit no backbone."""
     found = {str(key).removesuffix(".weight"): tensor.shape[0] for key, tensor in state_dict.items()
@@ -198,12 +249,15 @@ def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> Network
             return config.with_widths([found[conv] for conv in convs])
     counts = ", ".join(f"{sum(name.startswith(f'{part}.layers.0.') for name in found)} {part} convs"
                        for part in ("encoder", "decoder"))
-    raise ValueError(f"found {counts} under <part>.layers.0.<n>, which is neither {' nor '.join(BACKBONES)}")
+    others = [str(key) for key in state_dict if not str(key).startswith(("encoder.layers.0.", "decoder.layers.0."))]
+    raise ValueError(f"found {counts} under <part>.layers.0.<n>, which is neither {' nor '.join(BACKBONES)}"
+                     f"{f'; a tensor there is called {others[0]}' if others else ''}")
 
 
 def _check_tensors(source: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for key in wanted.keys() - found.keys():
-        raise UserError(f"{source}: the tensor {key} is missing")
+        others = [name for name in found if str(name).endswith(f".{key}")]  # under a prefix that is none of WRAPPERS
+        raise UserError(f"{source}: the tensor {key} is missing{f'; there is {others[0]}' if others else ''}")
     for key in found.keys() - wanted.keys():
         raise UserError(f"{source}: the tensor {key} belongs to no layer of this network")
     for key, tensor in found.items():

@@ -24,7 +24,7 @@ from measure import matrix_product_peak, peak_memory, print_json, spread, versio
 from plain import PlainTrainer, plain_loader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import PictureCache, TrainingPictures, find_pictures, training_loader
+from data import PictureCache, TrainingPictures, find_pictures, training_batches
 from network import NetworkConfig, build_from_vgg
 from train import TrainConfig
 from transfer import TransferTrainer
@@ -175,7 +175,7 @@ def _wait(device: torch.device) -> None:
 def own_batches(config: TrainConfig, paths: list, cache: PictureCache | None, workers: int, pin: bool) -> Iterator:
     """(content, style) from this trainer's loader, endless."""
     pictures = TrainingPictures(*paths, config.crop, config.seed, cache)
-    loader = training_loader(pictures, range(10**9), config.batch_size, workers, pin)
+    loader = training_batches(pictures, range(10**9), config.batch_size, workers, pin)
     return ((content, style) for content, style, _ in loader)
 
 

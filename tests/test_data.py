@@ -29,7 +29,7 @@ from data import (
     prepare_picture,
     save_picture,
     to_pil,
-    training_loader,
+    training_batches,
 )
 
 PILLOW_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # pixels, Pillow's own default; twice that is an error there
@@ -468,7 +468,7 @@ def test_same_position_gives_the_same_crop_in_any_order(tmp_path):
 
 def test_number_of_workers_changes_nothing(tmp_path):
     positions = range(6, 18)
-    alone, shared = (list(training_loader(make_pictures(tmp_path), positions, 4, workers, pin_memory=False))
+    alone, shared = (list(training_batches(make_pictures(tmp_path), positions, 4, workers, pin_memory=False))
                      for workers in (0, 2))
     assert len(alone) == len(shared) == 3
     pictures = make_pictures(tmp_path)
@@ -482,7 +482,7 @@ def test_number_of_workers_changes_nothing(tmp_path):
 
 def test_loader_leaves_the_random_state_alone(tmp_path):
     before = torch.get_rng_state()
-    list(training_loader(make_pictures(tmp_path), range(4), 2, 0, pin_memory=False))
+    list(training_batches(make_pictures(tmp_path), range(4), 2, 0, pin_memory=False))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -535,7 +535,7 @@ def test_failures_of_a_batch_reach_the_tally(tmp_path, capsys):
     broken = pictures.folders[0][2]
     broken.unlink()
     tallies = (FailedPictures(tmp_path / "content", "--content_dir", 12), FailedPictures(tmp_path, "--style_dir", 3))
-    for _, _, failures in training_loader(pictures, range(24), 4, 0, pin_memory=False):
+    for _, _, failures in training_batches(pictures, range(24), 4, 0, pin_memory=False):
         check_failures(failures, tallies)
     assert tallies[0].paths == {str(broken)} and tallies[1].paths == set()
     assert [str(broken) in line for line in capsys.readouterr().err.splitlines()] == [True]
@@ -693,7 +693,7 @@ def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, monkeypatc
 
 def test_workers_share_a_cache(tmp_path):
     pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
-    batches = list(training_loader(pictures, range(24), 4, 2, False))
+    batches = list(training_batches(pictures, range(24), 4, 2, False))
     plain = make_pictures(tmp_path)
     for number, (content, style, failures) in enumerate(batches):
         assert not failures

@@ -1,14 +1,26 @@
 """Distillation: pictures by position, the student and its loss, painted triples, resume, refusals. Small crops, CPU."""
 
 import math
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, small_config, small_network, user_error, write_map, write_picture
+from helpers import (
+    CONTENT_DIR,
+    CPU,
+    ROOT,
+    STYLE_DIR,
+    read_metrics,
+    small_config,
+    small_network,
+    stop_after,
+    user_error,
+    words,
+    write_map,
+    write_picture,
+)
 from PIL import Image
 from torch.testing import assert_close
 
@@ -26,7 +38,7 @@ from data import (
     open_triples,
     prepare_picture,
     split_holdout,
-    training_loader,
+    training_batches,
 )
 from distill import EXPORT_NAME, DistillConfig, Distiller, PaintedDistiller, distill, paint, rate_share
 from loss import painted_loss
@@ -35,12 +47,10 @@ from network import adain, channel_statistics
 from train import TrainConfig, build_trainer
 from weights import load_network, model_checkpoint
 
-CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
 SMALL = dict(imsize=40, cropsize=32, batch_size=4, num_workers=0, gpu_no=-1, amp="off", check_iter=2, holdout=0.25,
              lr=5e-3)
 FOLDERS = dict(content_dir=str(CONTENT_DIR), style_dir=str(STYLE_DIR))
 CROP = CropConfig(40, 32, False, 10**8)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +137,7 @@ def test_pictures_depend_on_seed_and_position_alone():
 
 
 def test_workers_show_the_same_pictures():
-    batches = [list(training_loader(mixed_pictures(), range(3, 11), 4, workers, False)) for workers in (0, 2)]
+    batches = [list(training_batches(mixed_pictures(), range(3, 11), 4, workers, False)) for workers in (0, 2)]
     assert [pictures.shape for pictures, _ in batches[0]] == [(4, 3, 32, 32)] * 2
     assert all(torch.equal(pictures, other) for (pictures, _), (other, _) in zip(*batches))
 
@@ -278,7 +288,7 @@ def test_run_of_painted_pictures_stops_and_resumes(tmp_path, monkeypatch):
     given = painted_settings(tmp_path, max_iter=4)
     assert distill(given | {"save_path": str(tmp_path / "whole")}) == 0
     with monkeypatch.context() as patch:
-        stop_in(1, patch)
+        stop_after(1, patch, signal.SIGINT)
         assert distill(given | {"save_path": str(tmp_path / "halves")}) == 130
     assert distill({"save_path": str(tmp_path / "halves"), "resume": True, "num_workers": 1}) == 0
     assert_same_runs(tmp_path / "halves", tmp_path / "whole")
@@ -393,24 +403,12 @@ def assert_same_runs(actual: Path, desired: Path) -> None:
     assert all(torch.equal(exported[0][name], tensor) for name, tensor in exported[1].items())
 
 
-def stop_in(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distillation of either kind gets SIGINT in `iteration`, until `monkeypatch` is undone."""
-    real = Distiller.set_rates
-
-    def set_and_stop(self, at):
-        if at == iteration:
-            os.kill(os.getpid(), signal.SIGINT)
-        real(self, at)
-
-    monkeypatch.setattr(Distiller, "set_rates", set_and_stop)
-
-
 def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, capsys):
     """A stop inside a check interval; the rest with a worker process."""
     given = settings(tmp_path, max_iter=6, check_iter=3)
     assert distill(given | {"save_path": str(tmp_path / "whole")}) == 0
     with monkeypatch.context() as patch:
-        stop_in(2, patch)
+        stop_after(2, patch, signal.SIGINT)
         assert distill(given | {"save_path": str(tmp_path / "halves")}) == 130
     assert "python main.py --mode distill --resume --save_path" in capsys.readouterr().err
     assert not (tmp_path / "halves" / EXPORT_NAME).exists()
@@ -508,7 +506,7 @@ def test_runs_are_not_mixed_up(tmp_path, other):
 
 def test_command_line(tmp_path, capsys):
     given = settings(tmp_path, max_iter=1, save_path=str(tmp_path / "run"))
-    flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    flags = words(given)
     assert main(["--mode", "distill", *flags]) == 0
     assert (tmp_path / "run" / EXPORT_NAME).exists()
     assert main(["--mode", "distill", *flags, "--holdout", "1"]) == 2

@@ -24,7 +24,8 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from data import normalize
-from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, load_vgg
+from network import NetworkConfig, StyleTransferNetwork, build_from_vgg
+from weights import load_vgg
 from train import TrainConfig
 from transfer import TransferTrainer
 from utils import process_count, process_group, process_rank

@@ -3,12 +3,11 @@
 
 import pytest
 import torch
-from helpers import ROOT, small_network
+from helpers import ROOT, SMALL_TRAINING, make_trainer, random_vgg, small_network
 from plain import PlainTrainer
-from test_speed import EVERY_LAYER, ON, VGG, batch
+from test_speed import EVERY_LAYER, ON, batch
 
-from data import TrainingPictures, training_loader
-from network import NetworkConfig, build_from_vgg
+from data import TrainingPictures, training_batches
 from run import MetricSums
 from train import TrainConfig, train
 from transfer import TransferTrainer
@@ -17,11 +16,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda", 0)
 
 
-def make_trainer(**settings) -> TransferTrainer:
-    torch.manual_seed(0)
-    config = TrainConfig(**(dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | settings))
-    teacher = small_network(width=20) if config.teacher else None
-    return TransferTrainer(*build_from_vgg(NetworkConfig.full(), VGG), config, GPU, teacher)
+def gpu_trainer(**settings) -> TransferTrainer:
+    settings = dict(amp="auto", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | settings
+    return make_trainer(taught_by=small_network(width=20) if "teacher" in settings else None, device=GPU, **settings)
 
 
 def batches(count: int) -> list[list[torch.Tensor]]:
@@ -31,7 +28,7 @@ def batches(count: int) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("more", [{}, EVERY_LAYER], ids=["bottleneck", "every layer"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_step_never_waits_for_the_gpu(compiled, more):
-    trainer = make_trainer(compile=compiled, **more)
+    trainer = gpu_trainer(compile=compiled, **more)
     sums = MetricSums(GPU, trainer.config.metrics)
     pictures = batches(6)
     for number, pair in enumerate(pictures[:4], 1):  # caches, compilation, graphs
@@ -48,7 +45,7 @@ def test_step_never_waits_for_the_gpu(compiled, more):
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_compiled_steps_equal_eager_steps(amp):
     """Over 20 steps with two of all terms, so that graphs are replayed between eager work."""
-    eager, compiled = make_trainer(amp=amp), make_trainer(amp=amp, compile=True)
+    eager, compiled = gpu_trainer(amp=amp), gpu_trainer(amp=amp, compile=True)
     for number, pair in enumerate(batches(20)):
         desired, actual = (trainer.step(*pair, all_terms=number % 8 == 7) for trainer in (eager, compiled))
         for name, value in desired.items():
@@ -56,9 +53,10 @@ def test_compiled_steps_equal_eager_steps(amp):
 
 
 def test_fast_step_equals_plain_step():
-    fast = make_trainer(amp="off")
+    fast = gpu_trainer(amp="off")
     config = fast.config
-    plain = PlainTrainer(fast.network.state_dict(), VGG, config.weights, config.learning_rates, config.l0_eps, GPU)
+    plain = PlainTrainer(fast.network.state_dict(), random_vgg(), config.weights, config.learning_rates, config.l0_eps,
+                         GPU)
     (pair,) = batches(1)
     actual, desired = fast.step(*pair), plain.step(*pair)
     for name, value in desired.items():
@@ -66,18 +64,15 @@ def test_fast_step_equals_plain_step():
 
 
 def test_run_on_the_gpu_resumes(tmp_path):
-    settings = dict(
-        content_dir=str(ROOT / "imgs" / "content"), style_dir=str(ROOT / "imgs" / "style"), vgg_weights="random",
-        imsize=40, cropsize=32, batch_size=2, num_workers=2, gpu_no=0, wb_mode="disabled", check_iter=2,
-        save_path=str(tmp_path / "run"), compile=True,
-    )
+    settings = SMALL_TRAINING | dict(num_workers=2, gpu_no=0, amp="auto", check_iter=2, compile=True,
+                                     save_path=str(tmp_path / "run"))
     assert train(settings | {"max_iter": 4}) == 0
     assert train({"save_path": settings["save_path"], "resume": True, "max_iter": 6}) == 0
 
 
 def test_batches_are_pinned():
     paths = sorted((ROOT / "imgs" / "content").glob("*.jpg"))
-    loader = training_loader(TrainingPictures(paths, paths, TrainConfig(imsize=40, cropsize=32).crop, 0), range(4), 2,
+    loader = training_batches(TrainingPictures(paths, paths, TrainConfig(imsize=40, cropsize=32).crop, 0), range(4), 2,
                              1, pin_memory=True)
     content, style, _ = next(iter(loader))
     assert content.is_pinned() and style.is_pinned()

@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -354,7 +355,11 @@ def test_wandb_offline_holds_the_logged_values(small, tmp_path, monkeypatch):
     train(small | {"save_path": str(tmp_path / "run"), "max_iter": 2, "wb_mode": "auto", "wb_name": "trial",
                    "wb_tags": ("channel loss", "xor loss"), "wb_notes": "a note"})
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    records = read_wandb_records(file)
+    records, deadline = [], time.monotonic() + 60.0
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):  # wandb's own process writes
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        records = read_wandb_records(file)
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     assert run.display_name == "trial" and list(run.tags) == ["channel loss", "xor loss"] and run.notes == "a note"
     history = []

@@ -15,6 +15,7 @@ from runfolder import CheckpointFolder, MetricFile, wandb_key_is_configured
 from utils import (
     autocast_dtype,
     catch_stop_signals,
+    check_processes,
     load_checkpoint,
     make_folder,
     random_state,
@@ -192,9 +193,12 @@ def test_truncating_without_a_file_makes_none(tmp_path):
 # ------------------------------------------------------------------------------------------- device, seed
 
 
-def pretend_gpus(monkeypatch, count: int) -> None:
+def pretend_gpus(monkeypatch, count: int) -> list[int]:
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: chosen.append(number))
+    return chosen
 
 
 @pytest.mark.parametrize(
@@ -202,8 +206,9 @@ def pretend_gpus(monkeypatch, count: int) -> None:
     [(0, None, "cpu"), (0, -1, "cpu"), (2, -1, "cpu"), (2, None, "cuda:0"), (2, 0, "cuda:0"), (2, 1, "cuda:1")],
 )
 def test_resolve_device(monkeypatch, gpus, asked, desired):
-    pretend_gpus(monkeypatch, gpus)
-    assert resolve_device(asked) == torch.device(desired)
+    chosen = pretend_gpus(monkeypatch, gpus)
+    device = resolve_device(asked)
+    assert device == torch.device(desired) and chosen == ([device.index] if device.type == "cuda" else [])
 
 
 @pytest.mark.parametrize(("gpus", "asked"), [(0, 0), (0, 1), (2, 2), (2, 99), (2, -2), (0, -3)])
@@ -329,3 +334,43 @@ def test_netrc_named_by_the_environment(home, monkeypatch):
 def test_damaged_netrc_is_no_key(home):
     (home / ".netrc").write_text("machine\nnonsense {{{ here\n")
     assert not wandb_key_is_configured()
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Sets what torchrun would set, and only that."""
+    def environment(**given: str) -> None:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+
+    return environment
+
+
+def test_one_process_and_those_of_torchrun_pass(processes):
+    processes()
+    check_processes()
+    processes(WORLD_SIZE="1", RANK="0")
+    check_processes()
+    processes(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29500")
+    check_processes()
+
+
+@pytest.mark.parametrize("given, found, unset", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2", "unset WORLD_SIZE;"),
+    ({"RANK": "1"}, "RANK=1", "unset RANK;"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2", "unset WORLD_SIZE RANK;"),
+    ({"WORLD_SIZE": "", "RANK": "0"}, "WORLD_SIZE=", "unset WORLD_SIZE RANK;"),
+    ({"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "10.0.0.1"}, "WORLD_SIZE=4 and RANK=3",
+     "unset WORLD_SIZE RANK;"),
+])
+def test_left_over_variables_of_torchrun_are_refused(processes, given, found, unset):
+    processes(**given)
+    message = user_error(check_processes)
+    assert f"the environment has {found}, but not " in message and unset in message
+    assert all((name in message.split("but not")[1].split("which")[0]) == (name not in given)
+               for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))

@@ -119,7 +119,7 @@ def random_vgg(backbone: str = "vgg19", seed: int = 0) -> dict[str, Tensor]:
 
 
 def make_trainer(
-    network: StyleTransferNetwork | None = None, teacher: StyleTransferNetwork | None = None,
+    network: StyleTransferNetwork | None = None, taught_by: StyleTransferNetwork | None = None,
     device: torch.device = CPU, **settings
 ) -> TransferTrainer:
     """A trainer of SMALL_TRAINING with other `settings`; without a network, of the full one at its start."""
@@ -128,7 +128,7 @@ def make_trainer(
     torch.manual_seed(0)
     if network is None:
         network, _ = build_from_vgg(NetworkConfig.full(config.backbone), vgg)
-    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, teacher)
+    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, taught_by)
 
 
 # --------------------------------------------------------------------------------- command lines, and runs

@@ -8,13 +8,11 @@ import numpy as np
 import peers
 import pytest
 import torch
-from helpers import small_network, write_map
+from helpers import small_network, write_map, write_model
 from PIL import Image
 
 from cost import count_macs, count_parameters
 from data import TRIPLE, find_pictures, normalize, prepare_picture, split_holdout, to_pil
-from utils import save_checkpoint
-from weights import model_checkpoint
 
 
 class ContentPeer:
@@ -40,7 +38,7 @@ def folders(tmp_path_factory) -> Path:
     for number in range(2):
         write_map(folder / "content" / f"{number}.png", (40, 30), number=100 * number)
         write_map(folder / "style" / f"{number}.png", (30, 34), number=250 - number)
-    save_checkpoint(model_checkpoint(small_network()), folder / "small.pth")
+    write_model(folder / "small.pth", small_network())
     return folder
 
 

@@ -11,9 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import small_network, user_error
+from helpers import (
+    CPU,
+    random_picture,
+    refusal,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+)
 from PIL import Image
-from test_cli import refusal
 from torch.testing import assert_close
 
 from data import denormalize, normalize
@@ -34,16 +42,7 @@ from quality import (
 )
 from train import TrainConfig
 from transfer import TransferTrainer
-from utils import save_checkpoint
-from weights import load_vgg, model_checkpoint
-
-CPU = torch.device("cpu")
-
-
-def random_picture(seed: int, size=(32, 40)) -> torch.Tensor:
-    """(1, 3, H, W), uint8."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (1, 3, *size), generator=generator, dtype=torch.uint8)
+from weights import load_vgg
 
 
 def grey(values: np.ndarray) -> torch.Tensor:
@@ -161,7 +160,7 @@ def test_losses_are_those_of_training(style_kind):
     assert_close(actual, torch.stack([desired["content"], desired["style"]]).double(), rtol=1e-4, atol=0)
     # Another VGG is another measure, so that the equality above says something.
     other = Meter(("content",), "vgg19", "random", style_kind, 4, CPU).measure(content, style, [output])[0, 0]
-    assert abs(other / actual[0] - 1) > 1e-3
+    assert abs(other / actual[0] - 1) > 3e-4
 
 
 def test_the_picture_as_its_own_output_has_no_content_loss_and_as_both_no_style_loss():
@@ -315,21 +314,13 @@ def test_comparison_shows_the_right_pictures_in_the_right_cells(tmp_path):
 def folders(tmp_path) -> dict:
     """Two contents, three styles, two narrow models of equal name; the flags of a test of the first."""
     for name, count in (("contents", 2), ("styles", 3)):
-        (tmp_path / name).mkdir()
         for number in range(count):
-            pixels = random_picture(10 * count + number, (32, 36))[0].permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(tmp_path / name / f"{name[0]}{number}.png")
+            write_noise(tmp_path / name / f"{name[0]}{number}.png", (32, 36), 10 * count + number)
     for seed, name in enumerate(("one", "two")):
-        (tmp_path / name).mkdir()
-        save_checkpoint(model_checkpoint(small_network(seed=seed), vgg_weights="a VGG of long ago"),
-                        tmp_path / name / "pruned.pth")
+        write_model(tmp_path / name / "pruned.pth", small_network(seed=seed), vgg_weights="a VGG of long ago")
     return {"--mode": ["test"], "--gpu_no": [-1], "--load_path": [tmp_path / "one" / "pruned.pth"],
             "--content": [tmp_path / "contents"], "--style": [tmp_path / "styles"],
             "--save_path": [tmp_path / "out"], "--vgg_weights": ["random"]}
-
-
-def words(flags: dict) -> list[str]:
-    return [str(word) for flag, values in flags.items() for word in (flag, *values)]
 
 
 def test_several_models_of_equal_name_are_measured_side_by_side(folders, tmp_path, capsys):
@@ -408,7 +399,7 @@ def test_drawn_pairs_and_a_single_pair(folders, tmp_path, capsys):
 def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, capsys):
     one, two = (tmp_path / name / "pruned.pth" for name in ("one", "two"))
     other = tmp_path / "vgg16.pth"
-    save_checkpoint(model_checkpoint(small_network("vgg16")), other)
+    write_model(other, small_network("vgg16"))
     Image.new("RGB", (40, MIN_SIDE - 1)).save(tmp_path / "flat.png")
     Image.new("RGB", (40, MIN_SIDE)).save(tmp_path / "just.png")
     (tmp_path / "styles" / "z.jpg").write_text("no picture")
@@ -425,7 +416,7 @@ def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, caps
         (single | {"--metrics": ["ssim"], "--save_path": [tmp_path / "out.png"]}, "one file cannot hold"),
         (single | {"--load_path": [one, two], "--save_path": [tmp_path / "out.png"]}, "one file cannot hold"),
         (single | {"--metrics": [], "--vgg_weights": ["/no/such.pth"]}, "--vgg_weights /no/such.pth"),
-        ({}, "z.jpg: not a readable picture"),
+        ({"--style": [tmp_path / "styles" / "z.jpg"]}, "z.jpg: not a readable picture"),
         (single | {"--mode": ["prune"], "--load_path": [one, two]}, "prune mode takes one, not 2"),
         (single | {"--mode": ["train"], "--load_path": [one, two]}, "train mode takes one, not 2"),
     ]
@@ -442,7 +433,7 @@ def test_output_that_is_not_finite_is_refused(folders, tmp_path, capsys):
     network = small_network()
     with torch.no_grad():
         network.decoder.layers[0][-1].weight.fill_(3e38)
-    save_checkpoint(model_checkpoint(network), tmp_path / "one" / "pruned.pth")
+    write_model(tmp_path / "one" / "pruned.pth", network)
     assert "not finite" in refusal(capsys, *words(folders | {"--metrics": ["ssim"]}))
 
 

@@ -4,25 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import quality_cost
-from helpers import ROOT
+from helpers import ROOT, small_config, small_network, write_model
 from PIL import Image
 
 from cost import count_macs, count_parameters
 from main import main
-from network import NetworkConfig, StyleTransferNetwork
-from utils import save_checkpoint
-from weights import model_checkpoint
-
-
-def narrow(width: int) -> StyleTransferNetwork:
-    full = NetworkConfig.full()
-    return StyleTransferNetwork(replace(full, encoder_widths=(width,) * 9, decoder_widths=(*(width,) * 8, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +21,7 @@ def measured(tmp_path_factory) -> Path:
     """metrics.json of three small networks on two pairs."""
     folder = tmp_path_factory.mktemp("measured")
     for width in (4, 6, 8):
-        save_checkpoint(model_checkpoint(narrow(width)), folder / f"narrow_{width}.pth")
+        write_model(folder / f"narrow_{width}.pth", small_network(width=width))
     models = [str(folder / f"narrow_{width}.pth") for width in (8, 4, 6)]
     pictures = ["--content", str(ROOT / "imgs" / "content"), "--style", str(ROOT / "imgs" / "style")]
     flags = ["--imsize", "32", "--pairs", "4", "--metrics", "content", "style", "--vgg_weights", "random"]
@@ -59,8 +50,8 @@ def test_points_are_the_measured_losses_and_the_files_costs(measured, tmp_path, 
         assert point["median_loss"] == pytest.approx(np.median(losses))
         assert point["difference"] == pytest.approx(np.mean(losses) - np.mean(first))
         assert (point["difference_margin"] == 0) == (point["name"] == "narrow_8")
-        assert point["parameters"] == count_parameters(narrow(width))
-        assert point["macs"] == count_macs(narrow(width).config, 32)
+        assert point["parameters"] == count_parameters(small_network(width=width))
+        assert point["macs"] == count_macs(small_config(width=width), 32)
         assert point["latency_ms"]["median"] > 0
     assert result["vgg_weights_of_losses"].startswith("random")
     assert Image.open(path).width > 1000

@@ -7,17 +7,13 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, small_network
+from helpers import CPU, ROOT, make_trainer, random_vgg, small_network, write_model
 from plain import PlainTrainer
 from torch.testing import assert_close
 
-from network import NetworkConfig, build_from_vgg
-from train import TrainConfig
-from transfer import TransferTrainer, conv_format
-from utils import save_checkpoint, time_in_turns
-from weights import load_vgg, model_checkpoint
+from transfer import conv_format
+from utils import time_in_turns
 
-CPU = torch.device("cpu")
 OFF = dict(style_loss_weight=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0)
 # An epsilon that gives channels of any strength a gradient.
 ON = dict(style_loss_weight=100.0, uncorrelation_loss_weight=50.0, channel_loss_weight=1e3, xor_loss_weight=500.0)
@@ -25,13 +21,6 @@ WEIGHTS = {"content": OFF, "all": ON} | {
     name.removesuffix("_loss_weight"): OFF | {name: weight} for name, weight in ON.items()
 }
 EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l0_eps="relative:0.1", teacher="given")
-VGG = load_vgg("vgg19", "random")[0]
-
-
-def make_trainer(config: TrainConfig) -> TransferTrainer:
-    torch.manual_seed(0)
-    teacher = small_network(width=20) if config.teacher else None
-    return TransferTrainer(*build_from_vgg(NetworkConfig.full(), VGG), config, CPU, teacher)
 
 
 def batch(seed: int, size: int = 16, pictures: int = 2) -> list[torch.Tensor]:
@@ -43,10 +32,12 @@ def batch(seed: int, size: int = 16, pictures: int = 2) -> list[torch.Tensor]:
 # -------------------------------------------------------------------------------------------- same learning
 
 
-def one_step_each(config: TrainConfig, seed: int) -> tuple[dict, dict, float]:
+def one_step_each(settings: dict, seed: int) -> tuple[dict, dict, float]:
     """The losses of the fast and the plain step, and the largest relative difference of a gradient."""
-    fast = make_trainer(config)
-    plain = PlainTrainer(fast.network.state_dict(), VGG, config.weights, config.learning_rates, config.l0_eps, CPU)
+    fast = make_trainer(**settings)
+    config = fast.config
+    plain = PlainTrainer(fast.network.state_dict(), random_vgg(), config.weights, config.learning_rates, config.l0_eps,
+                         CPU)
     actual, desired = fast.step(*batch(seed)), plain.step(*batch(seed))
     errors = []
     for part, rate in config.learning_rates.items():
@@ -62,10 +53,10 @@ def one_step_each(config: TrainConfig, seed: int) -> tuple[dict, dict, float]:
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
 def test_fast_step_equals_plain_step(weights, encoder_lr):
     """Losses and gradients in float32, of the first step from the same weights."""
-    config = TrainConfig(amp="off", encoder_lr=encoder_lr, decoder_lr=1e-4, l0_eps=1.0, **weights)
+    settings = dict(encoder_lr=encoder_lr, decoder_lr=1e-4, l0_eps=1.0) | weights
     errors = []
     for seed in range(6):
-        actual, desired, error = one_step_each(config, seed)
+        actual, desired, error = one_step_each(settings, seed)
         for name, value in desired.items():
             assert actual[name].item() == pytest.approx(value, rel=1e-4), name
         errors.append(error)
@@ -82,7 +73,7 @@ def test_bfloat16_curves_stay_together():
     curves = {"off": [], "bf16": []}  # of 3 runs, 50 iterations each
     for amp, runs in curves.items():
         for run in range(3):
-            trainer = make_trainer(TrainConfig(amp=amp, encoder_lr=3e-6, decoder_lr=3e-5, l0_eps=1.0, **ON))
+            trainer = make_trainer(amp=amp, encoder_lr=3e-6, decoder_lr=3e-5, l0_eps=1.0, **ON)
             runs.append([trainer.step(*batch(100 * run + number % 10), all_terms=True) for number in range(50)])
     for name in ("content", "style", "uncorrelation", "channel", "xor", "total"):
         exact, rounded = (torch.tensor([[step[name] for step in run] for run in curves[amp]]) for amp in curves)
@@ -97,8 +88,9 @@ def test_bfloat16_curves_stay_together():
 @pytest.mark.parametrize("more", [{}, EVERY_LAYER], ids=["bottleneck", "every layer"])
 def test_compiled_step_equals_eager_step(more):
     """Losses and gradients, also where a check measures the terms of weight 0."""
-    settings = dict(amp="off", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | {"xor_loss_weight": 0.0} | more
-    eager, compiled = make_trainer(TrainConfig(**settings)), make_trainer(TrainConfig(compile=True, **settings))
+    settings = dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | {"xor_loss_weight": 0.0} | more
+    taught_by = small_network(width=20) if more else None
+    eager, compiled = (make_trainer(taught_by=taught_by, compile=compile, **settings) for compile in (False, True))
     for number, all_terms in enumerate((False, True, False)):
         desired, actual = (trainer.step(*batch(number), all_terms=all_terms) for trainer in (eager, compiled))
         assert desired.keys() == actual.keys()
@@ -191,7 +183,7 @@ def test_train_step_benchmark():
 
 
 def test_stylize_benchmark(tmp_path):
-    save_checkpoint(model_checkpoint(small_network()), tmp_path / "small.pth")
+    write_model(tmp_path / "small.pth", small_network())
     text, report = run_benchmark("stylize.py", tmp_path / "small.pth", "full-vgg16", "--device", "cpu", "--sizes", 32,
                                  40, "--runs", 2)
     assert report["sizes"].keys() == {"32", "40"}

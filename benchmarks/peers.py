@@ -45,7 +45,7 @@ from data import (
 )
 from evaluate import TestConfig, choose_pairs, model_names
 from figures import COMPARED_ROWS, comparison_sheet
-from main import amount, count, count_or_zero, share
+from flags import amount, count, count_or_zero, share
 from quality import INTERVAL, METRICS, Measurement, Meter
 from stylize import encode_style, stylize_picture
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically

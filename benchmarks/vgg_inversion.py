@@ -19,7 +19,7 @@ from torch import Tensor
 
 import loss as losses
 from data import OUTPUT_FORMATS, PictureError, find_measured, normalize, picture_grid, prepare_picture, save_picture
-from main import amount, count, share
+from flags import amount, count, share
 from network import LossNetwork
 from utils import UserError, note, progress_bar, resolve_device
 from weights import load_vgg

@@ -1,4 +1,4 @@
-"""The command line: the three modes end to end, and every bad input in one line with exit code 2."""
+"""The command line: three modes end to end, and every bad input in one line with exit code 2."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import CONTENT_DIR, ROOT, STYLE_DIR, refusal, words
 from PIL import Image
 
+import main as command_line
 from data import denormalize, find_pictures, normalize, prepare_picture, split_holdout, to_pil
 from main import main
 from network import NetworkConfig, StyleTransferNetwork
 from stylize import DEMO_CONTENT, DEMO_STYLE
-from utils import save_checkpoint
+from utils import UserError, save_checkpoint
 from weights import COMPACT_MODEL, load_network, model_checkpoint
 
-ROOT = Path(__file__).parent.parent
-CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
 CONTENT, STYLE = CONTENT_DIR / "dog.jpg", STYLE_DIR / "great_wave.jpg"
 TRAIN = f"""--mode train --gpu_no -1 --vgg_weights random --imsize 40 --cropsize 32 --batch_size 2 --num_workers 0
     --content_dir {CONTENT_DIR} --style_dir {STYLE_DIR} --wb_mode disabled""".split()
@@ -31,14 +31,6 @@ def run_main(*arguments, code: int = 0) -> subprocess.CompletedProcess:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == code, result.stderr
     return result
-
-
-def refusal(capsys, *arguments) -> str:
-    """Run main in this process; it must refuse with code 2 and one line, which is returned."""
-    code = main([str(argument) for argument in arguments])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture(scope="session")
@@ -222,10 +214,6 @@ def test_flags(small_model, tmp_path) -> dict:
             "--save_path": tmp_path / "out.png"}
 
 
-def words(flags: dict) -> list:
-    return [part for pair in flags.items() for part in pair]
-
-
 def test_pickle_with_code_is_refused_and_not_run(test_flags, tmp_path, capsys):
     for name, write in (("torch", torch.save), ("pickle", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         bad, made = tmp_path / f"{name}.pth", tmp_path / f"made_by_{name}"
@@ -357,7 +345,7 @@ def test_upsampling_of_test_mode(test_flags, tmp_path):
     for upsampling in (None, "nearest", "bilinear"):
         flags = test_flags | {"--load_path": model, "--imsize": 64}
         flags |= {"--upsampling": upsampling} if upsampling else {}
-        assert main([str(word) for word in words(flags)]) == 0
+        assert main(words(flags)) == 0
         pictures[upsampling] = np.asarray(Image.open(tmp_path / "out.png"), dtype=float)
     assert np.array_equal(pictures[None], pictures[load_network(model)[0].config.upsampling])
     assert np.abs(pictures["nearest"] - pictures["bilinear"]).max() > 5
@@ -367,7 +355,7 @@ def test_upsampling_of_test_mode(test_flags, tmp_path):
 def test_margin_reaches_content_and_style(test_flags, tmp_path, margin):
     model = COMPACT_MODEL.with_name("tiny.pth")  # a small random network paints but black and white
     flags = test_flags | {"--load_path": model, "--imsize": 64} | ({} if margin is None else {"--margin": margin})
-    assert main([str(word) for word in words(flags)]) == 0
+    assert main(words(flags)) == 0
     network = load_network(model)[0]
     content, style = (normalize(prepare_picture(path, 64, None)) for path in (CONTENT, STYLE))
     outputs = {}
@@ -381,5 +369,73 @@ def test_margin_reaches_content_and_style(test_flags, tmp_path, margin):
 
 
 def test_flags_without_effect_are_said(test_flags, capsys):
-    assert main([str(word) for word in words(test_flags | {"--imsize": 32, "--batch_size": 3})]) == 0
+    assert main(words(test_flags | {"--imsize": 32, "--batch_size": 3})) == 0
     assert "--batch_size has no effect in test mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, instead", [("content_dir", "--content"), ("style_dir", "--style")])
+def test_folders_of_other_modes_are_refused_in_test_mode(capsys, name, instead):
+    line = refusal(capsys, "--mode", "eval", f"--{name}", "photos")
+    assert line == f"error: --{name} photos: test mode takes a picture, or a folder of pictures, by {instead}"
+
+
+def test_unknown_flags_point_to_the_help_of_the_mode(capsys):
+    line = refusal(capsys, "--mode", "prune_eval", "--view_strength", 1)
+    assert line == "error: unrecognized arguments: --view_strength 1 (see python main.py --mode prune --help)"
+
+
+# ---------------------------------------------------------------------------------- memory and processes
+
+
+TORCH_ON_THE_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+MACHINE, GPU = "this machine's memory", "the GPU's memory"
+
+
+def raising(error: Exception):
+    def mode(_given: dict):
+        raise error
+
+    return mode
+
+
+@pytest.mark.parametrize("error, whose", [
+    (MemoryError("Unable to allocate 1.2 GiB"), MACHINE), (TORCH_ON_THE_CPU, MACHINE),
+    (torch.OutOfMemoryError("CUDA out of memory"), GPU),
+], ids=["numpy", "torch", "cuda"])
+@pytest.mark.parametrize("mode, flags", [
+    ("train", "--imsize, --cropsize or --batch_size"), ("test", "--imsize or --cropsize"),
+    ("prune", "--imsize or --cropsize"), ("distill", "--imsize, --cropsize or --batch_size"),
+])
+def test_too_little_memory_is_one_line_with_the_flags_that_help(monkeypatch, capsys, error, whose, mode, flags):
+    monkeypatch.setitem(command_line.MODES, mode, (None, raising(error)))
+    assert main(["--mode", mode]) == 2
+    assert capsys.readouterr().err == f"error: {whose} is too small for this; a smaller {flags} helps\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setitem(command_line.MODES, "test", (None, raising(RuntimeError("a bug"))))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["--mode", "test"])
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(), "this machine's memory is too small"),
+    (UserError("--imsize 7: too small"), "--imsize 7: too small"),
+])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_says_its_error_with_its_rank(monkeypatch, capsys, error, said, rank):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(command_line.MODES, "train", (None, raising(error)))
+    assert refusal(capsys, "--mode", "train").startswith(f"error: rank {rank} of 2: {said}")
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, capsys):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert refusal(capsys, "--mode", "test") == (
+        "error: the environment has WORLD_SIZE=2 and RANK=1, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT, which "
+        "torchrun sets, too; for one process: unset WORLD_SIZE RANK; for several: start with torchrun")

@@ -16,6 +16,7 @@ ROWS = (
     ("run",),
     ("transfer",),
     ("train", "distill", "evaluate", "prune", "convert_vgg"),  # the modes, and a script that stands alone
+    ("flags",),
     ("main",),
 )
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}

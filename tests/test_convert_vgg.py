@@ -11,9 +11,9 @@ from helpers import user_error
 from PIL import Image
 
 import convert_vgg
-from data import normalize, pil_to_tensor
+from data import find_pictures, normalize, pil_to_tensor, prepare_picture
 from network import LossNetwork
-from weights import BUNDLED_VGG19, MODEL_STORE, load_vgg
+from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, load_vgg
 
 PHOTOGRAPH = MODEL_STORE.parent / "imgs" / "content" / "parrot.jpg"
 
@@ -59,18 +59,39 @@ def test_bundled_features_are_the_released_ones_up_to_a_factor(wheel):
         assert (found - factor * desired).norm() < 1e-2 * found.norm(), name
 
 
-def test_every_tap_has_a_mean_activation_near_one():
-    features = bundled_features(Image.open(PHOTOGRAPH).resize((256, 256)))
-    assert all(0.7 < feature.mean() < 1.4 for feature in features.values())  # one over eight photographs
+@torch.inference_mode()
+def test_every_layer_has_a_mean_activation_of_one_over_the_eight_photographs():
+    network = LossNetwork("vgg19")
+    network.layers.load_state_dict(load_vgg("vgg19", "bundled")[0])
+    sums, counts = torch.zeros(9, dtype=torch.float64), torch.zeros(9)
+    for path in find_pictures(convert_vgg.NATURAL_PICTURES, ""):
+        feature, activations = normalize(prepare_picture(path, imsize=256)), []
+        for layer in network.layers:
+            feature = layer(feature)
+            activations += [feature] if isinstance(layer, torch.nn.ReLU) else []
+        sums += torch.stack([activation.double().sum() for activation in activations])
+        counts += torch.tensor([activation.numel() for activation in activations])
+    assert (sums / counts - 1).abs().max() < 2e-3  # half precision
 
 
-def test_the_script_makes_the_bundled_file(wheel, tmp_path):
+def test_the_script_makes_the_bundled_file_up_to_the_factors_of_its_photographs(wheel, tmp_path):
+    """By one photograph, to be quick; the factors of all eight are held above."""
     path = tmp_path / "made.pth"
-    assert convert_vgg.main(["--wheel", str(wheel), "--save_path", str(path)]) == 0
+    (tmp_path / "pictures").mkdir()
+    Image.open(PHOTOGRAPH).resize((64, 64)).save(tmp_path / "pictures" / "small.png")
+    assert convert_vgg.main(["--wheel", str(wheel), "--content_dir", str(tmp_path / "pictures"),
+                             "--save_path", str(path)]) == 0
     made, bundled = (torch.load(each, weights_only=True) for each in (path, BUNDLED_VGG19))
     assert made.keys() == bundled.keys() and {tensor.dtype for tensor in made.values()} == {torch.float16}
-    for name, tensor in bundled.items():
-        torch.testing.assert_close(made[name], tensor, rtol=2e-3, atol=1e-4)
+    before = 1.0
+    for index in conv_indices("vgg19"):
+        weight, bias = (made[f"features.{index}.{kind}"].double() for kind in ("weight", "bias"))
+        desired = [bundled[f"features.{index}.{kind}"].double() for kind in ("weight", "bias")]
+        factor = ((weight * desired[0]).sum() / desired[0].square().sum()).item()
+        # A layer takes back what the one before was divided by, and its bias does not.
+        torch.testing.assert_close(weight, factor * desired[0], rtol=2e-3, atol=1e-4)
+        before *= factor
+        torch.testing.assert_close(bias, before * desired[1], rtol=5e-3, atol=1e-4)
 
 
 def test_first_conv_takes_normalised_rgb_for_caffes_input():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics
+from helpers import REPORTING_MAIN, ROOT, read_metrics
 from torch.testing import assert_close
 
 from data import shard_positions
@@ -119,15 +119,15 @@ def test_torchrun_trains_resumes_and_saves_once(tmp_path):
 
 def test_torchrun_stops_all_processes_at_one_iteration(tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen([*TORCHRUN, str(ROOT / "main.py"), *train_flags(folder, 5000)], text=True,
-                               env=ENVIRONMENT, stderr=subprocess.PIPE)
-    for line in process.stderr:
-        if "training on" in line:
-            break
-    while not (folder / "check_point.pth").exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    rest = process.stderr.read()
-    process.wait(timeout=120)
+    with open(tmp_path / "errors", "w") as errors, subprocess.Popen(
+        [*TORCHRUN, str(REPORTING_MAIN), *train_flags(folder, 5000)], text=True, env=ENVIRONMENT, stderr=errors,
+        stdout=subprocess.PIPE,
+    ) as process:
+        for iteration in process.stdout:  # of either process; at 3, the checkpoint of 2 is written
+            if int(iteration) == 3:
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stdout.read()
+    rest = (tmp_path / "errors").read_text()
     assert "go on with: python main.py --mode train --resume" in rest
     assert torch.load(folder / "check_point.pth", weights_only=True)["iteration"] >= 2

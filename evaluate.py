@@ -6,10 +6,12 @@ import math
 import os
 import platform
 import random
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -26,10 +28,21 @@ from data import (
     save_picture,
     to_pil,
 )
-from figures import Sheet, comparison_sheet, contact_sheet
+from figures import COMPARISON, CONTACT_SHEET, Sheet, comparison_sheet, contact_sheet
 from network import StyleTransferNetwork
 from quality import INTERVAL, LOSS_METRICS, METRICS, MIN_SIDE, Measurement, Meter
-from stylize import DEMO_CONTENT, DEMO_STYLE, check_margin, encode_style, load_input, open_model, stylize
+from stylize import (
+    DEMO_CONTENT,
+    DEMO_STYLE,
+    UnusablePicture,
+    check_margin,
+    encode_style,
+    load_input,
+    load_transparency,
+    open_model,
+    stylize,
+    usable,
+)
 from utils import (
     UserError,
     describe_device,
@@ -40,9 +53,12 @@ from utils import (
     usable_cores,
     write_text_atomically,
 )
-from weights import COMPACT_MODEL, find_model_file
+from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
+METRICS_NAME = "metrics.json"
+LONGEST_SUFFIX = 5  # letters and digits after the last dot of --save_path that are taken for a picture format
+LONGEST_NAME = 180  # bytes of a picture's file name: file systems take 255, and a file in the making has a longer one
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class TestConfig:
     load_path: tuple[str, ...] = (str(COMPACT_MODEL),)
     content: str = str(DEMO_CONTENT)
     style: str = str(DEMO_STYLE)
+    content_dir: str | None = None  # as other implementations call content and style
+    style_dir: str | None = None
     save_path: str | None = None  # None: OUTPUT_NAME
     holdout: float = 0.0
     backbone: str | None = None
@@ -78,10 +96,15 @@ class TestConfig:
             return ()
         return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
 
+    def input(self, kind: str) -> tuple[str, str]:
+        """The path of the content or style, and the flag that it is of."""
+        other = f"{kind}_dir"
+        return (getattr(self, kind), kind) if getattr(self, other) is None else (getattr(self, other), other)
+
     @property
     def names_a_folder(self) -> bool:
         """Whether content or style is a folder of pictures."""
-        return Path(self.content).is_dir() or Path(self.style).is_dir()
+        return any(Path(self.input(kind)[0]).is_dir() for kind in ("content", "style"))
 
     @property
     def is_single(self) -> bool:
@@ -95,12 +118,28 @@ class TestConfig:
             return Path(self.save_path)
         return Path(f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME)
 
+    @property
+    def writes_a_file(self) -> bool:
+        """Whether the output is a picture file: by its suffix, unless it is a folder already or ends in a slash."""
+        if (self.save_path or "").endswith(("/", os.sep)) or self.output.is_dir():
+            return False
+        return self.output.suffix.lower() in OUTPUT_FORMATS
+
     def check(self) -> None:
-        """Raises UserError for an empty path, or a margin that poolings do not divide."""
+        """Raises UserError for an empty path, a margin that poolings do not divide, or a save_path that looks like a
+        picture file of a kind that is not written."""
         check_margin(self.margin)
-        for flag in ("content", "style", "save_path"):
+        for flag in ("content", "style", "content_dir", "style_dir", "save_path"):
             if getattr(self, flag) == "":
                 raise UserError(f"--{flag} is empty; leave it out for the default")
+        if self.save_path is None or self.writes_a_file or self.save_path.endswith(("/", os.sep)):
+            return
+        # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no picture format.
+        name, suffix = self.output.name, self.output.suffix[1:].strip()
+        looks_like_one = suffix[:1].isalpha() and suffix.isalnum() and len(suffix) <= LONGEST_SUFFIX
+        if (looks_like_one or name.lower() in OUTPUT_FORMATS) and not self.output.is_dir():
+            raise UserError(f"--save_path {self.save_path}: no picture format that can be written "
+                            f"({' '.join(OUTPUT_FORMATS)}); for a folder of this name, end it with /")
 
 
 # ------------------------------------------------------------------------------------------------- models
@@ -183,27 +222,62 @@ def _open_meter(config: TestConfig, models: list[_Model], device: torch.device) 
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The content or the style pictures, and a file-name part for each."""
+    """The content or the style pictures, and a file-name part for each. root: the folder that was named, if one was."""
 
     flag: str
     paths: list[Path]
     names: list[str]
+    root: Path | None
 
 
 def _find_inputs(path: str, flag: str, holdout: float) -> _Pictures:
     """The picture that `path` names, or those of a folder."""
     root = Path(path)
     if not root.is_dir():
-        return _Pictures(flag, [root], _names(root.parent, [root]))
+        return _Pictures(flag, [root], _names(root.parent, [root]), None)
     paths = find_measured(root, f"--{flag}", holdout)
-    return _Pictures(flag, paths, _names(root, paths))
+    return _Pictures(flag, paths, _names(root, paths), root)
 
 
 def _names(root: Path, paths: list[Path]) -> list[str]:
     """A file-name part for each picture, unique among them: its path below `root`, without the suffix
     unless two pictures differ in nothing else."""
     stems = ["-".join(path.relative_to(root).with_suffix("").parts) for path in paths]
-    return [stem if stems.count(stem) == 1 else f"{stem}-{path.suffix[1:]}" for stem, path in zip(stems, paths)]
+    counts = Counter(map(_folded, stems))
+    return distinct([stem if counts[_folded(stem)] == 1 else f"{stem}-{path.suffix[1:]}"
+                     for stem, path in zip(stems, paths)])
+
+
+def _folded(name: str) -> str:
+    """Equal for names that are one file on some file systems."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names, those that are equal without regard to case, or `taken`, with a number of their own behind them."""
+    counts = Counter(map(_folded, (*names, *taken)))
+    used = set(counts)
+    result = []
+    for name in names:
+        number, chosen = 1, name
+        while counts[_folded(name)] > 1 and _folded(chosen) in used:
+            chosen, number = f"{name}-{number}", number + 1
+        used.add(_folded(chosen))
+        result.append(chosen)
+    return result
+
+
+def _output_names(pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures) -> dict[tuple[int, int], str]:
+    """The file name of every pair's picture: no two alike, none that of a sheet, and short enough for a file system."""
+    stems = []
+    for content, style in pairs:
+        stem = f"{contents.names[content]}_{styles.names[style]}"
+        if len(os.fsencode(stem)) > LONGEST_NAME:
+            kept = os.fsencode(stem)[: LONGEST_NAME - 20].decode(errors="ignore")
+            stem = f"{kept}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]}"
+        stems.append(stem)
+    taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
+    return dict(zip(pairs, (f"{stem}.png" for stem in distinct(stems, taken))))
 
 
 def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> list[tuple[int, int]]:
@@ -225,114 +299,242 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
                   for place in range(number))
 
 
-def _check_pictures(pictures: _Pictures, used: Iterable[int], config: TestConfig) -> None:
-    """Decode every picture once before the work begins. Raises UserError for one that cannot be used."""
+def _unusable(pictures: _Pictures, used: Iterable[int], config: TestConfig) -> dict[int, str]:
+    """Decode every picture once before the work begins. Returns what is wrong with those that cannot be used.
 
-    def check(number: int) -> None:
-        height, width = load_input(pictures.paths[number], config, pictures.flag).shape[2:]
+    Raises UserError where that is all of them, or the one that was named.
+    """
+
+    def reason(number: int) -> str | None:
+        try:
+            height, width = load_input(pictures.paths[number], config, pictures.flag).shape[2:]
+        except UnusablePicture as error:
+            return str(error)
         if config.measured and min(height, width) < MIN_SIDE:
-            raise UserError(f"--{pictures.flag} {pictures.paths[number]}: {width} x {height} pixels; "
-                            f"--metrics needs {MIN_SIDE} or more on each side")
+            return (f"--{pictures.flag} {pictures.paths[number]}: {width} x {height} pixels; "
+                    f"--metrics needs {MIN_SIDE} or more on each side")
+        return None
 
+    numbers = sorted(set(used))
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for _ in pool.map(check, sorted(set(used))):
-            pass
+        found = {number: text for number, text in zip(numbers, pool.map(reason, numbers)) if text}
+    # One that failed beside others may have lacked the memory that they took.
+    found = {number: text for number in found if (text := reason(number))}
+    if len(found) == len(numbers):
+        first = next(iter(found.values()))
+        if pictures.root is None:
+            raise UserError(first)
+        raise UserError(f"--{pictures.flag} {pictures.root}: none of {len(numbers)} pictures can be used ({first})")
+    return found
+
+
+def _without(pictures: _Pictures, numbers: Iterable[int]) -> tuple[_Pictures, dict[int, int]]:
+    """The pictures without some, and the new number of each that is left."""
+    left = [number for number in range(len(pictures.paths)) if number not in set(numbers)]
+    kept = _Pictures(pictures.flag, [pictures.paths[number] for number in left],
+                     [pictures.names[number] for number in left], pictures.root)
+    return kept, {old: new for new, old in enumerate(left)}
+
+
+# ---------------------------------------------------------------------------------------------- outputs
+
+
+def _check_outputs(files: Iterable[Path], folders: Iterable[Path], contents: _Pictures, styles: _Pictures,
+                   config: TestConfig) -> None:
+    """Raises UserError where a file to write is one that is read, or a folder to write to belongs to one that is
+    searched for pictures: the next call would stylise what this one wrote."""
+    inputs = [(f"--{pictures.flag}", path) for pictures in (contents, styles) for path in pictures.paths]
+    inputs += [("--load_path", find_model_file(Path(path))) for path in config.load_path]
+    if config.measured and config.vgg_weights not in VGG_SOURCES:
+        inputs.append(("--vgg_weights", Path(config.vgg_weights)))
+    read = {_identity(path): f"{flag} {path}" for flag, path in inputs}
+    for file in files:
+        identity = _identity(file)
+        if identity is not None and identity in read:
+            raise UserError(f"--save_path {config.output}: {file} would overwrite {read[identity]}; name another")
+    for pictures in (contents, styles):
+        if pictures.root is None:
+            continue
+        searched = {os.path.realpath(path.parent) for path in pictures.paths}  # links lead elsewhere
+        for folder in folders:
+            real = Path(os.path.realpath(folder))
+            above = [each for each in (real, *real.parents) if each.exists()]
+            if str(real) in searched or any(each.samefile(pictures.root) for each in above):
+                raise UserError(f"--save_path {folder}: belongs to --{pictures.flag} {pictures.root}, which is "
+                                "searched with all its subfolders: the next call would stylise what this one writes; "
+                                "name a folder outside it")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Equal for two paths of one file, through links, too; None where there is no file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _write_report(report: dict, path: Path) -> None:
+    """Write what was measured. Raises UserError, naming the file and the reason, when it cannot be written."""
+    try:
+        write_text_atomically(path, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 # --------------------------------------------------------------------------------------------------- mode
 
 
+@dataclass
+class _Skipped:
+    """What could not be used, said at once and again at the end."""
+
+    reasons: list[str] = field(default_factory=list)
+    pairs: int = 0  # left out because of it
+
+    def add(self, reason: str) -> None:
+        note(f"skipped {reason}")
+        self.reasons.append(reason)
+
+    @contextmanager
+    def unless_single(self, pictures: _Pictures):
+        """Within the block, a picture of a folder that cannot be used is skipped; one named singly raises."""
+        try:
+            yield
+        except UnusablePicture as error:
+            if pictures.root is None:
+                raise
+            self.add(str(error))
+
+    def summary(self) -> str:
+        pictures, pairs = (f"{count} {name}{'s' * (count != 1)}"
+                           for count, name in ((len(self.reasons), "picture"), (self.pairs, "pair")))
+        return "\n".join((f"could not be used: {pictures}; left out: {pairs}",
+                          *(f"  {reason}" for reason in self.reasons)))
+
+
 def test(given: dict) -> int:
-    """Run `--mode test` with the flags given on the command line. Returns the exit code."""
+    """Run `--mode test` with the flags given on the command line. Returns the exit code: 1 where pictures of a folder
+    could not be used."""
     config = TestConfig(**given)
+    for kind in ("content", "style"):
+        if kind in given and f"{kind}_dir" in given:
+            raise UserError(f"--{kind} and --{kind}_dir: give one of the two, in test mode they mean the same")
     config.check()
     if not set(LOSS_METRICS) & set(config.measured):
         for flag in given.keys() & {"vgg_weights", "style_loss"}:
             note(f"--{flag} has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
-    contents, styles = (_find_inputs(getattr(config, flag), flag, config.holdout) for flag in ("content", "style"))
+    contents, styles = (_find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
     pairs = choose_pairs(len(contents.paths), len(styles.paths), config.pairs, config.seed)
-    save_path = config.output
-    to_file = save_path.suffix.lower() in OUTPUT_FORMATS
+    save_path, to_file = config.output, config.writes_a_file
     if to_file and (config.measured or not config.is_single):
         raise UserError(f"--save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
                         f"{len(config.load_path)} model(s){', and their metrics' if config.measured else ''}; "
                         "name a folder")
-    models = _open_models(config, device)
-    _check_pictures(contents, (content for content, _ in pairs), config)
-    _check_pictures(styles, (style for _, style in pairs), config)
-    folder = make_folder(save_path.parent if to_file else save_path, "--save_path")
-    folders = [make_folder(folder / model.name, "--save_path") for model in models] if len(models) > 1 else [folder]
-    meter = _open_meter(config, models, device)
-
-    names = [model.name for model in models]
-    sheets = []
-    if len(models) > 1 or config.pairs is not None and not config.is_single:
-        sheets.append(comparison_sheet(pairs, names))
+    folder = save_path.parent if to_file else save_path
+    names = model_names(config.load_path)
+    folders = [folder / name for name in names] if len(names) > 1 else [folder]
+    files = {pairs[0]: save_path.name} if to_file else _output_names(pairs, contents, styles)
+    makers = {}
+    if len(names) > 1 or config.pairs is not None and not config.is_single:
+        makers[COMPARISON] = comparison_sheet
     if config.names_a_folder and config.pairs is None:
-        sheets.append(contact_sheet(pairs, names))
-    files = {pair: f"{contents.names[pair[0]]}_{styles.names[pair[1]]}.png" for pair in pairs}
-    if to_file:
-        files = {pairs[0]: save_path.name}
-    values = _stylize_pairs(models, pairs, contents, styles, config, sheets, meter,
+        makers[CONTACT_SHEET] = contact_sheet
+    written = [each / name for each in folders for name in files.values()]
+    written += [folder / name for name in (*makers, *([METRICS_NAME] if config.measured else []))]
+    _check_outputs(written, [] if to_file else {folder, *folders}, contents, styles, config)
+
+    models = _open_models(config, device)
+    skipped = _Skipped()
+    unusable = [_unusable(pictures, (pair[kind] for pair in pairs), config)
+                for kind, pictures in enumerate((contents, styles))]
+    for reason in (reason for reasons in unusable for reason in reasons.values()):
+        skipped.add(reason)
+    left = [pair for pair in pairs if pair[0] not in unusable[0] and pair[1] not in unusable[1]]
+    if not left:
+        raise UserError(f"none of {len(pairs)} pairs can be stylised (the first: {skipped.reasons[0]})")
+    (contents, new_content), (styles, new_style) = (
+        _without(pictures, reasons) for pictures, reasons in zip((contents, styles), unusable))
+    files = {(new_content[content], new_style[style]): files[content, style] for content, style in left}
+    meter = _open_meter(config, models, device)
+    make_folder(folder, "--save_path")
+    for each in folders:
+        make_folder(each, "--save_path")
+
+    sheets = [maker(list(files), names) for maker in makers.values()]
+    values = _stylize_pairs(models, list(files), contents, styles, config, sheets, meter, skipped,
                             {pair: [each / name for each in folders] for pair, name in files.items()})
-    written = f"{len(pairs) * len(models)} pictures" if len(pairs) * len(models) > 1 else files[pairs[0]]
+    if not values:
+        raise UserError(f"nothing could be stylised (the first: {skipped.reasons[0]})")
+    skipped.pairs = len(pairs) - len(values)
+    pictures = len(values) * len(models)
+    wrote = f"{pictures} pictures" if pictures > 1 else files[next(iter(values))]
     for sheet in sheets:
         if sheet.save(folder):
-            written += f", {sheet.name}"
+            wrote += f", {sheet.name}"
     if meter is not None:
-        measurement = Measurement(values.numpy(), pairs, names, meter.metrics)
-        report = _report(measurement, models, contents, styles, config, meter)
-        write_text_atomically(folder / "metrics.json", json.dumps(report, indent=1) + "\n")
+        measurement = Measurement(torch.stack(list(values.values())).cpu().numpy(), list(values), names, meter.metrics)
         print(measurement.table())
-        written += ", metrics.json"
-    note(f"wrote {written} to {folder}")
-    return 0
+        report = _report(measurement, models, contents, styles, config, meter, skipped)
+        _write_report(report, folder / METRICS_NAME)
+        wrote += f", {METRICS_NAME}"
+    note(f"wrote {wrote} to {folder}")
+    if not skipped.reasons:
+        return 0
+    note(skipped.summary())
+    return 1
 
 
 def _stylize_pairs(
     models: list[_Model], pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures, config: TestConfig,
-    sheets: list[Sheet], meter: Meter | None, files: dict[tuple[int, int], list[Path]],
-) -> Tensor:
+    sheets: list[Sheet], meter: Meter | None, skipped: _Skipped, files: dict[tuple[int, int], list[Path]],
+) -> dict[tuple[int, int], Tensor | None]:
     """Stylise every pair with every model, write the pictures to `files`, place all pictures on the sheets.
 
-    Returns what the meter measured, (pairs, models, metrics), float64, on the CPU; empty without a meter.
+    A picture of a folder that went away, or that there is too little memory for, is left out with all its pairs.
+    Returns by pair what the meter measured, (models, metrics), float64; None without a meter. Raises UserError for an
+    output that is not finite or cannot be written, and for what a picture that was named singly lacks.
     """
     codes = {}
     for number in sorted({style for _, style in pairs}):
-        style = load_input(styles.paths[number], config, "style")
-        codes[number] = [encode_style(model.network, style, config.margin) for model in models]
-        for sheet in sheets:
-            sheet.place(to_pil(style.float() / 255.0), ("style", number))
-    values = []
+        path = styles.paths[number]
+        with skipped.unless_single(styles), usable(path, styles.flag):
+            style = load_input(path, config, styles.flag)
+            codes[number] = [encode_style(model.network, style, config.margin) for model in models]
+            for sheet in sheets:
+                sheet.place(to_pil(style.float() / 255.0), ("style", number))
+    values = {}
     with progress_bar(len(pairs) * len(models), "stylise", "picture") as bar:
         for number, same_content in groupby(pairs, key=lambda pair: pair[0]):
-            content = load_input(contents.paths[number], config, "content")
-            for sheet in sheets:
-                sheet.place(to_pil(content.float() / 255.0), ("content", number))
-            for pair in same_content:
-                outputs = []
-                for column, model in enumerate(models):
-                    outputs.append(stylize(model.network, content, codes[pair[1]][column], config.style_strength,
-                                           config.margin))
-                    picture = to_pil(denormalize(outputs[-1]))
-                    save_picture(picture, files[pair][column])
-                    for sheet in sheets:
-                        sheet.place(picture, (*pair, column))
-                    bar.update()
-                if meter is not None:
-                    style = load_input(styles.paths[pair[1]], config, "style")
-                    values.append(meter.measure(content, style, outputs))
-                    for model, output in zip(models, outputs):
+            path = contents.paths[number]
+            with skipped.unless_single(contents), usable(path, contents.flag):
+                content = load_input(path, config, contents.flag)
+                alpha = load_transparency(path, config, contents.flag)
+                for sheet in sheets:
+                    sheet.place(to_pil(content.float() / 255.0), ("content", number))
+                for pair in (pair for pair in same_content if pair[1] in codes):
+                    outputs = []
+                    for column, model in enumerate(models):
+                        output = stylize(model.network, content, codes[pair[1]][column], config.style_strength,
+                                         config.margin)
                         if not output.isfinite().all():
-                            raise UserError(f"--load_path {model.file}: its picture of {contents.paths[number]} and "
+                            raise UserError(f"--load_path {model.file}: its picture of {path} and "
                                             f"{styles.paths[pair[1]]} has values that are not finite")
-    return torch.stack(values).cpu() if values else torch.empty(0)
+                        picture = to_pil(denormalize(output))
+                        save_picture(picture, files[pair][column], alpha)
+                        for sheet in sheets:
+                            sheet.place(picture, (*pair, column))
+                        outputs.append(output)
+                        bar.update()
+                    style = None if meter is None else load_input(styles.paths[pair[1]], config, styles.flag)
+                    values[pair] = None if meter is None else meter.measure(content, style, outputs)
+    return values
 
 
 def _report(
     measurement: Measurement, models: list[_Model], contents: _Pictures, styles: _Pictures, config: TestConfig,
-    meter: Meter,
+    meter: Meter, skipped: _Skipped,
 ) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
     packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
@@ -350,6 +552,8 @@ def _report(
              "metrics": measurement.of_pair(number)}
             for number, (content, style) in enumerate(measurement.pairs)
         ],
+        "skipped": skipped.reasons,
+        "pairs_left_out": skipped.pairs,
         "settings": asdict(config),
         "vgg_weights_of_losses": meter.vgg_origin,
         "device": describe_device(meter.device),

@@ -18,6 +18,8 @@ SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
 SMALLEST_CELL = 16
 TITLE_HEIGHT = 32  # pixels
 COMPARED_ROWS = 16  # pairs in comparison.png at most
+CONTACT_SHEET = "contact_sheet.png"
+COMPARISON = "comparison.png"
 
 
 # ------------------------------------------------------------------------------------------------- sheets
@@ -36,7 +38,7 @@ def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "Sheet":
         for model in range(models):
             places[content, style, model] = [(content + 1, first + model)]
     titles = ("", *names * styles) if models > 1 else ()
-    return Sheet("contact_sheet.png", places, inputs=(1, 1), titles=titles)
+    return Sheet(CONTACT_SHEET, places, inputs=(1, 1), titles=titles)
 
 
 def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "Sheet":
@@ -49,7 +51,7 @@ def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "Sheet":
         places["style", style].append((row, 1))
         for model in range(len(names)):
             places[content, style, model].append((row, model + 2))
-    return Sheet("comparison.png", places, inputs=(0, 2), titles=("content", "style", *names))
+    return Sheet(COMPARISON, places, inputs=(0, 2), titles=("content", "style", *names))
 
 
 class Sheet:

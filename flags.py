@@ -159,8 +159,8 @@ TOPICS = {
              none="as the model file says; new networks: zeros"),
     ),
     "stylising": (
-        Flag("style_strength", TEST + PRUNE, "from 0, the decoder's copy of the content picture, not the content itself, "
-             "to 1, the full style", fraction),
+        Flag("style_strength", TEST + PRUNE, "from 0, the decoder's copy of the content picture, not the content "
+             "itself, to 1, the full style", fraction),
         Flag("margin", TEST + PRUNE, "continue content and style by this many pixels, a multiple of 8, by reflection, "
              "so that zero padding leaves no visible frame; in prune mode for the picture grid; 0 is as published",
              count_or_zero),
@@ -222,8 +222,8 @@ TOPICS = {
              several=PRUNE),
         Flag("responses", PRUNE, "responses.npz of an earlier pruning of the same model, to spare measuring again"),
         Flag("half", PRUNE, "save the weights in half precision, in half the space", bool),
-        Flag("report_size", PRUNE, "side in pixels of the pictures that the report's multiply-adds and latencies are for",
-             count),
+        Flag("report_size", PRUNE, "side in pixels of the pictures that the report's multiply-adds and latencies are "
+             "for", count),
         Flag("latency_runs", PRUNE, "timed runs that each median latency is taken from", count),
     ),
     "the run": (

@@ -164,7 +164,8 @@ def largest_pixel_difference(
 
 
 def _compared_pairs(responses: Responses, config: PruneConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Measured pictures that can still be read, content with style, evenly spread over both folders."""
+    """Measured pictures, content with style, evenly spread over both folders. Raises UserError for one that cannot be
+    read: kept responses may be of pictures that moved since."""
     contents, styles = responses.paths[: responses.contents], responses.paths[responses.contents :]
     pairs = []
     for number in range(min(COMPARED_PAIRS, max(len(contents), len(styles)))):
@@ -287,16 +288,18 @@ def prune(given: dict) -> int:
         cut_bottleneck(network, config.prune_channels)
     for flag in ("content", "style"):
         load_input(Path(getattr(config, flag)), config, flag)
-    folder = make_folder(config.save_path, "--save_path")
-    if (folder / PRUNED_NAME).exists() and (folder / PRUNED_NAME).samefile(model_file):
-        raise UserError(f"--save_path {folder}: would overwrite the model that --load_path names; choose another")
-
     if config.responses:
         responses = Responses.load(config.responses, width)
         if config.every_layer:
             responses.check_layers(config.responses, layers[:-1])
-    else:
+        pairs = _compared_pairs(responses, config)
+    folder = make_folder(config.save_path, "--save_path")
+    if (folder / PRUNED_NAME).exists() and (folder / PRUNED_NAME).samefile(model_file):
+        raise UserError(f"--save_path {folder}: would overwrite the model that --load_path names; choose another")
+
+    if not config.responses:
         responses = measure_responses(network, config)
+        pairs = _compared_pairs(responses, config)
     responses.save(folder / "responses.npz")
     selection = _select(network, responses, config, macs)
     if not any(selection.cuts.values()):
@@ -321,7 +324,6 @@ def prune(given: dict) -> int:
     plot_l0_map(responses, folder / "l0_map.png")
     plot_l2_curve(responses, folder / "l2_curve.png")
     plot_prune_grid(network, responses, numbers, config, folder / "prune_grid.png")
-    pairs = _compared_pairs(responses, config)
     report = build_report(network, pruned, selection, responses, pairs, config, model_file)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     if config.every_layer:

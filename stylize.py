@@ -1,12 +1,13 @@
 """Picture in, picture out."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data import PictureError, denormalize, normalize, prepare_picture, to_pil
+from data import PictureError, denormalize, load_alpha, normalize, prepare_picture, to_pil
 from network import StyleTransferNetwork
 from utils import UserError
 from weights import load_network
@@ -24,12 +25,51 @@ def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tup
     return network, checkpoint
 
 
-def load_input(path: Path, config, flag: str) -> Tensor:
-    """One picture as (1, 3, H, W), uint8. Raises UserError naming the flag when it cannot be used."""
+class UnusablePicture(UserError):
+    """A picture that cannot be read, or that there is too little memory for; the message names its flag and path."""
+
+
+@contextmanager
+def usable(path: Path, flag: str):
+    """Within the block, what is wrong with the picture at `path` is raised as an UnusablePicture."""
     try:
-        return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
+        yield
     except PictureError as error:
-        raise UserError(f"--{flag} {error}") from error
+        reason = too_large(path) if isinstance(error.__cause__, MemoryError) else error
+        raise UnusablePicture(f"--{flag} {reason}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise UnusablePicture(f"--{flag} {too_large(path)}") from error
+
+
+def load_input(path: Path, config, flag: str) -> Tensor:
+    """One picture as (1, 3, H, W), uint8. Raises UnusablePicture when it cannot be used."""
+    with usable(path, flag):
+        return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
+
+
+def load_transparency(path: Path, config, flag: str) -> Image.Image | None:
+    """The alpha of a picture, mode L, as large as `load_input` has it; None without one. Raises UnusablePicture."""
+    with usable(path, flag):
+        return load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that the memory of the machine or of the GPU is too small."""
+    # numpy and Pillow raise MemoryError, torch a RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc"))
+
+
+def too_large(path: Path) -> str:
+    """What to say of a picture that there is too little memory for."""
+    try:
+        with Image.open(path) as picture:  # reads no pixel
+            size = f"{picture.width} x {picture.height} pixels are"
+    except Exception:  # whatever Pillow's decoders raise: the size is an extra
+        size = "it is"
+    return f"{path}: {size} too much for the memory; a smaller --imsize or --cropsize, or a smaller copy of it, helps"
 
 
 def check_margin(margin: int) -> None:

@@ -373,12 +373,6 @@ def test_flags_without_effect_are_said(test_flags, capsys):
     assert "--batch_size has no effect in test mode" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, instead", [("content_dir", "--content"), ("style_dir", "--style")])
-def test_folders_of_other_modes_are_refused_in_test_mode(capsys, name, instead):
-    line = refusal(capsys, "--mode", "eval", f"--{name}", "photos")
-    assert line == f"error: --{name} photos: test mode takes a picture, or a folder of pictures, by {instead}"
-
-
 def test_unknown_flags_point_to_the_help_of_the_mode(capsys):
     line = refusal(capsys, "--mode", "prune_eval", "--view_strength", 1)
     assert line == "error: unrecognized arguments: --view_strength 1 (see python main.py --mode prune --help)"

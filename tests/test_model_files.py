@@ -1,0 +1,144 @@
+"""Model files as others save them: wrapped networks, bare state dicts; and responses whose pictures moved."""
+
+import pytest
+import torch
+from helpers import (
+    CONTENT_DIR,
+    STYLE_DIR,
+    read_pixels,
+    refusal,
+    small_config,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+)
+
+from main import main
+from weights import load_network, load_teacher, model_checkpoint, unwrap_names
+
+STATE = small_network().state_dict()
+
+
+def prefixed(prefix: str, part: str = "") -> dict:
+    """The state_dict with a prefix before the names of a part, or of all."""
+    return {f"{part}{prefix}{name.removeprefix(part)}" if name.startswith(part) else name: tensor
+            for name, tensor in STATE.items()}
+
+
+WRAPPED = {
+    "DataParallel": prefixed("module."),
+    "compile": prefixed("_orig_mod."),
+    "compile in DataParallel": prefixed("module._orig_mod."),
+    "DataParallel in compile": prefixed("_orig_mod.module."),
+    "twice": prefixed("module.module."),
+    "encoder only": prefixed("_orig_mod.", "encoder."),
+    "decoder's layers only": prefixed("module._orig_mod.", "decoder.layers."),
+    "sharded": prefixed("_fsdp_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("kind", ["full checkpoint", "state_dict only", "bare"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_networks_are_read(tmp_path, name, kind):
+    state = WRAPPED[name]
+    checkpoint = model_checkpoint(small_network(), iteration=7) | {"state_dict": state}
+    torch.save({"full checkpoint": checkpoint, "state_dict only": {"state_dict": state}, "bare": state}[kind],
+               tmp_path / "model.pth")
+    for network, found in (load_network(tmp_path / "model.pth"), load_teacher(tmp_path / "model.pth", small_config())):
+        assert network.config == small_config()
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, STATE[key])
+        assert found.get("iteration") == (7 if kind == "full checkpoint" else None)
+
+
+def test_what_torch_itself_writes_is_read(tmp_path):
+    network = small_network()
+    network.encoder = torch.nn.DataParallel(network.encoder)
+    torch.save(torch.compile(torch.nn.DataParallel(network)).state_dict(), tmp_path / "model.pth")
+    assert torch.equal(load_network(tmp_path / "model.pth")[0].decoder.layers[0][1].weight,
+                       STATE["decoder.layers.0.1.weight"])
+
+
+@pytest.mark.parametrize("kind", ["bare", "state_dict only"])
+@pytest.mark.parametrize("state, named", [
+    (STATE | prefixed("module."), "mixed"),  # every tensor twice: which is meant?
+    (prefixed("module.") | {"decoder.layers.0.1.bias": STATE["decoder.layers.0.1.bias"]}, "decoder.layers.0.1.bias"),
+    ({name.replace("encoder.layers.0.0.", "encoder.module.layers.0.0."): tensor for name, tensor in STATE.items()},
+     "mixed"),
+    (prefixed("module.") | prefixed("_orig_mod."), "_orig_mod."),
+    (prefixed("net."), "net.encoder.layers.0."),
+    (prefixed("module.net."), "net.encoder.layers.0."),
+])
+def test_mixed_and_unknown_prefixes_are_refused(tmp_path, kind, state, named):
+    path = tmp_path / "model.pth"
+    torch.save(state if kind == "bare" else {"state_dict": state}, path)
+    for flag in ("--load_path", "--teacher"):
+        message = user_error(load_network, path, flag=flag)
+        assert message.startswith(f"{flag} {path}") and named in message
+
+
+def test_unknown_prefix_of_a_full_checkpoint_is_named(tmp_path):
+    torch.save(model_checkpoint(small_network()) | {"state_dict": prefixed("net.")}, tmp_path / "model.pth")
+    assert "there is net." in user_error(load_network, tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", [{}, {"iteration": 3}, {"model": STATE}, {**STATE, "epoch": 3}])
+def test_dictionaries_of_other_things_are_no_models(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    assert "state_dict" in user_error(load_network, tmp_path / "model.pth")
+
+
+def test_names_without_wrappers_are_left_alone():
+    assert unwrap_names("", STATE) == STATE
+    assert list(unwrap_names("", {"module.a.module": 1, "module.b": 2})) == ["a.module", "b"]
+
+
+def test_every_mode_reads_a_wrapped_network(tmp_path):
+    """Test mode paints its pixels, prune mode cuts it, train mode starts from it."""
+    write_model(tmp_path / "plain.pth", small_network())
+    torch.save(prefixed("module._orig_mod."), tmp_path / "wrapped.pth")
+    content, style = (write_noise(tmp_path / f"{name}.png", (24, 32), number)
+                      for number, name in enumerate(("content", "style")))
+    for name in ("plain", "wrapped"):
+        assert main(words({"mode": "test", "gpu_no": -1, "load_path": tmp_path / f"{name}.pth", "content": content,
+                           "style": style, "save_path": tmp_path / f"{name}.png"})) == 0
+    assert (read_pixels(tmp_path / "plain.png") == read_pixels(tmp_path / "wrapped.png")).all()
+    assert main(words(prune_flags(tmp_path, tmp_path / "wrapped.pth", CONTENT_DIR, STYLE_DIR))) == 0
+    assert main(words({"mode": "train", "gpu_no": -1, "load_path": tmp_path / "wrapped.pth", "vgg_weights": "random",
+                       "imsize": 32, "cropsize": 32, "batch_size": 2, "num_workers": 0, "max_iter": 1,
+                       "content_dir": CONTENT_DIR, "style_dir": STYLE_DIR, "wb_mode": "disabled",
+                       "save_path": tmp_path / "run"})) == 0
+
+
+# --------------------------------------------------------------------------------------- moved pictures
+
+
+def prune_flags(folder, model, content_dir, style_dir) -> dict:
+    return {"mode": "prune", "gpu_no": -1, "load_path": model, "content_dir": content_dir, "style_dir": style_dir,
+            "imsize": 32, "cropsize": 32, "report_size": 32, "latency_runs": 1, "prune_num": 1, "prune_nums": 0,
+            "save_path": folder / "pruned"}
+
+
+@pytest.mark.parametrize("change", ["folder renamed", "picture deleted", "picture damaged"])
+def test_responses_of_pictures_that_moved_are_refused_before_anything_is_written(tmp_path, capsys, change):
+    for number in range(3):
+        for kind in ("content", "style"):
+            write_noise(tmp_path / kind / f"{number}.png", (32, 40), number)
+    model = write_model(tmp_path / "model.pth", small_network())
+    flags = prune_flags(tmp_path, model, tmp_path / "content", tmp_path / "style")
+    assert main(words(flags)) == 0
+    flags |= {"responses": tmp_path / "pruned" / "responses.npz", "save_path": tmp_path / "again"}
+    picture = tmp_path / "style" / "0.png"
+    match change:
+        case "folder renamed":
+            (tmp_path / "style").rename(tmp_path / "paintings")
+            flags["style_dir"] = tmp_path / "paintings"
+        case "picture deleted":
+            picture.unlink()
+        case "picture damaged":
+            picture.write_bytes(b"no picture")
+    capsys.readouterr()
+    assert f"--responses {picture}: " in refusal(capsys, *words(flags))
+    assert not (tmp_path / "again").exists()

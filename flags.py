@@ -116,8 +116,8 @@ TOPICS = {
              "picture grid"),
         Flag("style", TEST + PRUNE, "style picture, or in test mode a folder of them; in prune mode only for the "
              "picture grid"),
-        Flag("content_dir", EVERY_MODE, "folder of photographs, searched with all its subfolders for pictures of every "
-             "kind that --content takes, by content and not by name; in test mode another name of --content",
+        Flag("content_dir", EVERY_MODE, "folder of photographs, searched with all its subfolders for pictures, which "
+             "are told by their content, not by their names; in test mode another name of --content",
              needed=TRAIN + PRUNE),
         Flag("style_dir", EVERY_MODE, "folder of paintings, searched in the same way; in test mode another name of "
              "--style", needed=TRAIN + PRUNE),

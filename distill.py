@@ -144,7 +144,7 @@ class Student(nn.Module):
     """A style-transfer network with batch normalisation, and the projection of its bottleneck to its teacher's.
 
     Of given weights, the filters are where it starts. Their scales go: normalisation wakes channels that cutting
-    others left dead (README, Compact every layer).
+    others left dead.
     """
 
     def __init__(self, network: StyleTransferNetwork, teacher_width: int | None) -> None:

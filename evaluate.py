@@ -45,6 +45,7 @@ from stylize import (
 )
 from utils import (
     UserError,
+    allow_tf32,
     describe_device,
     make_folder,
     note,
@@ -425,6 +426,7 @@ def test(given: dict) -> int:
         for flag in given.keys() & {"vgg_weights", "style_loss"}:
             note(f"--{flag} has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
+    allow_tf32(False)
     contents, styles = (_find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
     pairs = choose_pairs(len(contents.paths), len(styles.paths), config.pairs, config.seed)
     save_path, to_file = config.output, config.writes_a_file

@@ -19,6 +19,7 @@ from stylize import DEMO_CONTENT, DEMO_STYLE, check_margin, load_input, open_mod
 from surgery import cut_bottleneck, cut_channels
 from utils import (
     UserError,
+    allow_tf32,
     describe_device,
     make_folder,
     note,
@@ -275,6 +276,7 @@ def prune(given: dict) -> int:
     config = PruneConfig(**given)
     config.check()
     device = resolve_device(config.gpu_no)
+    allow_tf32(False)
     model_file = find_model_file(Path(config.load_path))
     network, checkpoint = open_model(str(model_file), config.swap_max_pool, config.backbone)
     network = network.to(device, memory_format=torch.channels_last)

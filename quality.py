@@ -31,8 +31,8 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # ------------------------------------------------------------------------------------------------ metrics
 
 
-# SSIM, and the t quantile below, are our own: scikit-image or kornia, and scipy, would be large dependencies in the place
-# of a few lines each, which the tests hold to those libraries' values.
+# SSIM, and the t quantile below, are our own: scikit-image or kornia, and scipy, would be large dependencies in the
+# place of a few lines each, which the tests hold to those libraries' values.
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
     """Structural similarity of the luma (Wang et al., IEEE Transactions on Image Processing 13(4), 2004, eq. 13).

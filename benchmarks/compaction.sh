@@ -9,7 +9,7 @@
 #   bash benchmarks/compaction.sh BASELINE PHOTOS PAINTINGS OUT [WAY_BUDGET ...]
 #
 # BASELINE: a model file, or the folder of a run, of full width. OUT gets a run folder WAY_BUDGET for each network, and
-# `steps` with what comes before. Without names, all of the README's comparison; what is there already is not made
+# `steps` with what comes before. Without names, all of the comparison in docs/compact.md; what is there already is not made
 # again, and a run that was interrupted wants its folder removed. In the environment: STYLE_WEIGHT is the style loss's
 # weight, and should be the baseline's (20); LEARN_ITER and TRAIN_ITER are the iterations of each network, the last on
 # larger crops (300 and 40).

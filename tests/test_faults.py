@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 import data
 from data import _Batch, collate, training_batches
+from evaluate import test as test_mode
 from runfolder import LOCK_NAME, CheckpointFolder
 from train import train
 from utils import usable_cores, worker_count
@@ -234,6 +236,18 @@ def test_resume_auto_starts_and_goes_on(small, tmp_path, capsys):
     train(small | {"save_path": str(tmp_path / "whole"), "max_iter": 4, "check_iter": 2})
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------- the GPU
+
+
+def test_training_may_use_tf32_and_pictures_are_exact(small, tmp_path):
+    train(small | {"save_path": str(tmp_path / "run"), "max_iter": 1})
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+    picture = str(next(Path(small["content_dir"]).iterdir()))
+    test_mode({"load_path": (small["load_path"],), "content": picture, "style": picture, "gpu_no": -1,
+               "save_path": str(tmp_path / "out.png")})
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 # ---------------------------------------------------------------------------------------------- two runs

@@ -11,7 +11,7 @@
 # BASELINE: a model file, or the folder of a run, of full width. OUT gets a run folder WAY_BUDGET for each network, and
 # `steps` with what comes before. Without names, all of the comparison in docs/compact.md; what is there already is not made
 # again, and a run that was interrupted wants its folder removed. In the environment: STYLE_WEIGHT is the style loss's
-# weight, and should be the baseline's (20); LEARN_ITER and TRAIN_ITER are the iterations of each network, the last on
+# weight, and should be the baseline's (50); LEARN_ITER and TRAIN_ITER are the iterations of each network, the last on
 # larger crops (300 and 40).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +21,7 @@ if [ $# -lt 4 ]; then
 fi
 baseline=$1 photos=$2 paintings=$3 out=$4
 shift 4
-style_weight=${STYLE_WEIGHT:-20}
+style_weight=${STYLE_WEIGHT:-50}
 learn_iter=${LEARN_ITER:-300} train_iter=${TRAIN_ITER:-40} # of compaction, half of the first is with the losses
 main=("${PYTHON:-python3}" main.py --gpu_no -1)
 pictures=(--content_dir "$photos" --style_dir "$paintings" --holdout 0.1 --num_workers 1)

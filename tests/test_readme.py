@@ -24,7 +24,7 @@ PAGES = sorted({*LIMITS, *(str(path.relative_to(ROOT)) for path in ROOT.glob("do
 NAME = r"[A-Za-z_]\w*"
 COMMENT = re.compile(r"(?:^|\s)#\s")
 PROGRAMS = {"python", "python3", "torchrun", "bash", "pip", "uv", "make", "cp", "mv", "done"}
-OTHER_FLAGS = {"--nproc_per_node", "--index-url"}  # of torchrun and pip
+OTHER_FLAGS = {"--nproc_per_node", "--max-restarts", "--index-url"}  # of torchrun and pip
 
 
 # ------------------------------------------------------------------------------------------------ reading

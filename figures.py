@@ -11,7 +11,7 @@ from network import StyleTransferNetwork
 from responses import Responses
 from stylize import encode_style, load_input, stylize_picture
 from surgery import cut_bottleneck
-from utils import note
+from utils import note, write_atomically
 
 CELL = 256  # pixels: side of a picture in a sheet
 SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
@@ -132,7 +132,7 @@ def plot_l0_map(responses: Responses, path: Path) -> None:
     axes.set_xlabel("bottleneck channel")
     axes.set_title(f"zero (black) for every picture: {len(responses.always_zero)} of {is_on.shape[1]} channels, "
                    f"for at least one: {len(responses.ever_zero)}")
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def plot_l2_curve(responses: Responses, path: Path) -> None:
@@ -152,7 +152,7 @@ def plot_l2_curve(responses: Responses, path: Path) -> None:
     axes.set_xlabel("bottleneck channels, weakest first")
     axes.set_ylabel(f"l2 norm summed over {len(responses.l2)} pictures")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def plot_widths(layers: list[dict], size: int, path: Path) -> None:
@@ -171,7 +171,7 @@ def plot_widths(layers: list[dict], size: int, path: Path) -> None:
     totals = [sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after")]
     axes.set_title(f"multiply-adds at {size} x {size}: {totals[0]:.2f} to {totals[1]:.2f} x $10^9$")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def plot_prune_grid(
@@ -193,4 +193,4 @@ def plot_prune_grid(
     for axes, (title, picture) in zip(figure.axes, panels):
         axes.imshow(picture)
         axes.set_title(title, fontsize=10)
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

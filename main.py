@@ -151,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         *most, last = (f"--{flag.name}" for flag in FLAGS if flag.name in MEMORY_FLAGS and mode in flag.modes)
         message = f"{memory} memory is too small for this; a smaller {', '.join(most)} or {last} helps"
+    except OSError as error:  # a full disk, say, where no better word was found for it
+        message = f"{error.filename or 'a file'}: cannot be read or written ({error.strerror or error})"
     print(f"error: {process}{message}", file=sys.stderr)
     return 2
 

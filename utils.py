@@ -332,8 +332,10 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write does not say whose it was
         raise
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return

@@ -1,5 +1,6 @@
 """What goes wrong around a training: workers that die, data that does not come, runs that meet, resuming elsewhere."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, user_error, words
+from helpers import ROOT, read_metrics, refusal, user_error, words
 from torch.testing import assert_close
 
 import data
@@ -297,3 +298,24 @@ def test_killed_process_of_two_goes_on_after_torchruns_restart(small, tmp_path):
     assert_same_weights(tmp_path / "disturbed", tmp_path / "undisturbed")
     rows = [[row["iteration"] for row in read_metrics(tmp_path / name)] for name in ("disturbed", "undisturbed")]
     assert rows[0] == rows[1] == list(range(4, 61, 4))
+
+
+# ----------------------------------------------------------------------------------------------- full disk
+
+
+@pytest.mark.parametrize("name", ["responses.npz", "pruned.pth", "l0_map.png", "prune_grid.png", "report.json"])
+def test_full_disk_while_pruning_is_one_line(small, tmp_path, monkeypatch, capsys, name):
+    real = os.replace
+
+    def no_space(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", no_space)
+    flags = {"mode": "prune", "gpu_no": -1, "load_path": small["load_path"], "content_dir": small["content_dir"],
+             "style_dir": small["style_dir"], "imsize": 24, "cropsize": 24, "report_size": 16, "latency_runs": 1,
+             "prune_nums": 0, "save_path": tmp_path / "out"}
+    line = refusal(capsys, *words(flags))
+    assert f"out/{name}: " in line and "No space left on device" in line
+    assert not list((tmp_path / "out").glob(".*.tmp"))

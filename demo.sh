@@ -11,9 +11,9 @@ rm -rf demo # only ever written by this script
 echo "demo/compact/contact_sheet.png shows the bundled photographs in the styles of the bundled paintings"
 
 "$python" main.py --mode train --gpu_no -1 --vgg_weights bundled --load_path model-store/baseline.pth \
-    --imsize 128 --cropsize 96 --batch_size 4 --content_dir imgs/content --style_dir imgs/style --encoder_lr 2e-5 \
-    --decoder_lr 1e-4 --warmup_iter 10 --decay_iter 30 --style_loss_weight 50 --uncorrelation_loss_weight 0 \
-    --channel_loss_weight 500 --xor_loss_weight 100 --l0_eps 1e-3 --max_iter 80 --check_iter 40 --keep_checkpoints 0 \
+    --imsize 128 --cropsize 64 --batch_size 4 --content_dir imgs/content --style_dir imgs/style --encoder_lr 2e-5 \
+    --decoder_lr 1e-4 --warmup_iter 10 --decay_iter 20 --style_loss_weight 50 --uncorrelation_loss_weight 0 \
+    --channel_loss_weight 500 --xor_loss_weight 100 --l0_eps 1e-3 --max_iter 60 --check_iter 30 --keep_checkpoints 0 \
     --wb_mode disabled --save_path demo/ch_xor
 "$python" main.py --mode prune --gpu_no -1 --load_path demo/ch_xor --content_dir imgs/content --style_dir imgs/style \
     --imsize 256 --cropsize 256 --report_size 256 --latency_runs 5 --save_path demo/pruned

@@ -25,8 +25,6 @@ from train import train
 from utils import usable_cores, worker_count
 from weights import BUNDLED_VGG19, same_vgg
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
     return torch.load(folder / "check_point.pth", weights_only=True)["state_dict"]
@@ -270,34 +268,6 @@ def test_a_kill_releases_the_folder(small, tmp_path):
     holder.kill()
     holder.wait()
     assert train(small | {"save_path": str(tmp_path), "max_iter": 1}) == 0
-
-
-def test_killed_process_of_two_goes_on_after_torchruns_restart(small, tmp_path):
-    """--resume auto: one of two processes gets SIGKILL; torchrun starts both again; the weights are an undisturbed
-    run's."""
-    settings = small | {"num_workers": 0, "max_iter": 60, "check_iter": 4, "keep_checkpoints": 0}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(name: str) -> subprocess.Popen:
-        flags = words(settings | {"save_path": tmp_path / name, "resume": "auto"})
-        command = [*TORCHRUN, "--max-restarts", "2", str(ROOT / "main.py"), "--mode", "train", *flags]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-    disturbed = start("disturbed")
-    pids = set()
-    while not (tmp_path / "disturbed" / "check_point.pth").exists():
-        assert disturbed.poll() is None
-        pids = {int(pid) for pid in open(f"/proc/{disturbed.pid}/task/{disturbed.pid}/children").read().split()}
-        time.sleep(0.05)
-    os.kill(max(pids), signal.SIGKILL)
-    errors = disturbed.communicate(timeout=240)[1]
-    assert disturbed.returncode == 0, errors
-    undisturbed = start("undisturbed")
-    errors = undisturbed.communicate(timeout=240)[1]
-    assert undisturbed.returncode == 0, errors
-    assert_same_weights(tmp_path / "disturbed", tmp_path / "undisturbed")
-    rows = [[row["iteration"] for row in read_metrics(tmp_path / name)] for name in ("disturbed", "undisturbed")]
-    assert rows[0] == rows[1] == list(range(4, 61, 4))
 
 
 # ----------------------------------------------------------------------------------------------- full disk

@@ -68,11 +68,15 @@ def scale_layers(weights: dict[str, Tensor], pictures: list[Tensor]) -> dict[str
     """
     network = LossNetwork("vgg19")
     network.layers.load_state_dict(weights)
-    scaled, before = {}, 1.0
-    for index in conv_indices("vgg19"):
+    convs = conv_indices("vgg19")
+    scaled, before, features = {}, 1.0, pictures
+    for index, following in zip(convs, [*convs[1:], len(network.layers)]):
+        conv, relu, *pooling = network.layers[index:following]
         with torch.no_grad():
-            activations = [network.layers[: index + 2](picture) for picture in pictures]
-        mean = torch.cat([activation.flatten() for activation in activations]).double().mean().item()
+            features = [relu(conv(feature)) for feature in features]
+            mean = torch.cat([feature.flatten() for feature in features]).double().mean().item()
+            for pool in pooling:
+                features = [pool(feature) for feature in features]
         scaled[f"{index}.weight"] = weights[f"{index}.weight"] * (before / mean)
         scaled[f"{index}.bias"] = weights[f"{index}.bias"] / mean
         before = mean

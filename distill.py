@@ -39,10 +39,9 @@ from utils import (
     save_checkpoint,
     seed_everything,
 )
-from weights import find_model_file, load_network, load_teacher, model_checkpoint
+from weights import STUDENT_NAME, find_model_file, load_network, load_teacher, model_checkpoint
 
 FIXED = ("teacher", "load_path", "new_weights", "upsampling")  # settings that a resumed run keeps
-EXPORT_NAME = "student.pth"
 WARMUP_SHARE = 0.05
 HELD_OUT_PICTURES = 128
 
@@ -281,7 +280,7 @@ class Distiller:
         """Measure held-out pictures; write the student as a model file for `--load_path`, the normalisations folded
         in."""
         network = self.network.folded(self.network_config)
-        save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / EXPORT_NAME)
+        save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / STUDENT_NAME)
         return Checked(self.measure(), None)
 
     def state(self) -> dict:

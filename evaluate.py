@@ -54,7 +54,7 @@ from utils import (
     usable_cores,
     write_text_atomically,
 )
-from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file
+from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 METRICS_NAME = "metrics.json"
@@ -209,7 +209,7 @@ def _open_meter(config: TestConfig, models: list[_Model], device: torch.device) 
     meter = Meter(config.measured, backbone, config.vgg_weights, config.style_loss, config.seed, device)
     for model in models if losses else ():
         trained_with = model.checkpoint.get("vgg_weights")
-        if trained_with != meter.vgg_origin:
+        if not same_vgg(trained_with, meter.vgg_origin):
             note(f"{model.name} was trained with VGG weights {trained_with or 'that its file does not name'}; "
                  f"its losses are measured with {meter.vgg_origin}")
         trained_style = (model.checkpoint.get("train_config") or {}).get("style_loss", config.style_loss)

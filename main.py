@@ -11,7 +11,7 @@ from evaluate import test
 from flags import CONFIGS, EVERY_MODE, FLAGS, NEEDED, TOPICS
 from prune import prune
 from train import train
-from utils import UserError, check_processes, note, process_count, process_rank
+from utils import UserError, check_processes, lacks_memory, note, process_count, process_rank
 
 MODES = {
     "train": (CONFIGS["train"], train),
@@ -115,14 +115,6 @@ def _settings(given: dict, mode: str) -> dict:
     return used
 
 
-def _memory(error: Exception) -> str | None:
-    """Whose memory was too small, or None for an error of another kind."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's"
-    # numpy raises MemoryError, torch a RuntimeError.
-    return "this machine's" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
     process, mode = "", "train"
@@ -146,9 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        memory = _memory(error)
-        if memory is None:
+        if not lacks_memory(error):
             raise
+        memory = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
         *most, last = (f"--{flag.name}" for flag in FLAGS if flag.name in MEMORY_FLAGS and mode in flag.modes)
         message = f"{memory} memory is too small for this; a smaller {', '.join(most)} or {last} helps"
     except OSError as error:  # a full disk, say, where no better word was found for it

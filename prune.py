@@ -27,9 +27,8 @@ from utils import (
     save_checkpoint,
     write_text_atomically,
 )
-from weights import find_model_file, model_checkpoint
+from weights import PRUNED_NAME, find_model_file, model_checkpoint
 
-PRUNED_NAME = "pruned.pth"
 COMPARED_PAIRS = 8  # measured pairs that are stylised before and after the cut
 PRUNED_LAYERS = ("bottleneck", "all")
 PRUNE_RANKS = ("importance", "magnitude")

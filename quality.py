@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data import denormalize, normalize
 from loss import content_loss, style_loss
-from network import LossNetwork
+from network import NetworkConfig, build_loss_network
 from utils import UserError, load_checkpoint
 from weights import load_vgg
 
@@ -96,9 +96,8 @@ class Meter:
             self.stlpips = load_stlpips().to(device)
         if set(LOSS_METRICS) & set(metrics):
             vgg, self.vgg_origin = load_vgg(backbone, vgg_weights, seed)
-            self.loss_network = LossNetwork(backbone)
-            self.loss_network.layers.load_state_dict(vgg)
-            self.loss_network = self.loss_network.to(device, memory_format=torch.channels_last)
+            loss_network = build_loss_network(NetworkConfig.full(backbone), vgg)  # padding as VGG learned
+            self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def measure(self, content: Tensor, style: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -199,15 +198,16 @@ class Measurement:
         return {name: dict(zip(self.metrics, self.values[pair, model].tolist()))
                 for model, name in enumerate(self.names)}
 
-    def table(self) -> str:
-        """Models down, metrics across; below, each further model's difference from the first."""
+    def table(self, width: int = 20) -> str:
+        """Models down, metrics across in columns of `width`; below, each further model's difference from the first.
+        A metric that is none of METRICS stands under its own name."""
         rows = [(name, self.summary(model)) for model, name in enumerate(self.names)]
         rows += [(f"{name} - {self.names[0]}", self.summary(model, minus=0))
                  for model, name in enumerate(self.names) if model]
-        width = max(len(name) for name, _ in rows) + 2
-        lines = [" " * width + "".join(f"{METRICS[metric]:>20}" for metric in self.metrics)]
+        named = max(len(name) for name, _ in rows) + 2
+        lines = [" " * named + "".join(f"{METRICS.get(metric, metric):>{width}}" for metric in self.metrics)]
         for name, summaries in rows:
-            lines.append(f"{name:{width}}" + "".join(f"{_show(summaries[metric]):>20}" for metric in self.metrics))
+            lines.append(f"{name:{named}}" + "".join(f"{_show(summaries[metric]):>{width}}" for metric in self.metrics))
         contents, styles = (len({pair[kind] for pair in self.pairs}) for kind in range(2))
         lines.append(f"{len(self.pairs)} pairs of {contents} content and {styles} style pictures; ± is the {INTERVAL}")
         return "\n".join(lines)

@@ -43,7 +43,6 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = Path(folder)
         self.keep = keep
-        self._lock = None
 
     @classmethod
     @contextmanager

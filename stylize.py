@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data import PictureError, denormalize, load_alpha, normalize, prepare_picture, to_pil
 from network import StyleTransferNetwork
-from utils import UserError
+from utils import UserError, lacks_memory
 from weights import load_network
 
 DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
@@ -53,13 +53,6 @@ def load_transparency(path: Path, config, flag: str) -> Image.Image | None:
     """The alpha of a picture, mode L, as large as `load_input` has it; None without one. Raises UnusablePicture."""
     with usable(path, flag):
         return load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether it says that the memory of the machine or of the GPU is too small."""
-    # numpy and Pillow raise MemoryError, torch a RuntimeError.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc"))
 
 
 def too_large(path: Path) -> str:

@@ -30,6 +30,13 @@ class UserError(Exception):
     """
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that the memory of the machine or of the GPU is too small."""
+    # numpy and Pillow raise MemoryError, torch a RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc"))
+
+
 def note(message: str) -> None:
     """Print one line on stderr, above a progress bar where there is one; of several processes, the first does."""
     if is_first_process():

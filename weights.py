@@ -17,6 +17,7 @@ MODEL_STORE = Path(__file__).parent / "model-store"
 BUNDLED_VGG19 = MODEL_STORE / "vgg19_features.pth"
 COMPACT_MODEL = MODEL_STORE / "compact.pth"  # what test mode uses where no model is named
 VGG_SOURCES = ("imagenet", "bundled", "random")
+STUDENT_NAME, PRUNED_NAME = "student.pth", "pruned.pth"  # what distill and prune mode write beside CHECKPOINT_NAME
 # What torch puts before a tensor's name: DataParallel and DistributedDataParallel, torch.compile, sharding, activation
 # checkpoints. No module of our networks is called so.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -158,10 +159,11 @@ def find_model_file(path: Path, flag: str = "--load_path") -> Path:
     """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
     path = Path(path)
     if path.is_dir():
-        for name in ("student.pth", CHECKPOINT_NAME, "pruned.pth"):
+        for name in (STUDENT_NAME, CHECKPOINT_NAME, PRUNED_NAME):  # the checkpoint of a student is no model file
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"{flag} {path}: the folder holds neither {CHECKPOINT_NAME} nor pruned.pth")
+        raise UserError(f"{flag} {path}: the folder holds neither {CHECKPOINT_NAME} nor {PRUNED_NAME} nor "
+                        f"{STUDENT_NAME}")
     return path
 
 

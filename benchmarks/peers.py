@@ -163,25 +163,6 @@ def with_totals(measured: Measurement, style_weights: list[float]) -> Measuremen
     return Measurement(np.stack(list(columns.values()), axis=-1), measured.pairs, measured.names, tuple(columns))
 
 
-def table(measured: Measurement) -> str:
-    """Models down, metrics across; below, how far every model is from the peer, pair by pair."""
-    rows = [(name, measured.summary(number)) for number, name in enumerate(measured.names)]
-    rows += [(f"{name} - {PEER}", measured.summary(number, minus=0))
-             for number, name in enumerate(measured.names) if number]
-    width = max(len(name) for name, _ in rows) + 2
-    lines = [" " * width + "".join(f"{METRICS.get(metric, metric):>22}" for metric in measured.metrics)]
-    for name, summaries in rows:
-        lines.append(f"{name:{width}}" + "".join(f"{_show(summaries[metric]):>22}" for metric in measured.metrics))
-    lines.append(f"{len(measured.pairs)} pairs of {SIDE} x {SIDE} pixels; ± is the {INTERVAL}")
-    return "\n".join(lines)
-
-
-def _show(summary: dict) -> str:
-    if summary["interval"] is None:
-        return f"{summary['mean']:.4f}"
-    return f"{summary['mean']:.4f} ± {summary['interval'][1] - summary['mean']:.4f}"
-
-
 def time_painters(painters_of: Callable[[int], dict], content: Image.Image, style: Image.Image, runs: int) -> dict:
     """Milliseconds from picture to picture by name and threads: `content`, its style encoded before, and `pair`.
 
@@ -259,7 +240,7 @@ def compare(options: argparse.Namespace, open_peer: Callable) -> None:
                  "metrics": measured.of_pair(number)} for number, (content, style) in enumerate(pairs)]
     write_text_atomically(folder / "peers.json", json.dumps(report | {"pairs": of_pairs}, indent=1) + "\n")
     sheet.save(folder)
-    print(f"{table(measured)}\n\n{cost_table(models)}")
+    print(f"{measured.table(width=22)}\n\n{cost_table(models)}")
     print_json(report)
 
 

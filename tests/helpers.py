@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import run as run_module
+from data import PictureError, load_picture
 from main import main
 from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network
 from train import TrainConfig
@@ -149,6 +150,15 @@ def refusal(capsys, *arguments) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1, lines
     return lines[0]
+
+
+def refused(path, **options) -> str:
+    """The message of the PictureError that `load_picture` must raise; it must be one line and name the file."""
+    with pytest.raises(PictureError) as caught:
+        load_picture(path, **options)
+    message = str(caught.value)
+    assert str(path) in message and len(message.splitlines()) == 1
+    return message
 
 
 def user_error(function, *arguments, **named) -> str:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import user_error, write_map, write_picture
+from helpers import refused, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
@@ -39,14 +39,6 @@ MANY = 10**9
 def pixels(image: Image.Image) -> np.ndarray:
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
-
-
-def refused(path, **options) -> str:
-    with pytest.raises(PictureError) as caught:
-        load_picture(path, **options)
-    message = str(caught.value)
-    assert str(path) in message and len(message.splitlines()) == 1
-    return message
 
 
 # --------------------------------------------------------------------------------------- kinds of pictures

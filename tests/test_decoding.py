@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import ROOT, user_error, write_map
+from helpers import ROOT, refused, user_error, write_map
 from PIL import Image, ImageCms, PngImagePlugin, features
 
 import data
@@ -38,14 +38,6 @@ MANY = 10**9
 def pixels(image: Image.Image) -> np.ndarray:
     assert image.mode == "RGB" and not image.info
     return np.asarray(image).astype(int)
-
-
-def refused(path, **options) -> str:
-    with pytest.raises(PictureError) as caught:
-        load_picture(path, **options)
-    message = str(caught.value)
-    assert str(path) in message and len(message.splitlines()) == 1
-    return message
 
 
 # --------------------------------------------------------------------------------------- files, by the byte

@@ -40,12 +40,12 @@ from data import (
     split_holdout,
     training_batches,
 )
-from distill import EXPORT_NAME, DistillConfig, Distiller, PaintedDistiller, distill, paint, rate_share
+from distill import DistillConfig, Distiller, PaintedDistiller, distill, paint, rate_share
 from loss import painted_loss
 from main import main
 from network import adain, channel_statistics
 from train import TrainConfig, build_trainer
-from weights import load_network, model_checkpoint
+from weights import STUDENT_NAME, load_network, model_checkpoint
 
 SMALL = dict(imsize=40, cropsize=32, batch_size=4, num_workers=0, gpu_no=-1, amp="off", check_iter=2, holdout=0.25,
              lr=5e-3)
@@ -277,7 +277,7 @@ def test_student_comes_nearer_to_painted_pictures(tmp_path):
     trainer.network.eval()
     loss, metrics = trainer.losses(content, style, painted)
     trainer.check(tmp_path, 1)
-    network, checkpoint = load_network(tmp_path / EXPORT_NAME)
+    network, checkpoint = load_network(tmp_path / STUDENT_NAME)
     with torch.no_grad():
         output = network(normalize(content), normalize(style))
     assert metrics.tolist() == [loss.item()] and checkpoint["vgg_weights"] is None
@@ -339,7 +339,7 @@ def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
     # The file paints as the network with its normalisations, and knows whose losses it was taught with.
     trainer.network.eval()
     trainer.check(tmp_path, 1)
-    network, checkpoint = load_network(tmp_path / EXPORT_NAME)
+    network, checkpoint = load_network(tmp_path / STUDENT_NAME)
     assert network.config == small_config() and checkpoint["vgg_weights"] == "the teacher's"
     pictures = normalize(given)
     with torch.no_grad():
@@ -356,7 +356,7 @@ def test_student_upsamples_as_its_file_says_unless_another_is_asked_for(tmp_path
         trainer = Distiller(DistillConfig(**files | changes), CPU)
         modes = {layer.mode for layer in trainer.network.decoder.layers if isinstance(layer, torch.nn.Upsample)}
         trainer.check(tmp_path, 1)
-        assert modes == {desired} == {load_network(tmp_path / EXPORT_NAME)[0].config.upsampling}
+        assert modes == {desired} == {load_network(tmp_path / STUDENT_NAME)[0].config.upsampling}
 
 
 def test_new_weights_take_only_the_widths(tmp_path):
@@ -375,7 +375,7 @@ def test_student_that_pads_by_reflection(tmp_path):
     step(trainer, 1, given)
     trainer.network.eval()
     trainer.check(tmp_path, 1)
-    student, _ = load_network(tmp_path / EXPORT_NAME)
+    student, _ = load_network(tmp_path / STUDENT_NAME)
     assert student.config == replace(small_config(), padding="reflect")
     with torch.no_grad():
         feature = trainer.network.encoder(normalize(given))
@@ -399,7 +399,7 @@ def assert_same_runs(actual: Path, desired: Path) -> None:
     for name, tensor in checkpoints[1]["state_dict"].items():
         assert_close(checkpoints[0]["state_dict"][name], tensor, rtol=0, atol=0, msg=name)
     assert read_metrics(actual) == read_metrics(desired)
-    exported = [load_network(folder / EXPORT_NAME)[0].state_dict() for folder in (actual, desired)]
+    exported = [load_network(folder / STUDENT_NAME)[0].state_dict() for folder in (actual, desired)]
     assert all(torch.equal(exported[0][name], tensor) for name, tensor in exported[1].items())
 
 
@@ -411,7 +411,7 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch,
         stop_after(2, patch, signal.SIGINT)
         assert distill(given | {"save_path": str(tmp_path / "halves")}) == 130
     assert "python main.py --mode distill --resume --save_path" in capsys.readouterr().err
-    assert not (tmp_path / "halves" / EXPORT_NAME).exists()
+    assert not (tmp_path / "halves" / STUDENT_NAME).exists()
     resumed = {"save_path": str(tmp_path / "halves"), "resume": True}
     assert distill(resumed | {"num_workers": 1}) == 0
     assert_same_runs(tmp_path / "halves", tmp_path / "whole")
@@ -430,7 +430,7 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch,
 
 def test_training_starts_from_the_student(tmp_path):
     assert distill(settings(tmp_path, save_path=str(tmp_path / "run"), max_iter=1)) == 0
-    start = str(tmp_path / "run" / EXPORT_NAME)
+    start = str(tmp_path / "run" / STUDENT_NAME)
     config = TrainConfig(content_dir="x", style_dir="x", save_path="x", load_path=start, vgg_weights="random")
     trainer = build_trainer(config, CPU, None)
     desired = load_network(start)[0].state_dict()
@@ -508,7 +508,7 @@ def test_command_line(tmp_path, capsys):
     given = settings(tmp_path, max_iter=1, save_path=str(tmp_path / "run"))
     flags = words(given)
     assert main(["--mode", "distill", *flags]) == 0
-    assert (tmp_path / "run" / EXPORT_NAME).exists()
+    assert (tmp_path / "run" / STUDENT_NAME).exists()
     assert main(["--mode", "distill", *flags, "--holdout", "1"]) == 2
     assert "a number from 0 to 0.9 is needed" in capsys.readouterr().err
 

@@ -30,7 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from metadata import Metadata, srgb_conversion, strip_metadata
-from utils import UserError, keep_freed_memory, note, usable_cores, write_atomically
+from utils import UserError, keep_freed_memory, note, note_of_process, usable_cores, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -532,7 +532,7 @@ class FailedPictures:
         if str(path) in self.paths:
             return
         self.paths.add(str(path))
-        note(f"skipped {reason}")
+        note_of_process(f"skipped {reason}")
         if len(self.paths) > MAX_FAILED_SHARE * self.total:
             raise UserError(
                 f"{self.flag} {self.folder}: {len(self.paths)} of {self.total} pictures cannot be used "

@@ -288,7 +288,7 @@ class TransferTrainer:
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
     def step(self, content: Tensor, style: Tensor, all_terms: bool = False) -> dict[str, Tensor]:
-        """One step of Adam. content, style: (B, 3, H, W), uint8. Returns `TransferConfig.metrics` as
+        """One step of the optimiser. content, style: (B, 3, H, W), uint8. Returns `TransferConfig.metrics` as
         scalars on the device, without terms that were left out."""
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten

@@ -47,7 +47,8 @@ def pruned(trained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pruned") / "pruned"
     result = run_main("--mode", "prune", "--gpu_no", -1, "--load_path", trained, "--content_dir", CONTENT_DIR,
                       "--style_dir", STYLE_DIR, "--imsize", 64, "--cropsize", 64, "--latency_runs", 1,
-                      "--prune_nums", 0, 300, "--content", CONTENT, "--style", STYLE, "--save_path", folder)
+                      "--report_size", 64, "--prune_nums", 0, 300, "--content", CONTENT, "--style", STYLE,
+                      "--save_path", folder)
     assert "parameters" in result.stdout and "multiply-adds" in result.stdout
     return folder
 
@@ -87,7 +88,8 @@ def test_full_and_pruned_network_make_the_same_picture(trained, pruned, tmp_path
 def test_prune_again_with_kept_responses_and_other_names(trained, pruned, tmp_path):
     """The other mode names work, `--responses` spares the measurement, and N cuts the N weakest."""
     run_main("--mode", "prune_eval", "--gpu_no", -1, "--load_path", trained, "--content_dir", CONTENT_DIR,
-             "--style_dir", STYLE_DIR, "--imsize", 64, "--cropsize", 64, "--latency_runs", 1, "--prune_nums", 0,
+             "--style_dir", STYLE_DIR, "--imsize", 64, "--cropsize", 64, "--latency_runs", 1,
+             "--report_size", 64, "--prune_nums", 0,
              "--prune_num", 300, "--responses", pruned / "responses.npz", "--half", "--save_path", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     l2 = np.load(pruned / "responses.npz")["l2"]
@@ -102,7 +104,7 @@ def test_prune_again_with_kept_responses_and_other_names(trained, pruned, tmp_pa
 
 def test_pruned_network_is_pruned_and_trained_again(pruned, tmp_path):
     run_main("--mode", "prune", "--gpu_no", -1, "--load_path", pruned, "--content_dir", CONTENT_DIR, "--style_dir",
-             STYLE_DIR, "--prune_images", 2, "--imsize", 40, "--cropsize", 32, "--latency_runs", 1,
+             STYLE_DIR, "--prune_images", 2, "--imsize", 40, "--cropsize", 32, "--latency_runs", 1, "--report_size", 64,
              "--prune_num", 10, "--prune_nums", 0, "--save_path", tmp_path / "again")
     before = json.loads((pruned / "report.json").read_text())["channels_after"]
     assert json.loads((tmp_path / "again" / "report.json").read_text())["channels_after"] == before - 10

@@ -160,6 +160,13 @@ def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):
     assert usable_cores() == 1
 
 
+def test_a_skipped_picture_is_said_by_the_process_that_met_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data.FailedPictures(Path("photos"), "--content_dir", 100).add(Path("photos/a.jpg"), "photos/a.jpg: the file is empty")
+    assert capsys.readouterr().err == "rank 1: skipped photos/a.jpg: the file is empty\n"
+
+
 # ------------------------------------------------------------------------------------------------- resume
 
 

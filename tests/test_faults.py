@@ -163,7 +163,8 @@ def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):
 def test_a_skipped_picture_is_said_by_the_process_that_met_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    data.FailedPictures(Path("photos"), "--content_dir", 100).add(Path("photos/a.jpg"), "photos/a.jpg: the file is empty")
+    failed = data.FailedPictures(Path("photos"), "--content_dir", 100)
+    failed.add(Path("photos/a.jpg"), "photos/a.jpg: the file is empty")
     assert capsys.readouterr().err == "rank 1: skipped photos/a.jpg: the file is empty\n"
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from data import FailedPictures, PicturesByPosition, check_failures, shard_positions, training_batches
+from data import FailedPictures
 from runfolder import CheckpointFolder, MetricFile, WandbRun, compare_resumed
+from sampling import PicturesByPosition, check_failures, shard_positions, training_batches
 from utils import (
     CHECKPOINT_FORMAT,
     UserError,

@@ -269,7 +269,7 @@ def seed_everything(seed: int) -> None:
 def random_state() -> dict:
     """The random state of torch, as plain tensors for a checkpoint.
 
-    Pictures are drawn by position (see `data.TrainingPictures`), so torch's generators are the only
+    Pictures are drawn by position (see `sampling.TrainingPictures`), so torch's generators are the only
     random state that a run carries along.
     """
     state = {"torch": torch.get_rng_state()}

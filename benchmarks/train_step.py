@@ -24,8 +24,9 @@ from measure import matrix_product_peak, peak_memory, print_json, spread, versio
 from plain import PlainTrainer, plain_loader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import PictureCache, TrainingPictures, find_pictures, training_batches
+from data import find_pictures
 from network import NetworkConfig, build_from_vgg
+from sampling import PictureCache, TrainingPictures, training_batches
 from train import TrainConfig
 from transfer import TransferTrainer
 from utils import UserError, autocast_dtype, keep_freed_memory, resolve_device, seed_everything, time_in_turns

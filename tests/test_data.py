@@ -11,14 +11,10 @@ from helpers import refused, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
-import data
+import sampling
 from data import (
-    CropConfig,
     FailedPictures,
-    PictureCache,
     PictureError,
-    TrainingPictures,
-    check_failures,
     denormalize,
     find_pictures,
     load_picture,
@@ -29,8 +25,8 @@ from data import (
     prepare_picture,
     save_picture,
     to_pil,
-    training_batches,
 )
+from sampling import CropConfig, PictureCache, TrainingPictures, check_failures, training_batches
 
 PILLOW_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # pixels, Pillow's own default; twice that is an error there
 MANY = 10**9
@@ -539,7 +535,7 @@ def test_folder_that_went_away_stops_the_run(tmp_path, capsys):
         path.unlink()
     _, _, failures = pictures[0]
     tallies = tuple(FailedPictures(tmp_path, flag, 10_000) for flag in ("--content_dir", "--style_dir"))
-    assert len(failures) == data.MAX_DRAWS
+    assert len(failures) == sampling.MAX_DRAWS
     assert "cannot be used" in user_error(check_failures, failures, tallies)
 
 
@@ -601,7 +597,7 @@ def test_cached_crops_are_the_same_pixels(tmp_path):
 def test_cached_picture_is_not_decoded_again(tmp_path, monkeypatch):
     pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
     desired = [pictures[position] for position in range(15)]  # every picture is in it now
-    monkeypatch.setattr(data, "load_resized", None)  # what cannot be called
+    monkeypatch.setattr(sampling, "load_resized", None)  # what cannot be called
     again = TrainingPictures(*pictures.folders, pictures.crop, pictures.seed, PictureCache(tmp_path / "cache"))
     for position in range(15):
         assert all(torch.equal(*pair) for pair in zip(again[position][:2], desired[position][:2]))
@@ -654,12 +650,12 @@ def test_kill_while_writing_leaves_nothing_that_is_read(tmp_path, monkeypatch):
     cache.folder.mkdir()
     script = f"""
 import sys, os
-sys.path.insert(0, {str(data.__file__).rsplit(os.sep, 1)[0]!r})
-import numpy as np, data
+sys.path.insert(0, {str(sampling.__file__).rsplit(os.sep, 1)[0]!r})
+import numpy as np, sampling
 def half(handle, array):
     handle.write(b"half a pic"); handle.flush(); os.kill(os.getpid(), 9)
 np.save = half
-data.PictureCache({str(cache.folder)!r}).open({str(path)!r}, 16)
+sampling.PictureCache({str(cache.folder)!r}).open({str(path)!r}, 16)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -9
     (leftover,) = cache.folder.glob("??/.*.tmp")
@@ -676,7 +672,7 @@ def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, monkeypatc
     def no_space(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "write_atomically", no_space)
+    monkeypatch.setattr(sampling, "write_atomically", no_space)
     pictures, plain = cached_pictures(tmp_path, PictureCache(tmp_path / "cache")), make_pictures(tmp_path)
     for position in range(6):
         assert torch.equal(pictures[position][0], plain[position][0])

@@ -20,7 +20,6 @@ from PIL import Image, ImageCms, PngImagePlugin, features
 
 import data
 from data import (
-    PictureCache,
     PictureError,
     find_pictures,
     load_alpha,
@@ -31,6 +30,7 @@ from data import (
     prepare_picture,
 )
 from metadata import srgb_conversion
+from sampling import PictureCache
 
 MANY = 10**9
 

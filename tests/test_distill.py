@@ -25,25 +25,12 @@ from PIL import Image
 from torch.testing import assert_close
 
 import distill as distill_module
-from data import (
-    CropConfig,
-    MixedPictures,
-    PaintedTriples,
-    PictureError,
-    check_failures,
-    collate,
-    find_pictures,
-    load_triple,
-    normalize,
-    open_triples,
-    prepare_picture,
-    split_holdout,
-    training_batches,
-)
+from data import PictureError, find_pictures, load_triple, normalize, open_triples, prepare_picture, split_holdout
 from distill import DistillConfig, Distiller, PaintedDistiller, distill, paint, rate_share
 from loss import painted_loss
 from main import main
 from network import adain, channel_statistics
+from sampling import CropConfig, MixedPictures, PaintedTriples, check_failures, collate, training_batches
 from train import TrainConfig, build_trainer
 from weights import STUDENT_NAME, load_network, model_checkpoint
 

@@ -13,7 +13,7 @@ import torch
 from helpers import REPORTING_MAIN, ROOT, read_metrics
 from torch.testing import assert_close
 
-from data import shard_positions
+from sampling import shard_positions
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

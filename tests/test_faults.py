@@ -18,9 +18,10 @@ from helpers import ROOT, read_metrics, refusal, user_error, words
 from torch.testing import assert_close
 
 import data
-from data import _Batch, collate, training_batches
+import sampling
 from evaluate import test as stylise
 from runfolder import LOCK_NAME, CheckpointFolder
+from sampling import _Batch, collate, training_batches
 from train import train
 from utils import usable_cores, worker_count
 from weights import BUNDLED_VGG19, same_vgg
@@ -86,14 +87,14 @@ def test_the_end_of_the_batches_ends_the_workers():
 
 def hang(monkeypatch, after: int) -> None:
     """Training pictures from position `after` on never come."""
-    real = data.TrainingPictures.__getitem__
+    real = sampling.TrainingPictures.__getitem__
 
     def picture(self, position):
         if position >= after:
             threading.Event().wait()
         return real(self, position)
 
-    monkeypatch.setattr(data.TrainingPictures, "__getitem__", picture)
+    monkeypatch.setattr(sampling.TrainingPictures, "__getitem__", picture)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

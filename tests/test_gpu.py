@@ -7,8 +7,8 @@ from helpers import ROOT, SMALL_TRAINING, make_trainer, random_vgg, small_networ
 from plain import PlainTrainer
 from test_speed import EVERY_LAYER, ON, batch
 
-from data import TrainingPictures, training_batches
 from run import MetricSums
+from sampling import TrainingPictures, training_batches
 from train import TrainConfig, train
 from transfer import TransferTrainer
 

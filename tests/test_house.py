@@ -9,7 +9,7 @@ from helpers import ROOT
 ROWS = (
     ("utils", "metadata"),
     ("runfolder", "loss", "data", "network", "muon"),
-    ("cost",),
+    ("cost", "sampling"),
     ("weights", "compact"),
     ("quality", "responses", "surgery", "stylize"),
     ("selection", "figures"),

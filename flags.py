@@ -189,8 +189,8 @@ TOPICS = {
              "0 at --max_iter", amount),
         Flag("encoder_lr", TRAIN, "learning rate of the encoder; 0 freezes it", amount, none="--lr"),
         Flag("decoder_lr", TRAIN, "learning rate of the decoder; 0 freezes it", amount, none="--lr"),
-        Flag("optimizer", TRAIN, "adam, as published, or muon (Jordan et al., 2024), which trains a new decoder "
-             "faster", choices=OPTIMIZERS),
+        Flag("optimizer", TRAIN, "adam, as published, or muon (Jordan et al., 2024), which makes the updates of "
+             "the filters orthogonal", choices=OPTIMIZERS),
         Flag("warmup_iter", TRAIN, "the learning rates rise from 0 over this many first iterations", count_or_zero),
         Flag("decay_iter", TRAIN, "the learning rates fall to 0 over this many last iterations", count_or_zero),
     ),

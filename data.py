@@ -96,6 +96,16 @@ def prepare_picture(
         return pil_to_tensor(_prepare(path, imsize, cropsize, max_pixels).in_srgb())[None]
 
 
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture at hand, of any mode, as (1, 3, H, W), uint8, 0..255: its pixels as they are, transparent ones laid on
+    white. Raises PictureError for floating-point pixels, which have no known range."""
+    if image.mode == "F":
+        raise PictureError("floating-point pixels have no known range; 8 or 16 bits are needed")
+    colour, alpha = _separate(image)
+    colour = colour.convert("RGB")
+    return pil_to_tensor(colour if alpha is None else _on_white(colour, alpha))[None]
+
+
 def load_alpha(
     path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image | None:
@@ -202,11 +212,14 @@ def _decode_from(
             colour, alpha = metadata.upright(colour), alpha and metadata.upright(alpha)
     to_srgb = srgb_conversion(metadata.profile, colour.mode) if metadata.profile else None
     if alpha is not None:
-        colour = colour.convert("RGB") if to_srgb is None else to_srgb(colour)
-        colour.putalpha(alpha)
-        white = Image.new("RGBA", colour.size, "white")
-        return _Picture(Image.alpha_composite(white, colour).convert("RGB"), alpha)
+        return _Picture(_on_white(colour.convert("RGB") if to_srgb is None else to_srgb(colour), alpha), alpha)
     return _Picture(colour if to_srgb else colour.convert("RGB"), None, to_srgb)
+
+
+def _on_white(colour: Image.Image, alpha: Image.Image) -> Image.Image:
+    """colour: RGB, changed; alpha: L. Returns RGB."""
+    colour.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:

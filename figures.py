@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import save_picture, to_pil
 from network import StyleTransferNetwork
 from responses import Responses
-from stylize import encode_style, load_input, stylize_picture
+from stylize import Stylizer, load_input
 from surgery import cut_bottleneck
 from utils import note, write_atomically
 
@@ -182,8 +182,8 @@ def plot_prune_grid(
     panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
     for number in numbers:
         cut = cut_bottleneck(network, responses.weakest_first[:number])
-        code = encode_style(cut, style, config.margin)
-        output = stylize_picture(cut, content, code, config.style_strength, config.margin)
+        stylizer = Stylizer(cut, margin=config.margin)
+        output = stylizer.stylize(content, style, strength=config.style_strength)
         panels.append((f"Prune {number} channels", output))
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)

@@ -163,18 +163,25 @@ def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float = 1.0) -> Tensor:
+def align(
+    content_feature: Tensor, content_mean: Tensor, content_std: Tensor, style_mean: Tensor, style_std: Tensor,
+    strength: float = 1.0,
+) -> Tensor:
     """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32.
 
-    content_feature: (B, C, H, W); style_mean, style_std: (B, C, 1, 1), see `channel_statistics`.
+    content_feature: (B, C, H, W); means and standard deviations: (B, C, 1, 1), see `channel_statistics`.
     strength: 0 gives the content feature back, 1 the aligned one, linear between.
     """
-    content_mean, content_std = channel_statistics(content_feature)
     content_feature = content_feature.float()
     aligned = (content_feature - content_mean) / (content_std + ADAIN_EPS) * style_std + style_mean
     if strength == 1.0:
         return aligned
     return (1.0 - strength) * content_feature + strength * aligned
+
+
+def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float = 1.0) -> Tensor:
+    """`align` by the content feature's own statistics."""
+    return align(content_feature, *channel_statistics(content_feature), style_mean, style_std, strength)
 
 
 class Encoder(nn.Module):

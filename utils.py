@@ -48,11 +48,11 @@ def note_of_process(message: str) -> None:
     tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=sys.stderr)
 
 
-def progress_bar(total: int, description: str, unit: str, **more) -> tqdm:
+def progress_bar(total: int, description: str, unit: str, hidden: bool = False, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval,
-                disable=not is_first_process(), **more)
+                disable=hidden or not is_first_process(), **more)
 
 
 # ------------------------------------------------------------------------------------------ processes

@@ -47,9 +47,9 @@ from evaluate import TestConfig, choose_pairs, model_names
 from figures import COMPARED_ROWS, comparison_sheet
 from flags import amount, count, count_or_zero, share
 from quality import INTERVAL, METRICS, Measurement, Meter
-from stylize import encode_style, stylize_picture
+from stylize import Stylizer
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically
-from weights import find_model_file, load_network
+from weights import find_model_file
 
 MARGIN = TestConfig.margin  # pixels around a picture that our encoders see reflected: as in test mode
 SIDE = 384  # pixels, of every picture: what the peer's network is fixed to
@@ -111,7 +111,7 @@ class OurModel:
     def __init__(self, load_path: str) -> None:
         """Raises UserError when it is no model file."""
         self.file = find_model_file(Path(load_path))
-        self.network = load_network(self.file)[0].to(memory_format=torch.channels_last)
+        self.stylizer = Stylizer(self.file, device="cpu", margin=MARGIN)
 
     def paint(self, content: Image.Image, style: Image.Image) -> Image.Image:
         """content, style: RGB; returns a picture of the content's size."""
@@ -119,14 +119,14 @@ class OurModel:
 
     def styled(self, style: Image.Image) -> Callable[[Image.Image], Image.Image]:
         """`paint` with a style picture that is encoded once, here."""
-        code = encode_style(self.network, pil_to_tensor(style)[None], MARGIN)
-        return lambda content: stylize_picture(self.network, pil_to_tensor(content)[None], code, 1.0, MARGIN)
+        code = self.stylizer.encode_style(style)
+        return lambda content: self.stylizer.stylize(content, code)
 
     def describe(self) -> dict:
         """Its file and size, parameters, and multiply-adds of a pair of MACS_SIDE x MACS_SIDE pictures."""
         return {"files": [str(self.file)], "file_bytes": self.file.stat().st_size,
-                "parameters": count_parameters(self.network),
-                "multiply_adds": count_macs(self.network.config, MACS_SIDE)}
+                "parameters": count_parameters(self.stylizer.network),
+                "multiply_adds": count_macs(self.stylizer.network.config, MACS_SIDE)}
 
 
 # ---------------------------------------------------------------------------------------------- measuring

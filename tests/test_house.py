@@ -10,13 +10,13 @@ ROWS = (
     ("utils", "metadata"),
     ("runfolder", "loss", "data", "network", "muon"),
     ("cost", "sampling"),
-    ("weights", "compact"),
+    ("weights", "compact", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
     ("selection", "figures"),
     ("run",),
     ("transfer",),
     ("train", "distill", "evaluate", "prune", "convert_vgg"),  # the modes, and a script that stands alone
-    ("flags",),
+    ("flags", "hubconf"),  # a script of torch.hub
     ("main",),
 )
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}

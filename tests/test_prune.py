@@ -23,7 +23,7 @@ from prune import (
     largest_pixel_difference,
     measure_responses,
 )
-from stylize import load_input, stylize_picture
+from stylize import Stylizer, load_input
 
 LAST_ENCODER_CONV = {"vgg19": "encoder.layers.0.19", "vgg16": "encoder.layers.0.14"}
 FIRST_DECODER_CONV = "decoder.layers.0.1"
@@ -344,18 +344,25 @@ def test_grid_numbers():
 
 @pytest.mark.parametrize("margin", [16, 0])
 def test_grid_is_painted_with_the_margin(tmp_path, monkeypatch, margin):
-    network, painted = small_network(), []
-    monkeypatch.setattr(figures_module, "stylize_picture",
-                        lambda *inputs: painted.append(inputs) or stylize_picture(*inputs))
-    config = PruneConfig(imsize=48, cropsize=48, margin=margin)
+    painted = []
+
+    class Recorder(Stylizer):
+        def stylize(self, *pictures, **settings):
+            painted.append((self, pictures, settings))
+            return super().stylize(*pictures, **settings)
+
+    monkeypatch.setattr(figures_module, "Stylizer", Recorder)
+    config = PruneConfig(imsize=48, cropsize=48, margin=margin, style_strength=0.5)
     responses = Responses(np.arange(12.0).reshape(2, 6), ["a", "b"], contents=1)
+    network = small_network()
     figures_module.plot_prune_grid(network, responses, [0, 2], config, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width > 1000
-    content, style = (load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style"))
+    pictures = [load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style")]
     for cut, number in zip((network, cut_bottleneck(network, [0, 1])), range(2)):
-        _, shown, code, _, got = painted[number]
-        assert torch.equal(shown, content) and got == margin
-        assert_close(code, cut.style_code(normalize(style), margin))
+        stylizer, shown, settings = painted[number]
+        assert stylizer.margin == margin and settings == {"strength": 0.5}
+        assert all(map(torch.equal, shown, pictures))
+        assert_close(stylizer.network.state_dict(), cut.state_dict())
 
 
 def test_margin_that_poolings_do_not_divide_is_refused():

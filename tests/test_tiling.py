@@ -1,0 +1,123 @@
+"""Pictures in tiles: exactly what the whole picture gives, borders and seams included."""
+
+import pytest
+import torch
+from helpers import ROOT, random_picture, small_network, user_error
+from torch.testing import assert_close
+
+import tiling
+from data import IMAGENET_STD, prepare_picture
+from stylize import Stylizer
+from tiling import TiledPicture, decoder_halo, encoder_halo, least_tile
+
+STORE = ROOT / "model-store"
+TILE = 104  # pixels: 24 x 24 of them within the halo of the bilinear VGG19
+
+
+def whole_and_tiled(network, tile=TILE, margin=0, size=(110, 123), strength=1.0):
+    """The same picture painted in one piece and in tiles, and the largest difference, of 255."""
+    content, style = random_picture(0, size), random_picture(1, (61, 90))
+    outputs = []
+    for each in (None, tile):
+        stylizer = Stylizer(network, margin=margin, tile=each)
+        outputs.append(stylizer.paint(content, stylizer.encode_style(style), strength))
+    return *outputs, difference(*outputs)
+
+
+def difference(first, second) -> float:
+    """The largest between two painted pictures, of 255."""
+    return ((first - second).abs() * torch.tensor(IMAGENET_STD)[:, None, None] * 255.0).max().item()
+
+
+@pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
+def test_halos_are_the_reach_of_the_layers(backbone, upsampling):
+    """By gradients, of layers that let every one through: no conv cancels, no pooling chooses, no ReLU is off."""
+    network = small_network(backbone, "avg", width=1)
+    network.use(upsampling)
+    with torch.no_grad():
+        for parameter in network.double().parameters():
+            parameter.fill_(0.1)
+    stride, middle = network.config.stride, 12
+
+    image = torch.ones(1, 3, 25 * stride, 25 * stride, dtype=torch.float64, requires_grad=True)
+    network.encoder(image)[0, 0, middle, middle].backward()
+    seen = image.grad[0, 0].sum(0).nonzero()
+    reach = middle * stride - seen.min().item()  # pixels beyond the position's own
+    assert seen.max().item() - ((middle + 1) * stride - 1) == reach == {"vgg19": 30, "vgg16": 18}[backbone]
+    assert encoder_halo(network.config) == -(-reach // stride)
+
+    feature = torch.ones(1, 1, 25, 25, dtype=torch.float64, requires_grad=True)
+    own = slice(middle * stride, (middle + 1) * stride)
+    network.decoder(feature)[0, 0, own, own].sum().backward()
+    seen = feature.grad[0, 0].sum(0).nonzero()
+    reach = middle - seen.min().item()
+    assert seen.max().item() - middle == reach == decoder_halo(network.config)
+
+
+@pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
+@pytest.mark.parametrize("margin", [0, 16])
+def test_tiles_are_the_whole_picture(backbone, padding, upsampling, margin):
+    network = small_network(backbone)
+    network.use(upsampling, padding)
+    whole, tiled, largest = whole_and_tiled(network, least_tile(network.config) + 16, margin)
+    assert whole.std() > 0.1 and largest < 1e-3
+    assert_close(tiled, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(112, 40), (121, 5), (3, 110), (1, 1), (105, 129)])
+@pytest.mark.parametrize("margin", [0, 24])
+def test_tiles_of_sides_that_are_short_or_no_multiple_of_the_stride(size, margin):
+    network = small_network()
+    network.use(padding="reflect", upsampling="bilinear")
+    whole, tiled, largest = whole_and_tiled(network, TILE, margin, size)
+    assert whole.shape == tiled.shape == (1, 3, *size) and largest < 1e-3
+
+
+@pytest.mark.parametrize("limit", [0, 2**40])
+def test_tiles_encoded_twice_or_kept(monkeypatch, limit):
+    """With half of the style, and several pictures at once."""
+    monkeypatch.setattr(tiling, "KEPT_FEATURES", limit)
+    network, content = small_network(), random_picture(0, (110, 120), 2)
+    pictures = [TiledPicture(network, content, tile=tile) for tile in (None, TILE)]
+    with torch.inference_mode():
+        whole, tiled = (each.statistics()[0] for each in pictures)
+    assert len(pictures[1].tiles) > 4 and (pictures[1].kept is None) == (limit == 0)
+    assert_close(tiled, whole, rtol=1e-6, atol=1e-7)
+    assert whole_and_tiled(network, strength=0.5)[2] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["compact", "tiny", "ch_xor_pruned", "baseline"])
+def test_tiles_of_every_model_of_the_store(name):
+    """A photograph in a painting, and 0.05 of 255 at any pixel."""
+    folder, outputs = ROOT / "imgs", []
+    for tile in (None, 128):
+        stylizer = Stylizer(STORE / f"{name}.pth", device="cpu", tile=tile)
+        style = stylizer.encode_style(prepare_picture(folder / "style" / "calla.jpg", 64))
+        content = prepare_picture(folder / "content" / "brandenburg_gate.jpg", 150)[:, :, :72, :136]
+        outputs.append(stylizer.paint(content, style))
+    assert len(stylizer.open(content).tiles) == 3
+    assert outputs[0].std() > 0.3 and difference(*outputs) < 0.05
+
+
+def test_statistics_are_exact_far_from_zero():
+    """A mean a thousand times the standard deviation, in tiles: float32 sums of squares would leave nothing."""
+    generator = torch.Generator().manual_seed(0)
+    feature = (1000.0 + torch.randn(1, 4, 40, 50, generator=generator, dtype=torch.float64)).float()
+    moments = tiling._Moments()
+    for rows in feature.split(7, dim=2):
+        moments.add(rows, None)
+    mean, std = moments.result()
+    assert_close(mean, feature.double().mean((2, 3), keepdim=True).float(), rtol=1e-7, atol=0)
+    assert_close(std, feature.double().std((2, 3), keepdim=True).float(), rtol=1e-6, atol=0)
+
+
+def test_a_tile_that_is_all_halo_is_refused():
+    network = small_network()
+    network.use("bilinear")
+    least = least_tile(network.config)
+    assert least == 2 * 40 + 8
+    assert f"--tile {least - 1}: {least} pixels or more" in user_error(Stylizer, network, tile=least - 1)
+    assert whole_and_tiled(network, least, size=(24, 93))[2] < 1e-3

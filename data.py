@@ -9,7 +9,7 @@ import stat
 import struct
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
+import archives
 from metadata import Metadata, srgb_conversion, strip_metadata
 from utils import UserError, note, note_of_process, usable_cores, write_atomically
 
@@ -37,6 +38,7 @@ ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")  # what can hold transparency in full
 MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 MAX_FAILED_SHARE = 0.10
 LOOKING_THREADS = 16
+ENOUGH_TO_TELL = 2**16  # bytes of an archive's file that Pillow tells its kind by: it may be a video of gigabytes
 STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
 TRIPLE = ("content", "style", "painted")  # the folders of pictures painted by anyone, see `open_triples`
 
@@ -162,21 +164,17 @@ def _prepare(path: Path, imsize: int | None, cropsize: int | None, max_pixels: i
 
 
 def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> _Picture:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-        raise PictureError(f"{path}: not a file, but a {'folder' if path.is_dir() else 'pipe, socket or device'}")
-    if status.st_size == 0:
-        raise PictureError(f"{path}: the file is empty")
+    source = picture_source(path)
     try:
-        return _decode_from(path, path, None, shorter_side, max_pixels)
+        return _decode_from(source, path, None, shorter_side, max_pixels)
     except (PictureError, MemoryError, PermissionError):
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damage.
     except Exception as error:
-        with open(path, "rb") as file:
-            head = file.read(64)
-        attempts = [(path, None)] if is_heic(head) and register_heic() else []
-        stripped = strip_metadata(path.read_bytes())
+        content = path.read_bytes() if source == path else source.getvalue()
+        head = content[:64]
+        attempts = [(io.BytesIO(content), None)] if is_heic(head) and register_heic() else []
+        stripped = strip_metadata(content)
         if stripped is not None:
             attempts.append((io.BytesIO(stripped[0]), stripped[1]))
         for source, metadata in attempts:
@@ -189,6 +187,24 @@ def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> _Picture:
         if is_heic(head) and not register_heic():
             raise PictureError(f"{path}: a HEIC picture; to read it: pip install pillow-heif") from error
         raise  # so it was not the metadata
+
+
+def picture_source(path: Path) -> Path | io.BytesIO:
+    """What Pillow is to open for the picture at `path`: the path itself, or the content where an archive has it.
+
+    Raises PictureError for what is no file or empty; OSError and ArchiveError when it cannot be read.
+    """
+    member = archives.find(path)
+    if member is not None:
+        source, size = io.BytesIO(member.read()), member.size
+    else:
+        source, status = path, path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            raise PictureError(f"{path}: not a file, but a {'folder' if path.is_dir() else 'pipe, socket or device'}")
+    if size == 0:
+        raise PictureError(f"{path}: the file is empty")
+    return source
 
 
 def _decode_from(
@@ -261,9 +277,7 @@ _FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
 def _may_be_transparent(path: Path) -> bool:
     """By the file's header alone; True where that cannot be read."""
     try:
-        if not Path(path).is_file():
-            return True
-        with Image.open(path) as image:
+        with Image.open(picture_source(Path(path))) as image:
             return image.has_transparency_data
     except Exception:
         return True
@@ -280,6 +294,8 @@ def _one_line(path: Path):
         raise PictureError(f"{path}: no such file") from error
     except PermissionError as error:
         raise PictureError(f"{path}: no permission to read it") from error
+    except archives.ArchiveError as error:
+        raise PictureError(f"{path}: {error}") from error
     except MemoryError as error:
         raise PictureError(f"{path}: {_size_in_words(path)} not enough memory for it is free") from error
     except Exception as error:
@@ -289,7 +305,7 @@ def _one_line(path: Path):
 
 def _size_in_words(path: Path) -> str:
     try:
-        with Image.open(path) as image:
+        with Image.open(picture_source(Path(path))) as image:
             return f"{image.width} x {image.height} pixels;"
     except Exception:
         return "a large picture;"
@@ -353,7 +369,7 @@ def picture_grid(rows: list[Tensor]) -> Image.Image:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """The pictures of a folder, sorted, and the other files in it by the reason for leaving them out."""
+    """The pictures of a folder or archive, sorted, and the other files in it by the reason for leaving them out."""
 
     pictures: list[Path]
     left_out: dict[str, list[Path]]
@@ -368,16 +384,51 @@ class FolderContents:
                          for reason, paths in self.left_out.items())
 
 
+def is_searched(path: Path) -> bool:
+    """Whether `path` holds pictures, and is none itself: a folder, or an archive."""
+    return Path(path).is_dir() or archives.is_archive(path)
+
+
 def look_through(folder: Path, flag: str) -> FolderContents:
-    """What a folder and all its subfolders hold; links are followed, what is hidden is left out and not counted.
+    """What a folder and all its subfolders hold, or a .zip archive; links are followed, what is hidden is left out and
+    not counted.
 
     A file named as pictures are is taken for one; any other is looked at. Raises UserError, naming `flag`, when there
-    is no such folder or no picture in it.
+    is no such folder or archive, or no picture in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    pictures, others, left_out = [], [], {reason: [] for reason in (NO_PICTURE, BROKEN_LINK, UNREADABLE, PIPE)}
+    if archives.is_archive(folder):
+        files, left_out = _members(folder, flag), {}
+    elif folder.is_dir():
+        files, left_out = _files_below(folder, flag)
+    else:
+        raise UserError(f"{flag} {folder}: no such folder or .zip archive")
+    pictures, others = [], []
+    for path in files:
+        (pictures if str(path).lower().endswith(PICTURE_SUFFIXES) else others).append(path)
+    for path, reason in zip(others, _look_at(others)):
+        if reason is None:
+            pictures.append(path)
+        else:
+            left_out.setdefault(reason, []).append(path)
+    contents = FolderContents(sorted(pictures), left_out)
+    if not pictures:
+        found = contents.describe_left_out()
+        first = next((path.name for paths in left_out.values() for path in paths), None)
+        raise UserError(f"{flag} {folder}: no picture in it; " + (f"{found} ({first})" if found else "it is empty"))
+    return contents
+
+
+def _members(archive: Path, flag: str) -> list[Path]:
+    try:
+        return archives.members(archive)
+    except (archives.ArchiveError, OSError) as error:
+        raise UserError(f"{flag} {archive}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _files_below(folder: Path, flag: str) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files that are not hidden, and what else was met by the reason for leaving it out."""
+    files, left_out = [], {}
     folders, linked, seen = [folder], deque(), set()
     while folders or linked:
         here = folders.pop() if folders else linked.popleft()  # a picture that is found twice goes by its own path
@@ -403,33 +454,42 @@ def look_through(folder: Path, flag: str) -> FolderContents:
             if is_folder:
                 (linked if entry.is_symlink() else folders).append(entry.path)
             elif is_file:
-                is_named_so = entry.name.lower().endswith(PICTURE_SUFFIXES)
-                (pictures if is_named_so else others).append(Path(entry.path))
+                files.append(Path(entry.path))
             else:
                 is_broken = entry.is_symlink() and not os.path.exists(entry.path)
-                left_out[BROKEN_LINK if is_broken else PIPE].append(Path(entry.path))
-    for path, reason in zip(others, _look_at(others)):
-        (pictures if reason is None else left_out[reason]).append(path)
-    contents = FolderContents(sorted(pictures), {reason: paths for reason, paths in left_out.items() if paths})
-    if not pictures:
-        found = contents.describe_left_out()
-        first = next((path.name for paths in left_out.values() for path in paths), None)
-        raise UserError(f"{flag} {folder}: no picture in it; " + (f"{found} ({first})" if found else "it is empty"))
-    return contents
+                left_out.setdefault(BROKEN_LINK if is_broken else PIPE, []).append(Path(entry.path))
+    return files, left_out
 
 
-def find_pictures(folder: Path, flag: str) -> list[Path]:
-    """The pictures of `look_through`; what else is in the folder is said in a line. Raises UserError as that does."""
+def refuse_within(output: Path, folder: Path, flag: str, pictures: Iterable[Path]) -> None:
+    """Raises UserError where `output`, a folder to write to, belongs to one that is searched for pictures.
+
+    pictures: what was found there; through links it may lie elsewhere.
+    """
+    output, folder = Path(output), Path(folder)
+    searched = {os.path.realpath(path) for path in {path.parent for path in pictures}}
+    real = Path(os.path.realpath(output))
+    above = (real, *real.parents)
+    if not searched.isdisjoint(map(str, above)) or any(each.samefile(folder) for each in above if each.exists()):
+        raise UserError(f"--save_path {output}: belongs to {flag} {folder}, which is searched with all its subfolders: "
+                        "the next call would find there what this one writes; name a folder outside it")
+
+
+def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[Path]:
+    """The pictures of `look_through`; what else is in the folder is said in a line. Raises UserError as that does, and
+    as `refuse_within` for an `output`."""
+    return _look_through(folder, flag, output).pictures
+
+
+def _look_through(folder: Path, flag: str, output: Path | None) -> FolderContents:
     contents = look_through(folder, flag)
-    _note_left_out(contents, folder, flag)
-    return contents.pictures
-
-
-def _note_left_out(contents: FolderContents, folder: Path, flag: str) -> None:
+    if output is not None:
+        refuse_within(output, folder, flag, contents.pictures)
     if contents.left_out:
         names = [path.name for paths in contents.left_out.values() for path in paths]
         note(f"{flag} {folder}: left out: {contents.describe_left_out()} ({', '.join(names[:3])}"
              f"{', ...' if len(names) > 3 else ''})")
+    return contents
 
 
 def _look_at(paths: list[Path]) -> list[str | None]:
@@ -450,9 +510,12 @@ def _look_at(paths: list[Path]) -> list[str | None]:
 
 def _head(path: Path) -> bytes | None:
     try:
+        member = archives.find(path)
+        if member is not None:
+            return member.head(64)
         with open(path, "rb", buffering=0) as file:
             return file.read(64)
-    except OSError:
+    except (OSError, archives.ArchiveError):
         return None
 
 
@@ -466,7 +529,9 @@ def _is_picture(path: Path, head: bytes) -> bool:
     if is_text and not head.startswith(TEXT_PICTURES):
         return False
     try:
-        with Image.open(path) as image:
+        member = archives.find(path)
+        source = path if member is None else io.BytesIO(member.head(ENOUGH_TO_TELL))
+        with Image.open(source) as image:
             return image.format not in NOT_DECODED and (image.format != "EPS" or has_ghostscript())
     except Exception:
         return False
@@ -502,7 +567,7 @@ def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> t
 
     def place(path: Path) -> float:
         stem = re.sub(r"_[a-d]$", "", path.stem)
-        return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") / 2**64  # 0..1, evenly spread
+        return int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") / 2**64  # 0..1, evenly spread
 
     held_out = [path for path in paths if place(path) < share]
     if len(held_out) == len(paths):
@@ -549,13 +614,14 @@ class FailedPictures:
         return f"{self.flag} {self.folder}: {', '.join(filter(None, counts))}"
 
 
-def open_folder(folder: Path, flag: str, max_pixels: int) -> tuple[list[Path], FailedPictures]:
+def open_folder(
+    folder: Path, flag: str, max_pixels: int, output: Path | None = None
+) -> tuple[list[Path], FailedPictures]:
     """The pictures of a folder and the tally of its failures; some are decoded now, see `_usable`.
 
-    Raises UserError as `look_through` and `_usable` do.
+    Raises UserError as `find_pictures` and `_usable` do.
     """
-    contents = look_through(folder, flag)
-    _note_left_out(contents, folder, flag)
+    contents = _look_through(folder, flag, output)
     paths = contents.pictures
     failed = FailedPictures(folder, flag, len(paths), contents.describe_left_out())
     return _usable(paths, lambda path: load_picture(path, shorter_side=1, max_pixels=max_pixels), failed), failed
@@ -593,7 +659,7 @@ def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPic
 
 
 def open_triples(
-    folder: Path, flag: str, side: int, max_pixels: int
+    folder: Path, flag: str, side: int, max_pixels: int, output: Path | None = None
 ) -> tuple[dict[Path, tuple[Path, Path]], FailedPictures]:
     """Pictures painted by anyone: content/NAME, style/NAME and painted/NAME in `folder`, each of any suffix.
 
@@ -607,7 +673,7 @@ def open_triples(
                         f"sub-folders {', '.join(TRIPLE)}")
     parts = []
     for part in TRIPLE:
-        paths = find_pictures(folder / part, flag)
+        paths = find_pictures(folder / part, flag, output)
         parts.append({path.relative_to(folder / part).with_suffix(""): path for path in reversed(paths)})
     names = sorted(set().union(*parts))
     complete = [name for name in names if all(name in part for part in parts)]

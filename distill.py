@@ -1,7 +1,7 @@
 """`--mode distill`: a network of any widths learns to paint as another one does, or as painted pictures show."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -319,37 +319,45 @@ def distill(given: dict) -> int:
     config, checkpoint = open_config("distill", DistillConfig, given, FIXED)
     device = resolve_device(config.gpu_no)
     allow_tf32(True)
+    if is_finished(config, checkpoint):
+        return 0
+    opened, by_position = _open_pictures(config)
     with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-        if is_finished(config, checkpoint):
-            return 0
         kind = PaintedDistiller if config.teacher_is_pictures else Distiller
         trainer = kind(config, device, checkpoint)
-        pictures, tallies, counts = _open_pictures(config, trainer)
+        tallies = [tally for _, tally in opened]
+        folders, held_out = zip(*(split_holdout(paths, config.holdout) for paths, _ in opened))
+        measured = [(paths, tally) for paths, tally in zip(held_out, tallies) if paths]
+        if measured:
+            trainer.held_out = _always_the_same(measured, by_position, config.batch_size)
+        counts = [len(paths) for paths in folders]
         precision = "float32" if trainer.amp_dtype is None else "bfloat16"
         note(f"distilling on {describe_device(device)}, {precision}; {sum(counts)} pictures")
+        pictures = by_position(folders)
         return Run("distill", config, trainer, folder, pictures, tallies, counts, WandbRun.none(), checkpoint).loop()
 
 
 def _open_pictures(
-    config: DistillConfig, trainer: Distiller
-) -> tuple[PicturesByPosition, list[FailedPictures], list[int]]:
-    """The pictures to learn from, the tally of each folder and how many of it are learned from; the trainer gets those
-    that are held out, always the same crops."""
+    config: DistillConfig,
+) -> tuple[list[tuple[list[Path], FailedPictures]], Callable[[Sequence[list[Path]]], PicturesByPosition]]:
+    """The pictures of each folder with the tally of its failures, and what makes crops by position of such pictures."""
     crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
     if config.teacher_is_pictures:
-        partners, tally = open_triples(config.teacher, "--teacher", crop.shorter_side, config.max_pixels)
-        opened = [(list(partners), tally)]
+        partners, tally = open_triples(config.teacher, "--teacher", crop.shorter_side, config.max_pixels,
+                                       config.save_path)
         by_position = partial(PaintedTriples, crop=crop, seed=config.seed, partners=partners)
-    else:
-        opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels)
-                  for flag in ("content_dir", "style_dir") if getattr(config, flag)]
-        by_position = partial(MixedPictures, crop=crop, seed=config.seed)
-    tallies = [tally for _, tally in opened]
-    folders, held_out = zip(*(split_holdout(paths, config.holdout) for paths, _ in opened))
-    measured = [(paths, tally) for paths, tally in zip(held_out, tallies) if paths]
-    if measured:
-        pictures = by_position([paths for paths, _ in measured])
-        count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
-        *trainer.held_out, failures = collate([pictures[position] for position in range(count)])
-        check_failures(failures, [tally for _, tally in measured])
-    return by_position(folders), tallies, [len(paths) for paths in folders]
+        return [(list(partners), tally)], by_position
+    opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
+              for flag in ("content_dir", "style_dir") if getattr(config, flag)]
+    return opened, partial(MixedPictures, crop=crop, seed=config.seed)
+
+
+def _always_the_same(
+    measured: list[tuple[list[Path], FailedPictures]], by_position: Callable, batch_size: int
+) -> list[Tensor]:
+    """Crops of held-out pictures, (n, 3, H, W), uint8, each, in whole batches."""
+    pictures = by_position([paths for paths, _ in measured])
+    count = max(1, HELD_OUT_PICTURES // batch_size) * batch_size
+    *crops, failures = collate([pictures[position] for position in range(count)])
+    check_failures(failures, [tally for _, tally in measured])
+    return crops

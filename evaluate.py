@@ -25,6 +25,8 @@ from data import (
     OUTPUT_FORMATS,
     denormalize,
     find_measured,
+    is_searched,
+    refuse_within,
     save_picture,
     to_pil,
 )
@@ -104,8 +106,8 @@ class TestConfig:
 
     @property
     def names_a_folder(self) -> bool:
-        """Whether content or style is a folder of pictures."""
-        return any(Path(self.input(kind)[0]).is_dir() for kind in ("content", "style"))
+        """Whether content or style is a folder or archive of pictures."""
+        return any(is_searched(self.input(kind)[0]) for kind in ("content", "style"))
 
     @property
     def is_single(self) -> bool:
@@ -232,9 +234,9 @@ class _Pictures:
 
 
 def _find_inputs(path: str, flag: str, holdout: float) -> _Pictures:
-    """The picture that `path` names, or those of a folder."""
+    """The picture that `path` names, or those of a folder or archive."""
     root = Path(path)
-    if not root.is_dir():
+    if not is_searched(root):
         return _Pictures(flag, [root], _names(root.parent, [root]), None)
     paths = find_measured(root, f"--{flag}", holdout)
     return _Pictures(flag, paths, _names(root, paths), root)
@@ -356,14 +358,8 @@ def _check_outputs(files: Iterable[Path], folders: Iterable[Path], contents: _Pi
     for pictures in (contents, styles):
         if pictures.root is None:
             continue
-        searched = {os.path.realpath(path.parent) for path in pictures.paths}  # links lead elsewhere
         for folder in folders:
-            real = Path(os.path.realpath(folder))
-            above = [each for each in (real, *real.parents) if each.exists()]
-            if str(real) in searched or any(each.samefile(pictures.root) for each in above):
-                raise UserError(f"--save_path {folder}: belongs to --{pictures.flag} {pictures.root}, which is "
-                                "searched with all its subfolders: the next call would stylise what this one writes; "
-                                "name a folder outside it")
+            refuse_within(folder, pictures.root, f"--{pictures.flag}", pictures.paths)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -112,15 +112,15 @@ TRAIN, TEST, PRUNE, DISTILL = ((mode,) for mode in CONFIGS)
 EVERY_MODE = tuple(CONFIGS)
 TOPICS = {
     "pictures to read": (
-        Flag("content", TEST + PRUNE, "content picture, or in test mode a folder of them; in prune mode only for the "
-             "picture grid"),
-        Flag("style", TEST + PRUNE, "style picture, or in test mode a folder of them; in prune mode only for the "
-             "picture grid"),
+        Flag("content", TEST + PRUNE, "content picture, or in test mode a folder or .zip archive of them; in prune "
+             "mode only for the picture grid"),
+        Flag("style", TEST + PRUNE, "style picture, or in test mode a folder or .zip archive of them; in prune "
+             "mode only for the picture grid"),
         Flag("content_dir", EVERY_MODE, "folder of photographs, searched with all its subfolders for pictures, which "
-             "are told by their content, not by their names; in test mode another name of --content",
-             needed=TRAIN + PRUNE),
-        Flag("style_dir", EVERY_MODE, "folder of paintings, searched in the same way; in test mode another name of "
-             "--style", needed=TRAIN + PRUNE),
+             "are told by their content, not by their names, or a .zip archive of them, read in place; in test mode "
+             "another name of --content", needed=TRAIN + PRUNE),
+        Flag("style_dir", EVERY_MODE, "folder or .zip archive of paintings, searched in the same way; in test mode "
+             "another name of --style", needed=TRAIN + PRUNE),
         Flag("imsize", EVERY_MODE, "resize every picture so that its shorter side has this many pixels", count,
              none="unchanged"),
         Flag("cropsize", EVERY_MODE, "side in pixels of the square that is cut from every picture: in train and "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cost import bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
-from data import MAX_PIXELS, denormalize, normalize
+from data import MAX_PIXELS, denormalize, look_through, normalize, refuse_within
 from figures import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
 from network import StyleTransferNetwork
 from responses import Responses, measure_responses
@@ -289,6 +289,9 @@ def prune(given: dict) -> int:
         cut_bottleneck(network, config.prune_channels)
     for flag in ("content", "style"):
         load_input(Path(getattr(config, flag)), config, flag)
+    for flag in ("content_dir", "style_dir") if not config.responses else ():
+        folder = getattr(config, flag)
+        refuse_within(config.save_path, folder, f"--{flag}", look_through(folder, f"--{flag}").pictures)
     if config.responses:
         responses = Responses.load(config.responses, width)
         if config.every_layer:

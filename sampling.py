@@ -2,7 +2,6 @@
 
 import hashlib
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import archives
 from data import MAX_PIXELS, FailedPictures, PictureError, load_resized, load_triple
 from utils import UserError, keep_freed_memory, note, write_atomically
 
@@ -70,12 +70,12 @@ class PictureCache:
     def file_of(self, path: Path, size: int) -> Path:
         """Where the cached picture belongs. Raises PictureError when `path` cannot be looked at."""
         try:
-            status = os.stat(path)
-        except OSError as error:
-            raise PictureError(f"{path}: {error.strerror}") from error
+            real, version = archives.identity(path)
+        except (OSError, archives.ArchiveError) as error:
+            raise PictureError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         # What decides the pixels: the file and how it is decoded.
-        picture = _digest(os.path.realpath(path), size, self.max_pixels)
-        return self.folder / picture[:2] / f"{picture}-{_digest(status.st_size, status.st_mtime_ns, DECODING)}.npy"
+        picture = _digest(real, size, self.max_pixels)
+        return self.folder / picture[:2] / f"{picture}-{_digest(*version, DECODING)}.npy"
 
     def _write(self, picture: np.ndarray, file: Path) -> None:
         if self.is_full:

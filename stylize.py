@@ -10,7 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from control import Style
-from data import PictureError, denormalize, from_pil, load_alpha, normalize, prepare_picture, to_pil
+from data import (
+    PictureError,
+    denormalize,
+    from_pil,
+    load_alpha,
+    normalize,
+    picture_source,
+    prepare_picture,
+    to_pil,
+)
 from network import UPSAMPLINGS, StyleTransferNetwork, align
 from tiling import TiledPicture, least_tile
 from utils import UserError, lacks_memory
@@ -62,7 +71,7 @@ def load_transparency(path: Path, config, flag: str) -> Image.Image | None:
 def too_large(path: Path) -> str:
     """What to say of a picture that there is too little memory for."""
     try:
-        with Image.open(path) as picture:  # reads no pixel
+        with Image.open(picture_source(Path(path))) as picture:  # reads no pixel
             size = f"{picture.width} x {picture.height} pixels are"
     except Exception:  # whatever Pillow's decoders raise: the size is an extra
         size = "it is"

@@ -148,10 +148,12 @@ def train(given: dict) -> int:
     device = resolve_device(config.gpu_no)
     allow_tf32(True)
     with process_group(device):
+        if is_finished(config, checkpoint):
+            return 0
+        opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
+                  for flag in ("content_dir", "style_dir")]
         with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-            if is_finished(config, checkpoint):
-                return 0
-            run = _open_run(config, device, folder, checkpoint)
+            run = _open_run(config, device, folder, checkpoint, opened)
             try:
                 return run.loop()
             except Exception as error:
@@ -163,10 +165,11 @@ def train(given: dict) -> int:
                                 "compiler") from error
 
 
-def _open_run(config: TrainConfig, device: torch.device, folder: CheckpointFolder, checkpoint: dict | None) -> Run:
-    """The pictures, the networks and the wandb run of a training."""
-    opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels)
-              for flag in ("content_dir", "style_dir")]
+def _open_run(
+    config: TrainConfig, device: torch.device, folder: CheckpointFolder, checkpoint: dict | None, opened: list
+) -> Run:
+    """The networks, the pictures by position and the wandb run of a training. opened: `open_folder` of content and
+    style."""
     content, style = (split_holdout(paths, config.holdout)[0] for paths, _ in opened)
     tallies = [tally for _, tally in opened]
     trainer = build_trainer(config, device, checkpoint)

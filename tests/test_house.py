@@ -7,7 +7,7 @@ from helpers import ROOT
 
 # Lowest first; a module of one row may not import another of the same.
 ROWS = (
-    ("utils", "metadata"),
+    ("utils", "metadata", "archives"),
     ("runfolder", "loss", "data", "network", "muon"),
     ("cost", "sampling"),
     ("weights", "compact", "tiling", "control"),

@@ -27,7 +27,7 @@ from PIL import Image
 import data
 import evaluate
 import stylize
-from data import OUTPUT_FORMATS, save_picture
+from data import OUTPUT_FORMATS, TRIPLE, save_picture
 from evaluate import TestConfig, distinct
 from main import main
 
@@ -140,6 +140,39 @@ def test_output_folder_within_a_searched_folder_is_refused(flags, tmp_path, caps
         (folder / "link").symlink_to(output, target_is_directory=True)
     line = refused(capsys, flags | {kind: folder, "save_path": output}, tmp_path)
     assert "--save_path" in line and f"--{kind} {folder}" in line and "name a folder outside" in line
+
+
+@pytest.mark.parametrize("kind", ["content", "style"])
+@pytest.mark.parametrize("where", ["", "deep/er/run", "link to it", "in what a link leads to"])
+@pytest.mark.parametrize("mode", ["train", "distill", "prune"])
+def test_no_mode_writes_into_a_folder_that_it_searches(flags, tmp_path, capsys, mode, kind, where):
+    folder, other = tmp_path / "pictures", tmp_path / "others"
+    for number in range(2):
+        write_noise(folder / f"{number}.png", (16, 16), number)
+        write_noise(other / f"{number}.png", (16, 16), number)
+    output = folder / where
+    if where == "link to it":
+        output = tmp_path / "link"
+        output.symlink_to(folder, target_is_directory=True)
+    if where == "in what a link leads to":
+        write_noise(tmp_path / "elsewhere" / "old.png", (16, 16), 0)
+        (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        output = tmp_path / "elsewhere" / "run"
+    model = flags["load_path"]
+    directories = {"content_dir": other, "style_dir": other} | {f"{kind}_dir": folder}
+    more = {"teacher": model} if mode == "distill" else {}
+    line = refused(capsys, {"mode": mode, "gpu_no": -1, "load_path": model, "save_path": output} | directories | more,
+                   tmp_path)
+    assert line.startswith(f"error: --save_path {output}: belongs to --{kind}_dir {folder}, which is searched")
+
+
+@pytest.mark.parametrize("part", TRIPLE)
+def test_distilling_writes_into_no_folder_of_painted_pictures(flags, tmp_path, capsys, part):
+    for each in TRIPLE:
+        write_noise(tmp_path / "painted" / each / "a.png", (16, 16), 0)
+    line = refused(capsys, {"mode": "distill", "gpu_no": -1, "load_path": flags["load_path"], "teacher": tmp_path /
+                            "painted", "save_path": tmp_path / "painted" / part / "run"}, tmp_path)
+    assert f"belongs to --teacher {tmp_path / 'painted' / part}, which is searched" in line
 
 
 def test_output_folder_beside_or_around_the_pictures_is_fine(flags, tmp_path):

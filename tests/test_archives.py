@@ -1,0 +1,411 @@
+"""Pictures in .zip archives: the same as in a folder, whatever the archive, the process and the mode."""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    read_metrics,
+    refused,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+    write_picture,
+)
+
+import archives
+import data
+from data import find_pictures, is_searched, load_picture, look_through, open_folder, split_holdout
+from main import main
+from prune import PruneConfig, _compared_pairs
+from responses import Responses
+from sampling import CropConfig, PictureCache, TrainingPictures, training_batches
+from train import train
+from weights import load_network
+
+CROP = CropConfig(imsize=20, cropsize=16, centered=False, max_pixels=10**8)
+
+
+def make_photos(folder: Path, count: int = 6) -> Path:
+    """Pictures of several kinds, some in sub-folders, one without a suffix, and a file that is none."""
+    for number in range(count):
+        write_noise(folder / ("", "deep/er", "x.zip")[number % 3] / f"{number}.{('png', 'bmp')[number % 2]}",
+                    (24, 30), number)
+    shutil.copy(write_noise(folder / "extra.png", (24, 30), 99), folder / "no_suffix")
+    (folder / "notes.txt").write_text("of the photographs")
+    return folder
+
+
+def pack(folder: Path, archive: Path, method: int = zipfile.ZIP_STORED, force_zip64: bool = False) -> Path:
+    """Everything below `folder`, folders too; names begin there."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*")):
+            entry = zipfile.ZipInfo.from_file(path, path.relative_to(folder))
+            entry.compress_type = method
+            if path.is_dir():
+                file.writestr(entry, b"")
+                continue
+            with file.open(entry, "w", force_zip64=force_zip64) as member:
+                member.write(path.read_bytes())
+    return archive
+
+
+def picture_bytes(seed: int = 0, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    data.to_pil(torch.rand(3, 16, 20, generator=torch.Generator().manual_seed(seed))).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_archive(path: Path, **contents: bytes) -> Path:
+    """Stored members; NAME.png by keyword NAME."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in contents.items():
+            file.writestr(f"{name}.png", content)
+    return path
+
+
+def below(paths: list[Path], root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in paths]
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return make_photos(tmp_path / "photos")
+
+
+# ------------------------------------------------------------------------------------ like the same folder
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("force_zip64", [False, True])
+def test_an_archive_holds_what_its_folder_holds(photos, tmp_path, method, force_zip64, capsys):
+    archive = pack(photos, tmp_path / "PHOTOS.Zip", method, force_zip64)
+    contents, desired = look_through(archive, "--content_dir"), look_through(photos, "--content_dir")
+    assert below(contents.pictures, archive) == below(desired.pictures, photos)
+    assert len(contents.pictures) == 8 and contents.describe_left_out() == "1 file is no picture"
+    for path, unpacked in zip(contents.pictures, desired.pictures):
+        assert load_picture(path).tobytes() == load_picture(unpacked).tobytes()
+    find_pictures(archive, "--content_dir")
+    assert f"--content_dir {archive}: left out: 1 file is no picture (notes.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_training_batches_are_those_of_the_folder(photos, tmp_path, workers, method):
+    def batches(folder: Path, workers: int) -> list:
+        paths = open_folder(folder, "--content_dir", CROP.max_pixels)[0]
+        learned, held_out = split_holdout(paths, 0.4)
+        assert held_out
+        pictures = TrainingPictures(learned, paths, CROP, seed=3)
+        return list(training_batches(pictures, range(4, 20), 4, workers, pin_memory=False))
+
+    actual, desired = batches(pack(photos, tmp_path / "photos.zip", method), workers), batches(photos, 0)
+    assert len(actual) == len(desired) == 4
+    for (*pictures, failures), (*others, _) in zip(actual, desired):
+        assert failures == [] and all(torch.equal(picture, other) for picture, other in zip(pictures, others))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_same_pictures_are_held_out(tmp_path, share):
+    names = [f"train2014/COCO_train2014_{number:012d}.jpg" for number in range(200)]
+    with zipfile.ZipFile(tmp_path / "train2014.zip", "w") as file:
+        for name in reversed(names):
+            file.writestr(name, b"")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    splits = [[below(part, root) for part in split_holdout(find_pictures(path, ""), share)]
+              for path, root in ((tmp_path / "train2014.zip", tmp_path / "train2014.zip"),
+                                 (tmp_path / "train2014", tmp_path))]
+    assert splits[0] == splits[1] and len(splits[0][1]) > 10
+
+
+def test_test_mode_paints_and_names_the_same(photos, tmp_path):
+    model = write_model(tmp_path / "model.pth", small_network())
+    pictures = {}
+    for content, style, name in ((photos, photos, "a"), (pack(photos, tmp_path / "photos.zip"), photos, "b"),
+                                 (photos, tmp_path / "photos.zip", "c")):
+        flags = {"mode": "test", "gpu_no": -1, "load_path": model, "content": content, "style_dir": style,
+                 "metrics": "ssim", "pairs": 5, "holdout": 0.7, "save_path": tmp_path / name}
+        assert main(words(flags)) == 0
+        pictures[name] = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
+    assert pictures["a"] == pictures["b"] == pictures["c"] and len(pictures["a"]) == 6
+    pairs = [json.loads((tmp_path / name / "metrics.json").read_text())["pairs"] for name in "ab"]
+    assert [pair["content"] for pair in pairs[1]] == [
+        pair["content"].replace(str(photos), str(tmp_path / "photos.zip")) for pair in pairs[0]]
+    assert [pair["metrics"] for pair in pairs[1]] == [pair["metrics"] for pair in pairs[0]]
+
+
+def test_a_member_can_be_named_alone(photos, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "model.pth", small_network())
+    pack(photos, tmp_path / "photos.zip")
+    monkeypatch.chdir(tmp_path)
+    for content in ("photos/extra.png", "photos.zip/extra.png"):
+        assert main(words({"mode": "test", "gpu_no": -1, "load_path": model, "content": content,
+                           "style": "photos.zip/x.zip/2.png", "save_path": f"{Path(content).parts[0]}.png"})) == 0
+    assert Path("photos.png").read_bytes() == Path("photos.zip.png").read_bytes()
+
+
+def test_a_folder_may_be_called_as_an_archive(photos, tmp_path):
+    folder = photos.rename(tmp_path / "photos.zip")
+    assert is_searched(folder) and "x.zip/2.png" in below(find_pictures(folder, ""), folder)
+    load_picture(folder / "x.zip" / "2.png")
+    archive = pack(folder, tmp_path / "inner.zip")
+    load_picture(archive / "x.zip" / "2.png")
+    assert "no such file" in refused(archive / "x.zip" / "3.png")
+
+
+# ---------------------------------------------------------------------------------------------- the modes
+
+
+def test_training_goes_on_from_another_folder_as_it_would_unpacked(small, tmp_path, monkeypatch):
+    sources = {}
+    for kind in ("content", "style"):
+        folder = Path(small[f"{kind}_dir"])
+        pack(folder, tmp_path / f"{kind}.zip", zipfile.ZIP_DEFLATED)
+        sources[f"{kind}_dir"] = f"{kind}.zip"
+    whole, halves, more = tmp_path / "whole", tmp_path / "halves", {"max_iter": 3, "holdout": 0.2}
+    train(small | more | {"save_path": str(whole)})
+    monkeypatch.chdir(tmp_path)
+    train(small | more | sources | {"max_iter": 1, "save_path": str(halves), "cache_dir": "cache"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train({"resume": True, "save_path": str(halves), "max_iter": 3, "num_workers": 1}) == 0
+    for actual, desired in zip(load_network(halves)[0].parameters(), load_network(whole)[0].parameters()):
+        assert torch.equal(actual, desired)
+    assert read_metrics(halves) == read_metrics(whole)
+    stored = torch.load(halves / "check_point.pth", weights_only=True)["train_config"]
+    assert stored["content_dir"] == str(tmp_path / "content.zip")
+
+
+def test_pruning_and_distilling_read_archives(photos, tmp_path, capsys):
+    archive = pack(photos, tmp_path / "photos.zip")
+    model = write_model(tmp_path / "model.pth", small_network())
+    flags = {"gpu_no": -1, "load_path": model, "content_dir": archive, "style_dir": photos, "imsize": 32,
+             "cropsize": 32}
+    cut = tmp_path / "cut"
+    assert main(words(flags | {"mode": "prune", "prune_num": 1, "prune_nums": 0, "latency_runs": 1,
+                               "report_size": 32, "save_path": cut})) == 0
+    report = json.loads((cut / "report.json").read_text())
+    assert report["content_pictures"] == report["style_pictures"] == 8
+    # Kept responses name the members, which are read again.
+    responses = Responses.load(cut / "responses.npz", width=6)
+    for content, style in _compared_pairs(responses, PruneConfig(imsize=32, cropsize=32)):
+        assert torch.equal(content, style)
+    distill = flags | {"mode": "distill", "teacher": model, "max_iter": 1, "batch_size": 2, "num_workers": 0,
+                       "holdout": 0.3, "save_path": tmp_path / "student"}
+    assert main(words(distill)) == 0
+    assert f"--content_dir {archive}: 8 pictures, 0 skipped, 1 file is no picture" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ processes and threads
+
+
+def test_threads_and_fresh_processes_read_at_once(photos, tmp_path):
+    archive = pack(photos, tmp_path / "photos.zip", zipfile.ZIP_DEFLATED)
+    paths = find_pictures(archive, "")
+    desired = [(photos / path.relative_to(archive)).read_bytes() for path in paths]
+    with ThreadPoolExecutor(8) as pool:
+        for actual in pool.map(lambda _: [archives.find(path).read() for path in paths], range(40)):
+            assert actual == desired
+    code = ("import pickle, sys, archives; paths = pickle.load(sys.stdin.buffer); "
+            "pickle.dump([archives.find(path).read() for path in paths], sys.stdout.buffer)")
+    fresh = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(paths), capture_output=True, cwd=ROOT,
+                           check=True)
+    assert pickle.loads(fresh.stdout) == desired
+
+
+def test_large_archives_open_fast_and_are_not_sent_to_workers(tmp_path, monkeypatch):
+    count = 20_000
+    with zipfile.ZipFile(tmp_path / "train2014.zip", "w") as file:
+        for number in range(count):
+            file.writestr(f"train2014/COCO_train2014_{number:012d}.jpg", b"x")
+    opened = []
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *args, real=zipfile.ZipFile: opened.append(args) or real(*args))
+    start = time.process_time()
+    paths = look_through(tmp_path / "train2014.zip", "--content_dir").pictures
+    assert len(paths) == count and time.process_time() - start < 2
+    assert archives.find(paths[-1]).read() == b"x" == archives.find(paths[0]).head(64)
+    assert len(opened) == 1
+    sent = pickle.dumps(TrainingPictures(paths, paths[:1], CROP, seed=0))
+    assert len(sent) < 150 * count  # the paths
+
+
+def test_members_beyond_4_gigabytes(tmp_path):
+    archive = tmp_path / "large.zip"
+    with open(archive, "wb") as file:
+        file.seek(5 * 2**30)  # a hole, which takes no disk
+        with zipfile.ZipFile(file, "w") as opened:
+            opened.writestr("a.png", picture_bytes())
+    assert archives.find(archive / "a.png").header > 2**32
+    assert load_picture(find_pictures(archive, "")[0]).size == (20, 16)
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def test_what_is_hidden_or_added_by_macos_or_a_link_is_left_out(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
+        for name in ("a.png", "/b.png", "./c.png", "in//d.png", ".hidden.png", ".git/e.png", "in/.f/g.png", "../h.png",
+                     "__MACOSX/._a.png", "in/__MACOSX/i.png", "j.png/"):
+            file.writestr(name, picture_bytes())
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "a.png")
+    contents = look_through(tmp_path / "photos.zip", "--content_dir")
+    assert below(contents.pictures, tmp_path / "photos.zip") == ["a.png", "b.png", "c.png", "in/d.png"]
+    assert contents.left_out == {}
+    assert all(load_picture(path).size == (20, 16) for path in contents.pictures)
+
+
+@pytest.mark.parametrize("placeholder, stored, desired", [
+    ("caf#.png", b"caf\x82.png", "café.png"),  # code page 437
+    ("caf##.png", "café.png".encode(), "café.png"),  # UTF-8 that does not say so, as macOS writes it
+    ("café.png", "café.png".encode(), "café.png"),
+])
+def test_names_that_are_not_ascii(tmp_path, placeholder, stored, desired):
+    archive = write_archive(tmp_path / "photos.zip", **{placeholder.removesuffix(".png"): picture_bytes()})
+    archive.write_bytes(archive.read_bytes().replace(placeholder.encode(), stored))
+    paths = find_pictures(archive, "")
+    assert paths == [archive / desired] and load_picture(paths[0]).size == (20, 16)
+
+
+def test_of_two_members_of_one_name_the_last_counts(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for seed in (1, 2):
+            file.writestr("a.png", picture_bytes(seed))
+    assert [archives.find(path).read() for path in find_pictures(tmp_path / "a.zip", "")] == [picture_bytes(2)]
+
+
+# ----------------------------------------------------------------------------------------------- damage
+
+
+def spoil(archive: Path, content: bytes, how: str) -> None:
+    """Damage the one member of this content; the archive's directory stays readable."""
+    raw = bytearray(archive.read_bytes())
+    place = raw.index(content)  # behind the name in its header
+    header = raw.rindex(b"PK\3\4", 0, place)
+    name = bytes(raw[header + 30 : place])
+    entry = raw.index(name, raw.index(b"PK\1\2")) - 46
+    match how:
+        case "pixels":
+            raw[place + len(content) // 2] ^= 1
+        case "header":
+            raw[header] = 0
+        case "encrypted":
+            raw[header + 6] |= 1
+            raw[entry + 8] |= 1
+        case "method":
+            raw[entry + 10] = zipfile.ZIP_LZMA
+        case "deflated":
+            raw[entry + 10] = zipfile.ZIP_DEFLATED
+        case "size":
+            raw[entry + 20 : entry + 28] = b"\xff\xff\xff\xef" * 2
+    archive.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how, said", [
+    ("pixels", "checksum"), ("header", "damaged"), ("encrypted", "encrypted"), ("method", "method"),
+    ("deflated", "damaged"), ("size", "too many for a picture"),
+])
+def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, how, said):
+    contents = {f"p{number}": picture_bytes(number) for number in range(12)}
+    archive = write_archive(tmp_path / "photos.zip", **contents)
+    spoil(archive, contents["p4"], how)
+    message = refused(archive / "p4.png")
+    assert message.startswith(f"{archive}/p4.png: ") and said in message
+    paths, failed = open_folder(archive, "--content_dir", CROP.max_pixels)
+    assert len(paths) == 11 and archive / "p4.png" not in paths and failed.total == 12
+    assert f"skipped {message}" in capsys.readouterr().err
+    cache = PictureCache(tmp_path)
+    with pytest.raises(data.PictureError, match=said):
+        cache.open(archive / "p4.png", 16)
+
+
+def test_empty_and_broken_members_are_bad_pictures(tmp_path):
+    archive = write_archive(tmp_path / "photos.zip", empty=b"", text=b"no picture", half=picture_bytes()[:200])
+    assert "empty" in refused(archive / "empty.png")
+    assert "not a readable picture" in refused(archive / "text.png")
+    assert "not a readable picture" in refused(archive / "half.png")
+    assert "no such file" in refused(archive / "other.png")
+    assert "none of 3 pictures" in user_error(open_folder, archive, "--style_dir", CROP.max_pixels)
+
+
+def test_metadata_costs_no_picture_of_an_archive(tmp_path):
+    """A second attempt reads the content once more, see `metadata.strip_metadata`."""
+    picture = picture_bytes()
+    broken_text = b"\0\0\0\4zTXtxxxx" + b"\0" * 4
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a.png", picture[:33] + broken_text + picture[33:])
+    (tmp_path / "a.png").write_bytes(picture)
+    assert load_picture(tmp_path / "a.zip" / "a.png").tobytes() == load_picture(tmp_path / "a.png").tobytes()
+
+
+@pytest.mark.parametrize("share", [0.99, 0.5, 0.01])
+def test_a_truncated_archive_is_refused_at_once(photos, tmp_path, share):
+    whole = pack(photos, tmp_path / "photos.zip").read_bytes()
+    (tmp_path / "photos.zip").write_bytes(whole[: int(share * len(whole))])
+    message = user_error(look_through, tmp_path / "photos.zip", "--content_dir")
+    assert message.startswith(f"--content_dir {tmp_path / 'photos.zip'}: not a whole .zip archive")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b" + bytes(100)])
+def test_what_is_no_archive_is_refused(tmp_path, content):
+    (tmp_path / "photos.zip").write_bytes(content)
+    assert "not a readable .zip archive" in user_error(look_through, tmp_path / "photos.zip", "--content_dir")
+
+
+def test_an_archive_without_pictures_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
+        pass
+    assert "it is empty" in user_error(look_through, tmp_path / "photos.zip", "--content_dir")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
+        file.writestr("notes.txt", "of the photographs")
+    assert "1 file is no picture (notes.txt)" in user_error(look_through, tmp_path / "photos.zip", "--content_dir")
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "photos.tar.gz", "photos.TGZ", "photos.7z", "photos.rar"])
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_other_archives_are_to_be_unpacked(photos, tmp_path, capsys, name, mode):
+    (tmp_path / name).write_bytes(b"Rar!")
+    flags = {"mode": mode, "gpu_no": -1, "content_dir": tmp_path / name, "style_dir": photos,
+             "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 2
+    assert f"error: --content_dir {tmp_path / name}: only .zip archives are read in place" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- cache
+
+
+def test_cache_knows_a_member_by_its_place_and_content(tmp_path, monkeypatch):
+    archive = write_archive(tmp_path / "photos.zip", a=picture_bytes(1), b=picture_bytes(2))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    first = {name: cache.open(archive / f"{name}.png", 16).tobytes() for name in "ab"}
+    assert first["a"] != first["b"] and len(list(cache.folder.glob("??/*.npy"))) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.zip").symlink_to("photos.zip")
+    with monkeypatch.context() as patch:
+        patch.setattr("sampling.load_resized", None)  # nothing is decoded again
+        assert cache.open(Path("photos.zip/a.png"), 16).tobytes() == first["a"]
+        assert cache.open(Path("link.zip/b.png"), 16).tobytes() == first["b"]
+    write_archive(archive, a=picture_bytes(3), b=picture_bytes(2), c=picture_bytes(4))
+    with monkeypatch.context() as patch:
+        patch.setattr("sampling.load_resized", None)
+        assert cache.open(archive / "b.png", 16).tobytes() == first["b"]
+    write_picture(tmp_path / "same.png", (20, 16))
+    assert cache.open(archive / "a.png", 16).tobytes() not in first.values()
+    assert len(list(cache.folder.glob("??/*.npy"))) == 2  # the old one is dropped

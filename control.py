@@ -1,8 +1,20 @@
-"""What a picture is painted in: the style of one picture."""
+"""What a picture is painted in: one style, several mixed, two divided by a mask; and the content's colours kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+
+from utils import UserError
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+PRESERVED = ("luma", "histogram")
+GREY = 2  # levels, of 255, that the channels of a grey picture may differ by
+ASPECT = 0.01  # relative difference in height that a mask may have, scaled to the content's width; or one pixel
+CHUNK = 2**20  # pixels that colour statistics are summed up over at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,3 +24,101 @@ class Style:
 
     mean: Tensor
     std: Tensor
+
+    def regions(self, size: tuple[int, int], stride: int) -> list[tuple["Style", None]]:
+        """Itself, everywhere."""
+        return [(self, None)]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedStyle:
+    """One style where a mask is white, another where it is black, between the two where it is grey."""
+
+    white: Style
+    black: Style
+    mask: Image.Image  # L
+
+    def regions(self, size: tuple[int, int], stride: int) -> list[tuple[Style, Tensor]]:
+        """The styles with their weights at every bottleneck position of a content picture of `size`, (height, width):
+        (1, 1, h, w), 0..1, together 1, each the mean of the mask over the position's pixels. Without a style that is
+        nowhere. Raises UserError for a mask of another aspect."""
+        height, width = size
+        fitting = self.mask.height * width / self.mask.width
+        if abs(fitting - height) > max(1.0, ASPECT * height):
+            raise UserError(f"--mask: {self.mask.width} x {self.mask.height} pixels, the content picture has "
+                            f"{width} x {height}; the same aspect is needed")
+        mask = self.mask
+        if mask.size != (width, height):
+            mask = mask.resize((width, height), Image.Resampling.BILINEAR)
+        weights = np.asarray(mask.reduce(stride), np.float32) / 255.0
+        # At least 2 x 2 positions, as StyleTransferNetwork.pad.
+        weights = np.pad(weights, [(0, max(0, 2 - side)) for side in weights.shape], mode="edge")
+        weights = torch.from_numpy(weights).to(self.white.mean.device)[None, None]
+        return [(style, each) for style, each in ((self.white, weights), (self.black, 1.0 - weights)) if each.any()]
+
+
+def mix(styles: Sequence[Style], weights: Sequence[float]) -> Style:
+    """One style of several, in these shares; weights: 0 or more, of any sum above 0.
+
+    This mixes the features that are aligned to each (the style interpolation of Huang & Belongie, arXiv 1703.06868):
+    aligning is linear in mean and standard deviation. Raises UserError for weights that do not fit.
+    """
+    named = f"--style_weights {' '.join(f'{weight:g}' for weight in weights)}"
+    if len(weights) != len(styles):
+        raise UserError(f"{named}: {len(weights)} for {len(styles)} styles; one each is needed")
+    if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
+        raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
+    shares = [weight / sum(weights) for weight in weights]
+    return Style(*(sum(share * getattr(style, name) for share, style in zip(shares, styles) if share > 0.0)
+                   for name in ("mean", "std")))
+
+
+# ------------------------------------------------------------------------------------------------ colours
+
+
+def is_grey(pixels: Tensor) -> bool:
+    """Whether a picture, (1, 3, H, W), uint8, has no colours."""
+    return int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY
+
+
+def keep_colors(content: Tensor, painted: Tensor) -> Tensor:
+    """The painted picture's lightness in the content's colours. Both (B, 3, H, W), 0..1, as is the result.
+
+    In Y'CbCr: Y' of the painted picture, Cb and Cr of the content. It is the Y of the YIQ in which Gatys et al.
+    ("Preserving Color in Neural Artistic Style Transfer", arXiv 1606.05897) do the same, and linear in RGB, unlike
+    CIELAB: Y' is met at every pixel, and where no colour has both that Y' and the content's chroma, as much of the
+    chroma is left as fits, in the same hue. Clipping RGB would change all three.
+    """
+    weights = painted.new_tensor(LUMA)[:, None, None]
+    luma = (painted * weights).sum(1, keepdim=True)  # (B, 1, H, W)
+    colour = content - (content * weights).sum(1, keepdim=True)  # of luma 0: RGB of Cb and Cr alone
+    above, below = colour.amax(1, keepdim=True), -colour.amin(1, keepdim=True)
+    fits = torch.minimum((1.0 - luma) / above.clamp(min=1e-6), luma / below.clamp(min=1e-6))
+    return (luma + fits.clamp(0.0, 1.0) * colour).clamp(0.0, 1.0)
+
+
+def match_colors(style: Tensor, content: Tensor) -> Tensor:
+    """The style picture in the content's colours: with the mean and the covariance of its RGB. All (1, 3, H, W), uint8.
+
+    x -> A (x - mean of style) + mean of content, A = S_content^(1/2) S_style^(-1/2) (the second of the two choices of
+    Gatys et al., arXiv 1606.05897). Where the style's colours do not vary, neither do the result's.
+    """
+    (style_mean, style_covariance), (content_mean, content_covariance) = map(_color_moments, (style, content))
+    values, vectors = torch.linalg.eigh(style_covariance)
+    # Less than a level of 255 is noise: stretched, it would be what one sees.
+    inverse = torch.where(values > 1.0, values.clamp(min=1.0).rsqrt(), 0.0)
+    to_white = vectors * inverse @ vectors.T
+    values, vectors = torch.linalg.eigh(content_covariance)
+    matrix = vectors * values.clamp(min=0.0).sqrt() @ vectors.T @ to_white
+    matched = torch.empty(style.shape, dtype=torch.uint8, device=style.device)
+    for there, here in zip(*(picture.flatten(2)[0].split(CHUNK, dim=1) for picture in (matched, style))):
+        there.copy_((matrix @ (here.double() - style_mean) + content_mean).round().clamp(0.0, 255.0))
+    return matched
+
+
+def _color_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, (3, 1), and covariance, (3, 3), of the colours of a picture, float64."""
+    colours = pixels.flatten(2)[0]  # (3, N)
+    mean = sum(part.double().sum(1, keepdim=True) for part in colours.split(CHUNK, dim=1)) / colours.shape[1]
+    covariance = sum(part @ part.T for part in (part.double() - mean for part in colours.split(CHUNK, dim=1)))
+    return mean, covariance / colours.shape[1]

@@ -1,6 +1,6 @@
 """Picture in, picture out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from control import Style
+from control import PRESERVED, MaskedStyle, Style, is_grey, keep_colors, match_colors, mix
 from data import (
     PictureError,
     denormalize,
@@ -21,12 +21,13 @@ from data import (
     to_pil,
 )
 from network import UPSAMPLINGS, StyleTransferNetwork, align
-from tiling import TiledPicture, least_tile
-from utils import UserError, lacks_memory
+from tiling import TILES, TiledPicture, cut, least_tile, memory_needed
+from utils import UserError, free_memory, lacks_memory, note
 from weights import load_network
 
 DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
 DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
+SPARED = 0.8  # share of the free memory that a picture painted in one piece may take
 
 
 def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tuple[StyleTransferNetwork, dict]:
@@ -99,7 +100,8 @@ class Stylizer:
         """model: a model file, the folder of a run or a pruning, or a network.
 
         device: None is the GPU where there is one, for a network where it is. upsampling, margin: see
-        `StyleTransferNetwork.use` and `.stylize`. tile: see `TiledPicture`.
+        `StyleTransferNetwork.use` and `.stylize`. tile: see `TiledPicture`; None paints in tiles where the whole
+        picture would not fit the free memory.
         Raises UserError when the model cannot be loaded or a setting does not fit it.
         """
         check_margin(margin)
@@ -115,6 +117,7 @@ class Stylizer:
         if tile is not None and tile < least_tile(self.network.config):
             raise UserError(f"--tile {tile}: {least_tile(self.network.config)} pixels or more are needed")
         self.margin, self.tile = margin, tile
+        self._told = set()  # sizes of pictures of which `_tile_for` has said that they are painted in tiles
 
     @torch.inference_mode()
     def encode_style(self, picture) -> Style:
@@ -130,31 +133,49 @@ class Stylizer:
 
     @torch.inference_mode()
     def paint(
-        self, content: Tensor | TiledPicture, style: Style, strength: float = 1.0, *,
-        content_statistics: tuple[Tensor, Tensor] | None = None,
+        self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
+        content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
     ) -> Tensor:
         """content: (B, 3, H, W), uint8, any size and device, or what `open` made of it, which is encoded only once.
 
         strength: from 0, the decoder's copy of the content, to 1, the full style. content_statistics: what to align by
-        in place of the content's own. Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
+        in place of the content's own, not for a MaskedStyle. keeps_colors: see `control.keep_colors`.
+        Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device. Raises UserError for a mask of
+        another aspect.
         """
         content = self.open(content, "content")
         painted = torch.empty(content.pixels.shape, device=self.device)
-        for rows, columns, tile in self._painted(content, style, strength, content_statistics):
+        for rows, columns, tile in self._painted(content, style, strength, content_statistics, keeps_colors):
             painted[:, :, rows, columns] = tile
         return painted
 
     @torch.inference_mode()
-    def stylize(self, content, style, *, strength: float = 1.0) -> Image.Image:
-        """Content and style: pictures (see the class); a style that is used often, as `encode_style` gives it.
+    def stylize(
+        self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
+        preserve_color: str | None = None, style_size: int | None = None,
+    ) -> Image.Image:
+        """Returns the painted picture, of exactly the content's size.
 
-        strength: see `paint`. Returns the painted picture, of exactly the content's size. Raises UserError when a
-        picture cannot be used.
+        content: a picture (see the class). style: a picture, or as `encode_style` gives it; a list of them with
+        style_weights, see `control.mix`, or of two with mask.
+        strength: see `paint`. mask: a picture of the content's aspect, white where the first style is painted, black
+        where the second is. preserve_color: luma paints the lightness alone, see `control.keep_colors`, histogram in
+        styles that have the content's colours first, see `control.match_colors`. style_size: what the shorter sides of
+        the styles are resized to, pixels: the scale of their strokes.
+        Raises UserError when a picture cannot be used, or the settings do not fit each other.
         """
-        code = style if isinstance(style, Style) else self.encode_style(style)
+        if preserve_color not in (None, *PRESERVED):
+            raise UserError(f"--preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
         content = self.open(content, "content")
+        if preserve_color is not None:
+            check_colors(content.pixels, preserve_color, "content")
+        styles = style if isinstance(style, (list, tuple)) else [style]
+        check_styles(len(styles), style_weights, mask)
+        colors_of = content.pixels if preserve_color == "histogram" else None
+        code = combine([self._style(each, style_size, colors_of) for each in styles], style_weights,
+                       None if mask is None else open_mask(mask))
         painted = np.empty((*content.pixels.shape[2:], 3), np.uint8)
-        for rows, columns, tile in self._painted(content, code, strength):
+        for rows, columns, tile in self._painted(content, code, strength, keeps_colors=preserve_color == "luma"):
             painted[rows, columns] = to_pil(denormalize(tile))
         return Image.fromarray(painted)
 
@@ -162,31 +183,108 @@ class Stylizer:
         """A picture on its way through the network. name: of the argument, for errors."""
         if isinstance(picture, TiledPicture):
             return picture
-        return TiledPicture(self.network, _pixels(picture, name), self.margin, self.tile)
+        pixels = _pixels(picture, name)
+        return TiledPicture(self.network, pixels, self.margin, self.tile or self._tile_for(pixels))
+
+    def _tile_for(self, pixels: Tensor) -> int | None:
+        """The tile to paint a picture in: None where there is memory for the whole. Says so where there is not."""
+        needed, free = memory_needed(self.network.config, pixels.numel() // 3), free_memory(self.device)
+        if free is None or needed < SPARED * free:
+            return None
+        tile = next((each for each in TILES if memory_needed(self.network.config, each * each) < 0.5 * free), TILES[-1])
+        if pixels.shape not in self._told:
+            self._told.add(pixels.shape)
+            height, width = pixels.shape[2:]
+            note(f"{width} x {height} pixels would take about {needed / 2**30:.1f} GiB in one piece, "
+                 f"{free / 2**30:.1f} GiB are free: painted in tiles of {tile} pixels (--tile)")
+        return tile
+
+    def _style(self, style, size: int | None, colors_of: Tensor | None) -> Style:
+        """One style of `stylize`; colors_of: the pixels whose colours it gets first."""
+        if isinstance(style, Style):
+            if size is not None or colors_of is not None:
+                raise UserError(f"{'--style_size' if size else '--preserve_color histogram'}: a style that is encoded "
+                                "already cannot be changed; a picture is needed")
+            return style
+        pixels = _pixels(style, "style", size)
+        return self.encode_style(pixels if colors_of is None else match_colors(pixels, colors_of))
 
     def _painted(
-        self, content: TiledPicture, style: Style, strength: float,
-        content_statistics: tuple[Tensor, Tensor] | None = None,
+        self, content: TiledPicture, style: Style | MaskedStyle, strength: float,
+        content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Every tile of `content` painted, see `TiledPicture.paint`."""
+        regions = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
+        weights = [weight for _, weight in regions]
         if content_statistics is None:
-            (content_statistics,) = content.statistics()
-        return content.paint(lambda feature, rows, columns: align(feature, *content_statistics, style.mean, style.std,
-                                                                  strength))
+            statistics = content.statistics() if len(regions) == 1 else content.statistics(weights)
+        elif len(regions) == 1:
+            statistics = [content_statistics]
+        else:
+            raise ValueError("content statistics are of the whole picture, a mask's are of its regions")
+
+        def align_regions(feature: Tensor, rows: range, columns: range) -> Tensor:
+            parts = (align(feature, *of_content, each.mean, each.std, strength)
+                     for (each, _), of_content in zip(regions, statistics))
+            if len(regions) == 1:
+                return next(parts)
+            return sum(part * cut(weight, rows, columns) for part, weight in zip(parts, weights))
+
+        for rows, columns, tile in content.paint(align_regions):
+            if keeps_colors:
+                shown = content.pixels[:, :, rows, columns].to(self.device)
+                tile = normalize(255.0 * keep_colors(shown.float() / 255.0, denormalize(tile)))
+            yield rows, columns, tile
 
 
-def _pixels(picture, name: str) -> Tensor:
-    """A picture of any kind as (B, 3, H, W), uint8. name: of the argument. Raises UserError when it is none."""
+def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
+    """Raises UserError, naming the flag, where so many styles cannot be made one by these weights or this mask."""
+    if mask is not None and (styles != 2 or weights is not None):
+        got = "--style_weights, too" if weights is not None else f"{styles} style{'s' * (styles != 1)}"
+        raise UserError(f"--mask: got {got}; two styles are needed, for its white and its black")
+    if mask is None and weights is None and styles != 1:
+        raise UserError(f"got {styles} styles; to make one of them, --style_weights, or --mask with two, is needed")
+
+
+def check_colors(pixels: Tensor, preserved: str, name: str) -> None:
+    """Raises UserError where a content picture has no colours to preserve. name: of the picture."""
+    if is_grey(pixels):
+        raise UserError(f"--preserve_color {preserved}: {name} is grey; a content picture with colours is needed")
+
+
+def combine(
+    styles: Sequence[Style], weights: Sequence[float] | None = None, mask: Image.Image | None = None
+) -> Style | MaskedStyle:
+    """One of several styles, that `check_styles` let pass."""
+    if mask is not None:
+        return MaskedStyle(*styles, mask)
+    return styles[0] if weights is None else mix(styles, weights)
+
+
+def open_mask(picture) -> Image.Image:
+    """A picture of any kind, see `Stylizer`, or an array (H, W), as a mask: mode L."""
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 2 and picture.size:
+        return Image.fromarray(picture)
+    return to_pil(_pixels(picture, "mask").float() / 255.0).convert("L")
+
+
+def _pixels(picture, name: str, size: int | None = None) -> Tensor:
+    """A picture of any kind as (B, 3, H, W), uint8; with `size`, resized so that its shorter side has this many pixels.
+    name: of the argument. Raises UserError when it is none."""
     if isinstance(picture, (str, Path)):
         with usable(Path(picture), name):
-            return prepare_picture(Path(picture))
+            return prepare_picture(Path(picture), size)
+    if size is not None:
+        image = to_pil(_pixels(picture, name).float() / 255.0)
+        scale = size / min(image.size)
+        return from_pil(image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC))
     if isinstance(picture, Image.Image):
         try:
             return from_pil(picture)
         except PictureError as error:
             raise UserError(f"{name}: {error}") from error
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
-        picture = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+        picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
     if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 4 and picture.shape[1] == 3:
         if picture.numel():
             return picture

@@ -15,6 +15,7 @@ from data import normalize
 from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork
 from utils import progress_bar
 
+TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture would not fit
 KEPT_FEATURES = 512 * 2**20  # bytes of bottleneck features that are kept; of more, each tile is encoded again
 
 
@@ -43,6 +44,29 @@ def decoder_halo(config: NetworkConfig) -> int:
 def least_tile(config: NetworkConfig) -> int:
     """Side in pixels of the smallest tile of which something is left without its halo."""
     return (2 * max(encoder_halo(config), decoder_halo(config)) + 1) * config.stride
+
+
+def memory_needed(config: NetworkConfig, pixels: int) -> int:
+    """About the bytes that painting so many pixels at once takes at its peak, by the widest layer; rather too many."""
+    widest, scale = 0.0, 1
+    widths = iter(config.encoder_widths)
+    for entry in ENCODERS[config.backbone]:
+        if entry == POOL:
+            scale *= 2
+        else:
+            widest = max(widest, next(widths) / scale**2)
+    widths = iter(config.decoder_widths)
+    for entry in reversed(ENCODERS[config.backbone]):
+        if entry == POOL:
+            scale //= 2
+        else:
+            widest = max(widest, next(widths) / scale**2)
+    return int(4 * pixels * (5 * widest + 12))  # float32: a layer's input, padded, and output; and pictures
+
+
+def cut(feature: Tensor, rows: range, columns: range) -> Tensor:
+    """The part of (B, C, H, W) that is at these rows and columns, not copied."""
+    return feature[:, :, rows.start : rows.stop, columns.start : columns.stop]
 
 
 class TiledPicture:
@@ -84,7 +108,7 @@ class TiledPicture:
             for rows, columns in self.tiles:
                 feature = self.feature(rows, columns)
                 for each, weight in zip(moments, weights):
-                    each.add(feature, None if weight is None else _cut(weight, rows, columns))
+                    each.add(feature, None if weight is None else cut(weight, rows, columns))
                 if self.kept is None:
                     kept = self._keep(feature, rows, columns, kept)
                 bar.update()
@@ -99,7 +123,7 @@ class TiledPicture:
         if math.prod(shape) * feature.element_size() > KEPT_FEATURES:
             return None
         kept = feature.new_empty(shape) if kept is None else kept
-        _cut(kept, rows, columns).copy_(feature)
+        cut(kept, rows, columns).copy_(feature)
         return kept
 
     def paint(self, align: Callable[[Tensor, range, range], Tensor]) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -127,7 +151,7 @@ class TiledPicture:
     def feature(self, rows: range, columns: range) -> Tensor:
         """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""
         if self.kept is not None:
-            return _cut(self.kept, rows, columns)
+            return cut(self.kept, rows, columns)
         stride, pixels, inner = self.network.config.stride, self.pixels, []
         for axis, (span, source) in enumerate(zip((rows, columns), self.sources), start=2):
             seen = range(span.start + self.margin, span.stop + self.margin)
@@ -135,7 +159,7 @@ class TiledPicture:
             pixels = _take(pixels, axis, source[read.start * stride : read.stop * stride])
             inner.append(range(seen.start - read.start, seen.stop - read.start))
         image = normalize(pixels.to(next(self.network.parameters()).device))
-        return _cut(self.network.encoder(image), *inner)
+        return cut(self.network.encoder(image), *inner)
 
 
 class _Moments:
@@ -187,10 +211,6 @@ def _spans(places: int, most: int) -> list[range]:
 def _widened(span: range, halo: int, places: int) -> range:
     """With a halo on both sides, as far as there is something."""
     return range(max(0, span.start - halo), min(places, span.stop + halo))
-
-
-def _cut(feature: Tensor, rows: range, columns: range) -> Tensor:
-    return feature[:, :, rows.start : rows.stop, columns.start : columns.stop]
 
 
 def _take(pixels: Tensor, axis: int, places: Tensor) -> Tensor:

@@ -208,6 +208,56 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold) and mallopt(_M_MMAP_MAX, mmap_max))
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on the device; None where that cannot be told (the CPU without Linux).
+
+    On the CPU: what the machine, the control group (version 2) and `ulimit -v` leave, the least of them, and what
+    malloc has been given back and keeps.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        left = [_kibibytes("/proc/meminfo", "MemAvailable:")]
+        import resource  # not on Windows
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - _kibibytes("/proc/self/status", "VmSize:"))
+    except (OSError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(files["file"])  # files in memory make way
+        left.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, KeyError):  # no control groups of version 2, or no limit ("max")
+        pass
+    return max(0, min(left)) + _kept_by_malloc()
+
+
+def _kibibytes(path: str, name: str) -> int:
+    """The bytes of a line "name  number kB"."""
+    (line,) = [line for line in Path(path).read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def _kept_by_malloc() -> int:
+    """Bytes that glibc's malloc holds and nobody uses, see `keep_freed_memory`; 0 where it does not tell."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _MallocInfo
+    return mallinfo().fordblks
+
+
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The data type of mixed precision for `--amp`, or None for float32 throughout.
 

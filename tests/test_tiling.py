@@ -1,14 +1,19 @@
 """Pictures in tiles: exactly what the whole picture gives, borders and seams included."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import ROOT, random_picture, small_network, user_error
 from torch.testing import assert_close
 
+import stylize
 import tiling
 from data import IMAGENET_STD, prepare_picture
 from stylize import Stylizer
-from tiling import TiledPicture, decoder_halo, encoder_halo, least_tile
+from tiling import TiledPicture, decoder_halo, encoder_halo, least_tile, memory_needed
+from weights import load_network
 
 STORE = ROOT / "model-store"
 TILE = 104  # pixels: 24 x 24 of them within the halo of the bilinear VGG19
@@ -121,3 +126,47 @@ def test_a_tile_that_is_all_halo_is_refused():
     assert least == 2 * 40 + 8
     assert f"--tile {least - 1}: {least} pixels or more" in user_error(Stylizer, network, tile=least - 1)
     assert whole_and_tiled(network, least, size=(24, 93))[2] < 1e-3
+
+
+@pytest.mark.parametrize("free, tile", [(None, None), (2**40, None), (2**31, 1024), (2**28, 512), (1, 256)])
+def test_the_tile_is_chosen_by_the_free_memory(monkeypatch, capsys, free, tile):
+    """4000 x 3000 pixels by `compact` would take about 4 GiB."""
+    monkeypatch.setattr(stylize, "free_memory", lambda device: free)
+    stylizer = Stylizer(STORE / "compact.pth", device="cpu")
+    picture = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, 3, 3000, 4000)
+    assert all((stylizer.open(picture).tiles == stylizer.open(picture).tiles) for _ in range(2))
+    most = (tile or 5000) // 8 - 2 * 5  # of 500 x 375 positions
+    assert len(stylizer.open(picture).tiles) == -(-500 // most) * -(-375 // most)
+    said = capsys.readouterr().err
+    assert said.count("4000 x 3000 pixels") == (tile is not None) and (tile is None or f"tiles of {tile}" in said)
+    explicit = Stylizer(stylizer.network, tile=2048)
+    assert max(len(row) for row, _ in explicit.open(picture).tiles) * 8 > 1024 and not capsys.readouterr().err
+
+
+def test_free_memory_counts_what_malloc_keeps_and_what_ulimit_leaves():
+    run = """
+import resource, torch
+from utils import free_memory, keep_freed_memory
+cpu = torch.device("cpu")
+kept = keep_freed_memory()
+large = torch.ones(2**26)
+during = free_memory(cpu)
+del large
+print(int(kept), free_memory(cpu) - during)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+unlimited = free_memory(cpu)
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**20,) * 2)
+print(unlimited, free_memory(cpu))
+"""
+    result = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=ROOT, check=True)
+    kept, gained, unlimited, limited = map(int, result.stdout.split())
+    assert not kept or gained > 2**27  # of 2**28, with what other processes do meanwhile
+    assert 0 < limited < 2**29 < unlimited < 2**45  # 1 MiB, and the 256 of the freed tensor
+
+
+@pytest.mark.parametrize("name, bytes_a_pixel", [("compact", 324), ("tiny", 140), ("baseline", 1172)])
+def test_memory_needed_is_no_less_than_what_was_measured(name, bytes_a_pixel):
+    """The growth of the process while painting, on 2 cores, for the three widths of the store."""
+    network, _ = load_network(STORE / f"{name}.pth")
+    needed = memory_needed(network.config, 10**6) / 10**6
+    assert bytes_a_pixel <= needed < 2 * bytes_a_pixel

@@ -94,7 +94,12 @@ def process_group(device: torch.device):
         return
     # Tensors on the CPU always go by gloo: the stop flag does, also where gradients go by NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend)
+    store, rank, processes = next(distributed.rendezvous("env://"))
+    # After a restart torchrun's store still has the addresses of the processes that ended (torch 2.14). The count of
+    # restarts is the same for all only on one machine.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
     try:
         yield
     finally:

@@ -1,6 +1,10 @@
-"""main.py, which also says each iteration on standard output: for tests that stop a run from outside."""
+"""main.py, which also says each iteration on standard output: for tests that stop a run from outside.
+
+With KILLED=RANK:ITERATION in the environment, that process of torchrun's first start kills itself after it.
+"""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +18,9 @@ class ReportingSums(run.MetricSums):
     def add(self, metrics, iteration):
         super().add(metrics, iteration)
         os.write(1, f"{iteration}\n".encode())  # in one piece: torchrun has two processes write to one pipe
+        rank, restarts = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        if os.environ.get("KILLED") == f"{rank}:{iteration}" and restarts == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 run.MetricSums = ReportingSums

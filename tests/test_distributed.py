@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPORTING_MAIN, ROOT, read_metrics
+from helpers import REPORTING_MAIN, ROOT, read_metrics, small_network, write_model
 from torch.testing import assert_close
 
 from sampling import shard_positions
@@ -131,3 +131,22 @@ def test_torchrun_stops_all_processes_at_one_iteration(tmp_path):
     rest = (tmp_path / "errors").read_text()
     assert "go on with: python main.py --mode train --resume" in rest
     assert torch.load(folder / "check_point.pth", weights_only=True)["iteration"] >= 2
+
+
+def test_killed_process_goes_on_after_torchruns_restart(tmp_path):
+    """--resume auto: one of two processes gets SIGKILL; torchrun starts both again; the weights are an undisturbed
+    run's, bit for bit."""
+    model = write_model(tmp_path / "narrow.pth", small_network())
+    for name, killed in (("first", "0:7"), ("second", "1:7"), ("none", "")):
+        command = [*TORCHRUN, "--max-restarts", "1", str(REPORTING_MAIN), *train_flags(tmp_path / name, 12),
+                   "--load_path", str(model), "--check_iter", "3", "--resume", "auto"]
+        result = subprocess.run(command, env=ENVIRONMENT | {"KILLED": killed}, capture_output=True, text=True,
+                                timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert ("exitcode: -9" in result.stderr) == bool(killed)
+        assert [row["iteration"] for row in read_metrics(tmp_path / name)] == [3, 6, 9, 12]
+    first, second, desired = (torch.load(tmp_path / name / "check_point.pth", weights_only=True)["state_dict"]
+                              for name in ("first", "second", "none"))
+    for name, tensor in desired.items():
+        assert_close(first[name], tensor, rtol=0, atol=0, msg=name)
+        assert_close(second[name], tensor, rtol=0, atol=0, msg=name)

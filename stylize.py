@@ -43,6 +43,10 @@ class UnusablePicture(UserError):
     """A picture that cannot be read, or that there is too little memory for; the message names its flag and path."""
 
 
+class NotFinite(UserError):
+    """A painted picture with values that are infinite or no numbers."""
+
+
 @contextmanager
 def usable(path: Path, flag: str):
     """Within the block, what is wrong with the picture at `path` is raised as an UnusablePicture."""
@@ -150,6 +154,20 @@ class Stylizer:
         return painted
 
     @torch.inference_mode()
+    def paint_picture(
+        self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
+        keeps_colors: bool = False,
+    ) -> Image.Image:
+        """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises NotFinite."""
+        content = self.open(content, "content")
+        painted = Image.new("RGB", content.pixels.shape[:1:-1])
+        for rows, columns, tile in self._painted(content, style, strength, keeps_colors=keeps_colors):
+            if not tile.isfinite().all():
+                raise NotFinite("the painted picture has values that are not finite")
+            painted.paste(to_pil(denormalize(tile)), (columns.start, rows.start))
+        return painted
+
+    @torch.inference_mode()
     def stylize(
         self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
         preserve_color: str | None = None, style_size: int | None = None,
@@ -162,7 +180,8 @@ class Stylizer:
         where the second is. preserve_color: luma paints the lightness alone, see `control.keep_colors`, histogram in
         styles that have the content's colours first, see `control.match_colors`. style_size: what the shorter sides of
         the styles are resized to, pixels: the scale of their strokes.
-        Raises UserError when a picture cannot be used, or the settings do not fit each other.
+        Raises UserError when a picture cannot be used or is not painted with finite values, or when the settings do not
+        fit each other.
         """
         if preserve_color not in (None, *PRESERVED):
             raise UserError(f"--preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
@@ -174,10 +193,7 @@ class Stylizer:
         colors_of = content.pixels if preserve_color == "histogram" else None
         code = combine([self._style(each, style_size, colors_of) for each in styles], style_weights,
                        None if mask is None else open_mask(mask))
-        painted = np.empty((*content.pixels.shape[2:], 3), np.uint8)
-        for rows, columns, tile in self._painted(content, code, strength, keeps_colors=preserve_color == "luma"):
-            painted[rows, columns] = to_pil(denormalize(tile))
-        return Image.fromarray(painted)
+        return self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
 
     def open(self, picture, name: str = "content") -> TiledPicture:
         """A picture on its way through the network. name: of the argument, for errors."""

@@ -106,6 +106,13 @@ def test_files_that_cannot_be_used_are_named(stylizer, tmp_path):
     assert "missing.pth" in user_error(Stylizer, tmp_path / "missing.pth")
 
 
+def test_a_picture_that_is_not_finite_is_refused():
+    network = small_network()
+    with torch.no_grad():
+        network.decoder.layers[0][-1].bias[1] = float("inf")
+    assert "not finite" in user_error(Stylizer(network).stylize, random_picture(0), random_picture(1))
+
+
 def test_settings(tmp_path):
     path = write_model(tmp_path / "small.pth", small_network())
     stylizer = Stylizer(path, device="cpu", upsampling="bilinear", margin=8)

@@ -29,7 +29,7 @@ demo: $(VENV)/.requirements
 	PYTHON=$(RUN) bash demo.sh
 
 test: $(VENV)/.requirements-dev
-	$(RUN) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto tests
 
 lint: $(VENV)/.requirements-dev
 	$(RUN) -m ruff check .

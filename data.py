@@ -330,7 +330,10 @@ def normalize(image: Tensor) -> Tensor:
 
 
 def denormalize(image: Tensor) -> Tensor:
-    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1."""
+    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1. Raises UserError for values that are not finite,
+    which would be written as black."""
+    if not image.isfinite().all():
+        raise UserError("a picture has values that are not finite: the network is damaged, or its training diverged")
     mean, std = _imagenet_statistics(image.device)
     return (image.float() * std + mean).clamp(0.0, 1.0)
 

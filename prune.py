@@ -313,6 +313,13 @@ def prune(given: dict) -> int:
     dtype = torch.float16 if config.half else torch.float32
     for parameter in pruned.parameters():  # the report is of the weights as they are written
         parameter.data = parameter.data.to(dtype).float()
+    plot_l0_map(responses, folder / "l0_map.png")
+    plot_l2_curve(responses, folder / "l2_curve.png")
+    plot_prune_grid(network, responses, numbers, config, folder / "prune_grid.png")
+    report = build_report(network, pruned, selection, responses, pairs, config, model_file)
+    write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    if config.every_layer:
+        plot_widths(report["layers"], config.report_size, folder / "widths.png")
     save_checkpoint(
         model_checkpoint(
             pruned,
@@ -325,13 +332,6 @@ def prune(given: dict) -> int:
         ),
         folder / PRUNED_NAME,
     )
-    plot_l0_map(responses, folder / "l0_map.png")
-    plot_l2_curve(responses, folder / "l2_curve.png")
-    plot_prune_grid(network, responses, numbers, config, folder / "prune_grid.png")
-    report = build_report(network, pruned, selection, responses, pairs, config, model_file)
-    write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    if config.every_layer:
-        plot_widths(report["layers"], config.report_size, folder / "widths.png")
     print(format_report(report))
     figures = "l0_map.png, l2_curve.png and prune_grid.png"
     if config.every_layer:

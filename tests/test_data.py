@@ -287,6 +287,13 @@ def test_denormalize_clips():
     assert_close(actual, torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_no_picture(value):
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, 1, 0, 1] = value
+    assert "not finite" in user_error(denormalize, image)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "tolerance"),
     [("a.png", "PNG", 0), ("a.PNG", "PNG", 0), ("a.jpg", "JPEG", 3), ("a.jpeg", "JPEG", 3), ("a.webp", "WEBP", 8),

@@ -236,6 +236,18 @@ def test_a_picture_that_is_not_finite_is_never_written(flags, tmp_path, capsys, 
     assert not list(tmp_path.glob("out*/*")) and not (tmp_path / "out.png").exists()
 
 
+def test_a_grid_of_pictures_that_are_not_finite_is_never_written(flags, tmp_path, capsys):
+    network = small_network()
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight.fill_(3e38)
+    write_model(flags["load_path"], network)
+    line = refusal(capsys, "--mode", "prune", "--gpu_no", -1, "--load_path", flags["load_path"], "--content_dir",
+                   ROOT / "imgs" / "content", "--style_dir", ROOT / "imgs" / "style", "--imsize", 16, "--cropsize", 16,
+                   "--report_size", 16, "--latency_runs", 1, "--prune_nums", 0, "--save_path", tmp_path / "out")
+    assert "not finite" in line
+    assert not (tmp_path / "out" / "prune_grid.png").exists() and not (tmp_path / "out" / "pruned.pth").exists()
+
+
 # ----------------------------------------------------------------------------------------------- alpha
 
 

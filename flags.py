@@ -10,6 +10,7 @@ from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
 from data import TRIPLE
 from distill import DistillConfig
 from evaluate import OUTPUT_NAME, TestConfig
+from export import FORMATS, ExportConfig
 from loss import STYLE_LOSSES
 from network import BACKBONES, PADDINGS, UPSAMPLINGS
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig
@@ -19,7 +20,8 @@ from transfer import OPTIMIZERS
 from weights import VGG_SOURCES
 
 ROOT = Path(__file__).parent
-CONFIGS = {"train": TrainConfig, "test": TestConfig, "prune": PruneConfig, "distill": DistillConfig}
+CONFIGS = {"train": TrainConfig, "test": TestConfig, "prune": PruneConfig, "distill": DistillConfig,
+           "export": ExportConfig}
 NEEDED = "needed"
 
 
@@ -108,7 +110,8 @@ class Flag:
                         for each in values)
 
 
-TRAIN, TEST, PRUNE, DISTILL = ((mode,) for mode in CONFIGS)
+TRAIN, TEST, PRUNE, DISTILL, EXPORT = ((mode,) for mode in CONFIGS)
+WITH_PICTURES = TRAIN + TEST + PRUNE + DISTILL
 EVERY_MODE = tuple(CONFIGS)
 TOPICS = {
     "pictures to read": (
@@ -116,20 +119,20 @@ TOPICS = {
              "mode only for the picture grid"),
         Flag("style", TEST + PRUNE, "style picture, or in test mode a folder or .zip archive of them; in prune "
              "mode only for the picture grid"),
-        Flag("content_dir", EVERY_MODE, "folder of photographs, searched with all its subfolders for pictures, which "
-             "are told by their content, not by their names, or a .zip archive of them, read in place; in test mode "
-             "another name of --content", needed=TRAIN + PRUNE),
-        Flag("style_dir", EVERY_MODE, "folder or .zip archive of paintings, searched in the same way; in test mode "
+        Flag("content_dir", WITH_PICTURES, "folder of photographs, searched with all its subfolders for pictures, "
+             "which are told by their content, not by their names, or a .zip archive of them, read in place; in test "
+             "mode another name of --content", needed=TRAIN + PRUNE),
+        Flag("style_dir", WITH_PICTURES, "folder or .zip archive of paintings, searched in the same way; in test mode "
              "another name of --style", needed=TRAIN + PRUNE),
-        Flag("imsize", EVERY_MODE, "resize every picture so that its shorter side has this many pixels", count,
+        Flag("imsize", WITH_PICTURES, "resize every picture so that its shorter side has this many pixels", count,
              none="unchanged"),
-        Flag("cropsize", EVERY_MODE, "side in pixels of the square that is cut from every picture: in train and "
+        Flag("cropsize", WITH_PICTURES, "side in pixels of the square that is cut from every picture: in train and "
              "distill mode at a random place, and a multiple of 8; in test and prune mode from the centre", count,
              none="no cut"),
         Flag("cencrop", TRAIN, "cut the squares from the centre, not at a random place", bool),
-        Flag("max_pixels", EVERY_MODE, "refuse pictures with more pixels than this", count),
-        Flag("holdout", EVERY_MODE, "share of each folder's pictures, chosen by their names, that is not learned from; "
-             "test and prune mode take only this share of a folder, or with 0 all of it", share),
+        Flag("max_pixels", WITH_PICTURES, "refuse pictures with more pixels than this", count),
+        Flag("holdout", WITH_PICTURES, "share of each folder's pictures, chosen by their names, that is not learned "
+             "from; test and prune mode take only this share of a folder, or with 0 all of it", share),
         Flag("pairs", TEST, "stylise only this many pairs, with every picture used equally often, give or take one",
              count, none="every content with every style"),
         Flag("cache_dir", TRAIN, "folder that keeps the resized pictures for this and later runs, so that each is "
@@ -139,7 +142,7 @@ TOPICS = {
     ),
     "networks": (
         Flag("load_path", EVERY_MODE, "the network to start from, to stylise with, to cut or to teach: a model file, "
-             "or the folder of a run; test mode compares several", several=TEST, needed=PRUNE + DISTILL),
+             "or the folder of a run; test mode compares several", several=TEST, needed=PRUNE + DISTILL + EXPORT),
         Flag("new_weights", TRAIN + DISTILL, "take only the layer widths from --load_path, and start from new random "
              "weights (He initialisation)", bool),
         Flag("teacher", TRAIN + DISTILL, "the network whose output and bottleneck features are to be matched: a model "
@@ -147,12 +150,13 @@ TOPICS = {
              f"{', '.join(f'{name}/NAME' for name in TRIPLE)}", needed=DISTILL),
         Flag("vgg_weights", TRAIN + TEST, "weights of the loss network, and in train mode of a new encoder: "
              f"{', '.join(VGG_SOURCES)}, or a .pth or .safetensors file with torchvision's names", metavar="SOURCE"),
-        Flag("backbone", TRAIN + TEST + PRUNE, "VGG network that the encoder and the loss network are taken from; in "
-             "test and prune mode the model file says which, and any other is refused", choices=BACKBONES,
-             none="as the model file says"),
-        Flag("swap_max_pool", TRAIN + TEST + PRUNE, "average pooling instead of max pooling in the encoder", bool),
-        Flag("upsampling", TRAIN + TEST + DISTILL, "how the decoder doubles the size: nearest, as published, or "
-             "bilinear, which avoids faint lines 8 pixels apart in smooth areas", choices=UPSAMPLINGS,
+        Flag("backbone", TRAIN + TEST + PRUNE + EXPORT, "VGG network that the encoder and the loss network are taken "
+             "from; in test, prune and export mode the model file says which, and any other is refused",
+             choices=BACKBONES, none="as the model file says"),
+        Flag("swap_max_pool", TRAIN + TEST + PRUNE + EXPORT, "average pooling instead of max pooling in the encoder",
+             bool),
+        Flag("upsampling", TRAIN + TEST + DISTILL + EXPORT, "how the decoder doubles the size: nearest, as published, "
+             "or bilinear, which avoids faint lines 8 pixels apart in smooth areas", choices=UPSAMPLINGS,
              none="as the model file says; new networks: nearest"),
         Flag("padding", TRAIN, "how the encoder and the loss network continue a picture at its border: zeros, as "
              "published, or reflect, which avoids a visible frame", choices=PADDINGS,
@@ -161,13 +165,16 @@ TOPICS = {
     "stylising": (
         Flag("style_strength", TEST + PRUNE, "from 0, the decoder's copy of the content picture, not the content "
              "itself, to 1, the full style", fraction),
-        Flag("margin", TEST + PRUNE, "continue content and style by this many pixels, a multiple of 8, by reflection, "
-             "so that zero padding leaves no visible frame; in prune mode for the picture grid; 0 is as published",
-             count_or_zero),
+        Flag("margin", TEST + PRUNE + EXPORT, "continue content and style by this many pixels, a multiple of 8, by "
+             "reflection, so that zero padding leaves no visible frame; in prune mode for the picture grid; 0 is as "
+             "published", count_or_zero),
     ),
     "output": (
         Flag("save_path", EVERY_MODE, "folder to write to; in test mode a picture file for one picture, and a folder "
-             f"for more (without this flag: {OUTPUT_NAME})", needed=TRAIN + PRUNE + DISTILL, none=f"{OUTPUT_NAME}.png"),
+             f"for more (without this flag: {OUTPUT_NAME}); in export mode a file, whose format its suffix says: "
+             f"{', '.join(FORMATS)}", needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
+        Flag("split", EXPORT, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx "
+             "from a content and such statistics to the picture, so that a style is encoded only once", bool),
         Flag("metrics", TEST, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; "
              "without a name, all four", choices=tuple(METRICS), several=TEST, nargs="*", none="nothing is measured"),
     ),
@@ -237,7 +244,8 @@ TOPICS = {
              "random", count_or_zero),
     ),
     "the device": (
-        Flag("gpu_no", EVERY_MODE, "number of the GPU, or -1 for the CPU", int, none="GPU 0, or the CPU without one"),
+        Flag("gpu_no", WITH_PICTURES, "number of the GPU, or -1 for the CPU", int,
+             none="GPU 0, or the CPU without one"),
         Flag("amp", TRAIN + DISTILL, "mixed precision: auto is bf16 on GPUs and CPUs that are fast in it, and off "
              "elsewhere", choices=("auto", "off", "bf16")),
         Flag("compile", TRAIN, "faster training by torch.compile, after a minute or more of compiling; on a CPU this "

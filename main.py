@@ -1,4 +1,4 @@
-"""The command line: `python main.py --mode {train,test,prune,distill} ...`."""
+"""The command line: `python main.py --mode {train,test,prune,distill,export} ...`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from distill import distill
 from evaluate import test
+from export import export
 from flags import CONFIGS, EVERY_MODE, FLAGS, NEEDED, TOPICS
 from prune import prune
 from train import train
@@ -18,12 +19,14 @@ MODES = {
     "test": (CONFIGS["test"], test),
     "prune": (CONFIGS["prune"], prune),
     "distill": (CONFIGS["distill"], distill),
+    "export": (CONFIGS["export"], export),
 }
 ABOUT = {
     "train": "train a network, and switch channels off while it learns (this is the default)",
     "test": "stylise pictures with a trained network (also: eval)",
     "prune": "cut channels out of a trained network (also: prune_eval)",
     "distill": "train a small network to paint as another network does",
+    "export": "write a network as ONNX, torch.export or safetensors, for other programs",
 }
 OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original implementation calls them
 GONE = {"pretrain": "learning VGG weights without labels is gone; --vgg_weights bundled is the original VGG19, and "

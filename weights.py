@@ -1,6 +1,7 @@
 """Where weights are from: VGG sources, and model files in and out."""
 
 import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ MODEL_STORE = Path(__file__).parent / "model-store"
 BUNDLED_VGG19 = MODEL_STORE / "vgg19_features.pth"
 COMPACT_MODEL = MODEL_STORE / "compact.pth"  # what test mode uses where no model is named
 VGG_SOURCES = ("imagenet", "bundled", "random")
+SAFETENSORS = ".safetensors"
 STUDENT_NAME, PRUNED_NAME = "student.pth", "pruned.pth"  # what distill and prune mode write beside CHECKPOINT_NAME
 # What torch puts before a tensor's name: DataParallel and DistributedDataParallel, torch.compile, sharding, activation
 # checkpoints. No module of our networks is called so.
@@ -111,17 +113,22 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _read_vgg_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return load_checkpoint(path, flag="--vgg_weights")
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path, "--vgg_weights")[0]
+    return load_checkpoint(path, flag="--vgg_weights")
+
+
+def _read_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and what is written beside them. Raises UserError, naming `flag`, when it is none."""
     if not path.is_file():
-        raise UserError(f"--vgg_weights {path}: no such file")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+        raise UserError(f"{flag} {path}: no such file")
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--vgg_weights {path}: not a safetensors file ({error})") from error
+        raise UserError(f"{flag} {path}: not a safetensors file ({error})") from error
 
 
 def _select_vgg(backbone: str, source: str, weights: dict) -> dict[str, Tensor]:
@@ -155,6 +162,37 @@ def model_checkpoint(network: StyleTransferNetwork, dtype: torch.dtype = torch.f
     return {"format": CHECKPOINT_FORMAT, "config": network.config.to_dict(), "state_dict": tensors, **more}
 
 
+# What a file says beside its tensors and configuration: test mode compares it with what it measures by.
+ORIGINS = ("iteration", "vgg_weights", "train_config")
+
+
+def pack_safetensors(network: StyleTransferNetwork, checkpoint: dict) -> bytes:
+    """A model file in the safetensors format: `model_checkpoint` with all but the tensors as JSON in its metadata.
+
+    checkpoint: what the network was loaded from; its ORIGINS go along.
+    """
+    from safetensors.torch import save
+
+    origins = {name: checkpoint[name] for name in ORIGINS if checkpoint.get(name) is not None}
+    values = model_checkpoint(network, **origins)
+    return save(values.pop("state_dict"), {name: json.dumps(value) for name, value in values.items()})
+
+
+def _read_model(path: Path, flag: str) -> dict:
+    """The checkpoint dictionary of a model file, in torch's format or as `pack_safetensors` made it.
+
+    A safetensors file without our metadata is taken for a bare state_dict. Raises UserError, naming `flag`.
+    """
+    if path.suffix != SAFETENSORS:
+        return load_checkpoint(path, flag)
+    tensors, metadata = _read_safetensors(path, flag)
+    try:
+        values = {name: json.loads(metadata[name]) for name in ("format", "config", *ORIGINS) if name in metadata}
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: the metadata is no JSON ({error})") from error
+    return {"state_dict": tensors, **values}
+
+
 def find_model_file(path: Path, flag: str = "--load_path") -> Path:
     """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
     path = Path(path)
@@ -179,7 +217,7 @@ def load_network(
     no model.
     """
     path = find_model_file(path, flag)
-    checkpoint = load_checkpoint(path, flag)
+    checkpoint = _read_model(path, flag)
     if "state_dict" not in checkpoint and _holds_tensors(checkpoint):
         checkpoint = {"state_dict": checkpoint}
     if not _holds_tensors(checkpoint.get("state_dict")):

@@ -12,8 +12,8 @@ HEAD = """# Flags
 This file is made from the command line itself (`python docs/make_flags.py > docs/flags.md`).
 `python main.py --mode prune --help` prints the flags of one mode, here prune, with its own defaults.
 
-`--mode` is `train` (the default), `test` (also called `eval`), `prune` (also called `prune_eval`) or `distill`.
-Flags must be written in full. One that the mode does not have is named on stderr, and has no effect."""
+`--mode` is `train` (the default), `test` (also called `eval`), `prune` (also called `prune_eval`), `distill` or
+`export`. Flags must be written in full. One that the mode does not have is named on stderr, and has no effect."""
 
 
 def row(flag: Flag) -> str:

@@ -85,11 +85,11 @@ def test_a_switch_may_be_followed_by_its_word():
 
 
 def test_defaults_in_words():
-    modes = ("train", "test", "prune", "distill")
-    assert BY_NAME["imsize"].default(modes) == "512 in train, prune; unchanged in test; 256 in distill"
+    modes = ("train", "test", "prune", "distill", "export")
+    assert BY_NAME["imsize"].default(modes[:4]) == "512 in train, prune; unchanged in test; 256 in distill"
     assert BY_NAME["imsize"].default(("distill",)) == "256"
     assert BY_NAME["load_path"].default(modes) == ("none in train; model-store/compact.pth in test; needed in prune, "
-                                                   "distill")
+                                                   "distill, export")
     assert BY_NAME["save_path"].default(("prune",)) == NEEDED
     assert BY_NAME["half"].default(("prune",)) == "off"
     assert BY_NAME["prune_nums"].default(("prune",)) == "0 100 200 300 400 470 490 500"
@@ -139,8 +139,8 @@ def test_help_without_a_mode_has_everything(capsys):
         assert f"  {mode:<9}{about}\n" in text
     assert "python main.py --mode prune --help" in text
     joined = " ".join(text.split())
-    assert "--cencrop [train] " in joined and "--imsize N [every mode] " in joined
-    assert BY_NAME["imsize"].default(tuple(CONFIGS)) in joined
+    assert "--cencrop [train] " in joined and "--save_path PATH [every mode] " in joined
+    assert BY_NAME["save_path"].default(tuple(CONFIGS)) in joined
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -10,12 +10,12 @@ ROWS = (
     ("utils", "metadata", "archives"),
     ("runfolder", "loss", "data", "network", "muon"),
     ("cost", "sampling"),
-    ("weights", "compact", "tiling", "control"),
+    ("weights", "compact", "graphs", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
     ("selection", "figures"),
     ("run",),
     ("transfer",),
-    ("train", "distill", "evaluate", "prune", "convert_vgg"),  # the modes, and a script that stands alone
+    ("train", "distill", "evaluate", "prune", "export", "convert_vgg"),  # the modes, and a script that stands alone
     ("flags", "hubconf"),  # a script of torch.hub
     ("main",),
 )

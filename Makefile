@@ -21,7 +21,7 @@ $(VENV)/.requirements: requirements.txt $(VENV)/.made
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.requirements-dev: requirements-dev.txt requirements-metrics.txt requirements-export.txt $(VENV)/.requirements
+$(VENV)/.requirements-dev: requirements-dev.txt requirements-metrics.txt requirements-export.txt requirements-video.txt $(VENV)/.requirements
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

@@ -522,6 +522,12 @@ def _head(path: Path) -> bytes | None:
         return None
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture, told by its content."""
+    head = _head(path)
+    return head is not None and _is_picture(path, head)
+
+
 def _is_picture(path: Path, head: bytes) -> bool:
     """By content: the first 64 bytes, and where these do not say, by what Pillow makes of the file's header."""
     if head.startswith(SIGNATURES) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):

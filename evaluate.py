@@ -56,6 +56,7 @@ from utils import (
     usable_cores,
     write_text_atomically,
 )
+from video import makes_video, stylize_video
 from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
@@ -91,6 +92,8 @@ class TestConfig:
     style_loss: str = "meanstd"
     seed: int = 0
     gpu_no: int | None = None
+    frame_rate: float = 25.0
+    temporal_smoothing: float = 0.0
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -417,7 +420,11 @@ def test(given: dict) -> int:
     for kind in ("content", "style"):
         if kind in given and f"{kind}_dir" in given:
             raise UserError(f"--{kind} and --{kind}_dir: give one of the two, in test mode they mean the same")
+    if makes_video(config):
+        return stylize_video(config, given)
     config.check()
+    for flag in given.keys() & {"frame_rate", "temporal_smoothing"}:
+        note(f"--{flag} has no effect on pictures")
     if not set(LOSS_METRICS) & set(config.measured):
         for flag in given.keys() & {"vgg_weights", "style_loss"}:
             note(f"--{flag} has no effect without --metrics content or style")

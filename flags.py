@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent
 CONFIGS = {"train": TrainConfig, "test": TestConfig, "prune": PruneConfig, "distill": DistillConfig,
            "export": ExportConfig}
 NEEDED = "needed"
+MAX_RATE = 1000  # frames a second
 
 
 # -------------------------------------------------------------------------------------------- value types
@@ -50,8 +52,21 @@ count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
 amount = _number(float, 0, math.inf, "a number, 0 or more,")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 positive_fraction = _number(float, 0, 1, "a number above 0, at most 1,", exclude_low=True)
+fraction_below_1 = _number(float, 0, 1, "a number from 0 to below 1", exclude_high=True)
 share = _number(float, 0, 0.9, "a number from 0 to 0.9")
 proper_fraction = _number(float, 0, 1, "a number between 0 and 1", exclude_low=True, exclude_high=True)
+
+
+def rate(text: str) -> float:
+    """Frames a second: a number above 0, or a fraction."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = 0.0
+    if not 0 < value <= MAX_RATE:
+        raise argparse.ArgumentTypeError(f"got {text!r}, a number above 0, at most {MAX_RATE}, or a fraction such as "
+                                         "30000/1001 is needed")
+    return value
 
 
 def epsilon(text: str) -> float | str:
@@ -115,8 +130,8 @@ WITH_PICTURES = TRAIN + TEST + PRUNE + DISTILL
 EVERY_MODE = tuple(CONFIGS)
 TOPICS = {
     "pictures to read": (
-        Flag("content", TEST + PRUNE, "content picture, or in test mode a folder or .zip archive of them; in prune "
-             "mode only for the picture grid"),
+        Flag("content", TEST + PRUNE, "content picture, or in test mode a video, or a folder or .zip archive of "
+             "pictures; in prune mode only for the picture grid"),
         Flag("style", TEST + PRUNE, "style picture, or in test mode a folder or .zip archive of them; in prune "
              "mode only for the picture grid"),
         Flag("content_dir", WITH_PICTURES, "folder of photographs, searched with all its subfolders for pictures, "
@@ -165,14 +180,18 @@ TOPICS = {
     "stylising": (
         Flag("style_strength", TEST + PRUNE, "from 0, the decoder's copy of the content picture, not the content "
              "itself, to 1, the full style", fraction),
+        Flag("frame_rate", TEST, "frames a second of the video that a folder of frames becomes, by a --save_path "
+             "such as painted.mp4; a number or a fraction", rate),
+        Flag("temporal_smoothing", TEST, "less flicker in a video: the share of each painted frame, from 0 to below 1, "
+             "that comes from the one before, carried along with the motion; 0.8 is much", fraction_below_1),
         Flag("margin", TEST + PRUNE + EXPORT, "continue content and style by this many pixels, a multiple of 8, by "
              "reflection, so that zero padding leaves no visible frame; in prune mode for the picture grid; 0 is as "
              "published", count_or_zero),
     ),
     "output": (
-        Flag("save_path", EVERY_MODE, "folder to write to; in test mode a picture file for one picture, and a folder "
-             f"for more (without this flag: {OUTPUT_NAME}); in export mode a file, whose format its suffix says: "
-             f"{', '.join(FORMATS)}", needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
+        Flag("save_path", EVERY_MODE, "folder to write to; in test mode a picture file for one picture, a video file "
+             f"for a video or a folder of its frames, and a folder for more (without this flag: {OUTPUT_NAME}); in "
+             f"export mode a file, whose format its suffix says: {', '.join(FORMATS)}", needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
         Flag("split", EXPORT, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx "
              "from a content and such statistics to the picture, so that a style is encoded only once", bool),
         Flag("metrics", TEST, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; "

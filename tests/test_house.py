@@ -8,11 +8,11 @@ from helpers import ROOT
 # Lowest first; a module of one row may not import another of the same.
 ROWS = (
     ("utils", "metadata", "archives"),
-    ("runfolder", "loss", "data", "network", "muon"),
+    ("runfolder", "loss", "data", "network", "muon", "smoothing"),
     ("cost", "sampling"),
     ("weights", "compact", "graphs", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
-    ("selection", "figures"),
+    ("selection", "figures", "video"),
     ("run",),
     ("transfer",),
     ("train", "distill", "evaluate", "prune", "export", "convert_vgg"),  # the modes, and a script that stands alone

@@ -248,6 +248,7 @@ def test_pyproject_asks_for_what_the_requirements_files_do():
     assert {*settings["project"]["dependencies"], *extras["wandb"]} == requirements("requirements.txt")
     assert set(extras["metrics"]) == requirements("requirements-metrics.txt")
     assert set(extras["export"]) == requirements("requirements-export.txt")
+    assert set(extras["video"]) == requirements("requirements-video.txt")
     assert set(extras["peers"]) == requirements("requirements-peers.txt")
     assert set(settings["dependency-groups"]["dev"]) == requirements("requirements-dev.txt")
 

@@ -1,0 +1,101 @@
+"""Less flicker in painted videos: motion from frame to frame, and what it says of the frame painted before.
+
+A network paints a moved picture differently: its poolings and upsamplings work on a grid of `stride` pixels, and what
+is painted depends on where on that grid a thing lies. So the grid is moved along with most of the picture, and the rest
+is evened out by blending each painted frame with the one before, carried along by the optical flow, wherever the
+unpainted frames agree that the flow is right.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Mean difference in the 5 x 5 pixels around, of 255, between a frame and the one before carried along: up to the first
+# the flow is right, from the second on it is wrong (something came into sight), between them partly.
+_RIGHT, _WRONG = 8.0, 24.0
+_CUT = 0.4  # with less than this share of the frame followed, another scene has begun
+_HYSTERESIS = 0.75  # pixels that the picture moves before the grid follows: no going to and fro between two places
+_LEAST_SIDE = 32  # of a frame whose flow can be found
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How a frame came from the one before it."""
+
+    shift: tuple[int, int]  # rows and columns that the picture's corner lies from a corner of the grid
+    source: np.ndarray | None = None  # (H, W, 2), float32: column and row where each pixel was; None after a cut
+    followed: np.ndarray | None = None  # (H, W, 1), float32, from 0, new, to 1, surely the same
+
+
+def on_grid(pixels: np.ndarray, motion: Motion, stride: int) -> np.ndarray:
+    """A frame, (H, W, 3), continued by reflection so that the network's grid lies where `motion` has it.
+
+    Returns (H + stride, W + stride, 3), with the frame at `motion.shift`.
+    """
+    rows, columns = motion.shift
+    return np.pad(pixels, ((rows, stride - rows), (columns, stride - columns), (0, 0)), mode="reflect")
+
+
+class MotionTracker:
+    """Follows the motion in unpainted frames, given in turn."""
+
+    def __init__(self, cv2, stride: int) -> None:
+        """cv2: the module; stride: side of the grid that the network works on, pixels."""
+        self._cv2, self._stride = cv2, stride
+        cv2.setNumThreads(1)  # reading, painting and writing share the cores already
+        self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._before = self._grey_before = self._places = None
+        self._moved = np.zeros(2)  # rows and columns that the picture moved since the cut
+        self._grid = np.zeros(2)  # and that the grid did, whole pixels
+
+    def follow(self, pixels: np.ndarray) -> Motion:
+        """pixels: (H, W, 3), uint8, always of one size. Returns how they came from those of the call before."""
+        grey = self._cv2.cvtColor(pixels, self._cv2.COLOR_RGB2GRAY)
+        source = followed = None
+        if self._before is not None and min(grey.shape) >= _LEAST_SIDE:
+            source, followed = self._compare(pixels, grey)
+        if source is None:
+            self._moved, self._grid = np.zeros(2), np.zeros(2)
+        self._before, self._grey_before = pixels, grey
+        return Motion(tuple(int(rows_or_columns) for rows_or_columns in -self._grid % self._stride), source, followed)
+
+    def _compare(self, pixels: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """`Motion.source` and `Motion.followed`; None and None after a cut."""
+        cv2, (height, width) = self._cv2, grey.shape
+        if self._places is None:
+            self._places = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        flow = self._flow.calc(grey, self._grey_before, None)  # (H, W, 2): to where each pixel was
+        source = self._places + flow
+        carried = cv2.remap(self._before, source, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        error = cv2.blur(np.maximum.reduce(cv2.split(cv2.absdiff(carried, pixels))), (5, 5))  # (H, W)
+        within = cv2.inRange(source, (0, 0), (width - 1, height - 1))
+        right = (error < _WRONG) & (within > 0)
+        if right.mean() < _CUT:
+            return None, None
+        # Paint spreads: whatever is near to something new is painted anew, too.
+        reach = np.ones((2 * self._stride + 1,) * 2, np.uint8)
+        error = cv2.dilate(cv2.max(error, 255 - within), reach)
+        followed = cv2.blur(np.clip((_WRONG - error.astype(np.float32)) / (_WRONG - _RIGHT), 0.0, 1.0), (5, 5))
+        self._moved -= np.median(flow[right], axis=0)[::-1]
+        far = np.abs(self._moved - self._grid) > _HYSTERESIS
+        self._grid = np.where(far, np.round(self._moved), self._grid)
+        return source, followed[..., None]
+
+
+class Blender:
+    """Blends painted frames, given in turn, with those before them."""
+
+    def __init__(self, cv2, share: float) -> None:
+        """share: of the frame before, from 0 to below 1, where it could be followed."""
+        self._cv2, self._share = cv2, share
+        self._before = None  # (H, W, 3), float32: rounded ones would never come to rest
+
+    def blend(self, painted: np.ndarray, motion: Motion) -> np.ndarray:
+        """painted: (H, W, 3), uint8. Returns the same."""
+        blended = painted.astype(np.float32)
+        if motion.source is not None:
+            carried = self._cv2.remap(self._before, motion.source, None, self._cv2.INTER_CUBIC,
+                                      borderMode=self._cv2.BORDER_REPLICATE)
+            blended += self._share * motion.followed * (carried - blended)
+        self._before = np.clip(blended, 0.0, 255.0)
+        return np.rint(self._before).astype(np.uint8)

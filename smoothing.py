@@ -13,6 +13,8 @@ import numpy as np
 # Mean difference in the 5 x 5 pixels around, of 255, between a frame and the one before carried along: up to the first
 # the flow is right, from the second on it is wrong (something came into sight), between them partly.
 _RIGHT, _WRONG = 8.0, 24.0
+_REACH = 2  # squares of the grid: so far from something new, what is painted still depends on it
+_LARGEST = 32.0  # of 255: what is further from the frame's own paint than this cannot be told from a ghost
 _CUT = 0.4  # with less than this share of the frame followed, another scene has begun
 _HYSTERESIS = 0.75  # pixels that the picture moves before the grid follows: no going to and fro between two places
 _LEAST_SIDE = 32  # of a frame whose flow can be found
@@ -72,11 +74,10 @@ class MotionTracker:
         right = (error < _WRONG) & (within > 0)
         if right.mean() < _CUT:
             return None, None
-        # Paint spreads: whatever is near to something new is painted anew, too.
-        reach = np.ones((2 * self._stride + 1,) * 2, np.uint8)
+        reach = np.ones((2 * _REACH * self._stride + 1,) * 2, np.uint8)
         error = cv2.dilate(cv2.max(error, 255 - within), reach)
         followed = cv2.blur(np.clip((_WRONG - error.astype(np.float32)) / (_WRONG - _RIGHT), 0.0, 1.0), (5, 5))
-        self._moved -= np.median(flow[right], axis=0)[::-1]
+        self._moved -= np.median(flow[::4, ::4][right[::4, ::4]], axis=0)[::-1]
         far = np.abs(self._moved - self._grid) > _HYSTERESIS
         self._grid = np.where(far, np.round(self._moved), self._grid)
         return source, followed[..., None]
@@ -96,6 +97,6 @@ class Blender:
         if motion.source is not None:
             carried = self._cv2.remap(self._before, motion.source, None, self._cv2.INTER_CUBIC,
                                       borderMode=self._cv2.BORDER_REPLICATE)
-            blended += self._share * motion.followed * (carried - blended)
+            blended += self._share * motion.followed * np.clip(carried - blended, -_LARGEST, _LARGEST)
         self._before = np.clip(blended, 0.0, 255.0)
         return np.rint(self._before).astype(np.uint8)

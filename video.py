@@ -315,6 +315,7 @@ class _Writer:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
         self._time_base, self._durations = clip.time_base, {}
+        self._failed = False
         self._sound = {}
         for stream in clip.sound:
             if _holds(self._av, container_format, stream):
@@ -331,12 +332,16 @@ class _Writer:
         self._container.close()
 
     def write(self, frame: Frame) -> None:
+        if self._failed:  # the error is on its way, and libavformat may crash where one goes on after it
+            return
+        self._failed = True
         self.copy(frame.sound)
         picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.pixels), format="rgb24")
         picture = picture.reformat(format=self._stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG")
         picture.pts, picture.time_base = frame.time, self._time_base
         self._durations[frame.time] = frame.duration
         self._encode(picture)
+        self._failed = False
 
     def copy(self, packets: list) -> None:
         """Packets of sound."""

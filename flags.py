@@ -191,7 +191,8 @@ TOPICS = {
     "output": (
         Flag("save_path", EVERY_MODE, "folder to write to; in test mode a picture file for one picture, a video file "
              f"for a video or a folder of its frames, and a folder for more (without this flag: {OUTPUT_NAME}); in "
-             f"export mode a file, whose format its suffix says: {', '.join(FORMATS)}", needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
+             f"export mode a file, whose format its suffix says: {', '.join(FORMATS)}",
+             needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
         Flag("split", EXPORT, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx "
              "from a content and such statistics to the picture, so that a style is encoded only once", bool),
         Flag("metrics", TEST, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; "

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import PictureError, denormalize, find_pictures, is_picture, prepare_picture, to_pil
+from data import PictureError, denormalize, find_pictures, is_picture, is_searched, prepare_picture, to_pil
 from smoothing import Blender, Motion, MotionTracker, on_grid
 from stylize import Stylizer, load_input, open_model
 from utils import (
@@ -254,8 +254,9 @@ def _crop(pixels: np.ndarray, side: int | None) -> np.ndarray:
 
 @contextmanager
 def open_frames(folder: Path, flag: str, config):
-    """The Clip of a folder of pictures, in the order of the numbers in their names. config: imsize, cropsize,
-    max_pixels, frame_rate.
+    """The Clip of a folder or archive of pictures, in the order of the numbers in their names.
+
+    config: imsize, cropsize, max_pixels, frame_rate.
 
     A picture that cannot be used, or is of another size than the first, is skipped: the one before it stays. Raises
     UserError as `find_pictures` does.
@@ -292,6 +293,20 @@ def natural_order(path: Path) -> list:
 
 
 # ------------------------------------------------------------------------------------------------ writing
+
+
+class _Output:
+    """A file that remembers why it could not be written: of libavformat one only learns that it could not."""
+
+    def __init__(self, file) -> None:
+        self._file, self.seek, self.tell, self.error = file, file.seek, file.tell, None
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 class _Writer:
@@ -403,7 +418,7 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
         on_its_grid = paint(on_grid(frame.pixels, frame.motion, stride))
         frame.pixels = on_its_grid[top : top + height, left : left + width]
 
-    def write(file) -> None:
+    def write_to(file) -> None:
         nonlocal painted
         height, width = first.pixels.shape[:2]
         with _Writer(av, file, target, clip, width, height) as video:
@@ -427,17 +442,20 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
             video.copy(clip.late_sound)
             video.finish()
 
+    def write(file) -> None:
+        output = _Output(file)
+        try:
+            write_to(output)
+        except av.FFmpegError as error:
+            raise output.error or UserError(
+                f"--save_path {target}: the video cannot be encoded ({error.strerror or error})") from error
+
     with ThreadPoolExecutor(1) as reader:
         frames = _read_ahead(read(), reader)
         first = next(frames, None)
         if first is None:
             raise UserError(f"{clip.source}: no frame of it can be read" + (f" ({clip.fault})" if clip.fault else ""))
-        try:
-            write_atomically(target, write)
-        except av.FFmpegError as error:
-            if isinstance(error, OSError):
-                raise
-            raise UserError(f"--save_path {target}: the video cannot be encoded ({error.strerror or error})") from error
+        write_atomically(target, write)
     return painted
 
 
@@ -468,7 +486,7 @@ def stylize_video(config, given: dict) -> int:
     (content, content_flag), (style, style_flag) = ((Path(path), f"--{flag}") for path, flag in (
         config.input("content"), config.input("style")))
     target = _check(config, content, content_flag, style, style_flag)
-    no_effect = ["holdout", "pairs", "seed", "vgg_weights", "style_loss"] + ["frame_rate"] * (not content.is_dir())
+    no_effect = ["holdout", "pairs", "seed", "vgg_weights", "style_loss"] + ["frame_rate"] * (not is_searched(content))
     for flag in (flag for flag in no_effect if flag in given):
         note(f"--{flag} has no effect on a video")
     device = resolve_device(config.gpu_no)
@@ -485,7 +503,7 @@ def stylize_video(config, given: dict) -> int:
         return np.asarray(to_pil(denormalize(painted)))
 
     make_folder(target.parent, "--save_path")
-    opened = open_frames if content.is_dir() else open_video
+    opened = open_frames if is_searched(content) else open_video
     with opened(content, content_flag, config) as clip:
         frames = paint_video(clip, target, paint, network.config.stride, config.temporal_smoothing)
     note(f"wrote {frames} frames to {target}")
@@ -501,11 +519,11 @@ def _check(config, content: Path, content_flag: str, style: Path, style_flag: st
         raise UserError(f"--load_path {' '.join(config.load_path)}: a video is painted by one model")
     if config.metrics is not None:
         raise UserError("--metrics: they are of pictures, not of a video")
-    if style.is_dir():
+    if is_searched(style):
         raise UserError(f"{style_flag} {style}: is a folder; a video takes one style picture")
     if is_video(style):
         raise UserError(f"{style_flag} {style}: is a video; a picture is needed")
-    if content.exists() and not content.is_dir() and not is_video(content):
+    if content.exists() and not is_searched(content) and not is_video(content):
         raise UserError(f"--save_path {config.save_path}: a video is made of a video or of a folder of frames; "
                         f"{content_flag} {content} is neither")
     if not content.exists():

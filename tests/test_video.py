@@ -5,6 +5,7 @@ import io
 import os
 import struct
 import sys
+import zipfile
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +30,7 @@ from helpers import (
 from PIL import Image
 
 import video
-from data import denormalize, to_pil
+from data import denormalize, is_searched, to_pil
 from evaluate import TestConfig
 from main import main
 from smoothing import Blender, MotionTracker, on_grid
@@ -114,7 +115,7 @@ def describe(path: Path) -> tuple:
 
 
 def repaint(source: Path, target: Path, paint=lambda pixels: pixels, config=NOTHING, smoothing=0.0) -> int:
-    opened = video.open_frames if source.is_dir() else video.open_video
+    opened = video.open_frames if is_searched(source) else video.open_video
     with opened(source, "--content", config) as clip:
         return video.paint_video(clip, target, paint, 8, smoothing)
 
@@ -298,8 +299,12 @@ def test_folder_of_frames(model, tmp_path, capsys):
     assert "wrote 4 frames" in said
     frame = Fraction(1001, 30000)
     assert read_times(tmp_path / "out.mp4") == [0, frame, 4 * frame, 5 * frame]
-    repaint(tmp_path, tmp_path / "plain.mkv", config=TestConfig())
-    assert [round(pixels[..., 2].mean() / 20) for pixels in read_frames(tmp_path / "plain.mkv")] == [1, 2, 10, 11]
+    with zipfile.ZipFile(tmp_path / "frames.zip", "w") as archive:
+        for path in tmp_path.glob("*.png"):
+            archive.write(path, path.name)
+    for source in (tmp_path, tmp_path / "frames.zip"):
+        repaint(source, tmp_path / "plain.mkv", config=NOTHING)
+        assert [round(pixels[..., 2].mean() / 20) for pixels in read_frames(tmp_path / "plain.mkv")] == [1, 2, 10, 11]
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])

@@ -2,58 +2,34 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
-import random
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
-from itertools import groupby
+from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cost import count_parameters
-from data import (
-    MAX_PIXELS,
-    OUTPUT_FORMATS,
-    denormalize,
-    find_measured,
-    is_searched,
-    refuse_within,
-    save_picture,
-    to_pil,
-)
-from figures import COMPARISON, CONTACT_SHEET, Sheet, comparison_sheet, contact_sheet
-from network import StyleTransferNetwork
-from quality import INTERVAL, LOSS_METRICS, METRICS, MIN_SIDE, Measurement, Meter
-from stylize import (
-    DEMO_CONTENT,
-    DEMO_STYLE,
-    UnusablePicture,
-    check_margin,
-    encode_style,
-    load_input,
-    load_transparency,
-    open_model,
-    stylize,
-    usable,
-)
+from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
+from figures import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
+from painting import Model, Painting, Skipped
+from pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
+from quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
+from stylize import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, open_model
 from utils import (
     UserError,
     allow_tf32,
     describe_device,
+    is_first_process,
     make_folder,
     note,
-    progress_bar,
+    process_group,
     resolve_device,
-    usable_cores,
     write_text_atomically,
 )
 from video import makes_video, stylize_video
@@ -61,8 +37,9 @@ from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 METRICS_NAME = "metrics.json"
+SEVERAL = ("content", "style", "content_dir", "style_dir", "style_strength")  # one alone is reported as such
 LONGEST_SUFFIX = 5  # letters and digits after the last dot of --save_path that are taken for a picture format
-LONGEST_NAME = 180  # bytes of a picture's file name: file systems take 255, and a file in the making has a longer one
+PATIENCE = timedelta(days=30)  # that a process has with others, which may have larger pictures to paint
 
 
 @dataclass(frozen=True)
@@ -72,15 +49,16 @@ class TestConfig:
     __test__ = False  # not a pytest class
 
     load_path: tuple[str, ...] = (str(COMPACT_MODEL),)
-    content: str = str(DEMO_CONTENT)
-    style: str = str(DEMO_STYLE)
-    content_dir: str | None = None  # as other implementations call content and style
-    style_dir: str | None = None
+    content: tuple[str, ...] = (str(DEMO_CONTENT),)
+    style: tuple[str, ...] = (str(DEMO_STYLE),)
+    content_dir: tuple[str, ...] | None = None  # as other implementations call content and style
+    style_dir: tuple[str, ...] | None = None
     save_path: str | None = None  # None: OUTPUT_NAME
+    skip_existing: bool = False
     holdout: float = 0.0
     backbone: str | None = None
     swap_max_pool: bool = False
-    style_strength: float = 1.0
+    style_strength: tuple[float, ...] = (1.0,)
     margin: int = 0
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
@@ -102,20 +80,21 @@ class TestConfig:
             return ()
         return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
 
-    def input(self, kind: str) -> tuple[str, str]:
-        """The path of the content or style, and the flag that it is of."""
+    def input(self, kind: str) -> tuple[tuple[str, ...], str]:
+        """What is named as content or style, and the flag that names it."""
         other = f"{kind}_dir"
         return (getattr(self, kind), kind) if getattr(self, other) is None else (getattr(self, other), other)
 
     @property
-    def names_a_folder(self) -> bool:
-        """Whether content or style is a folder or archive of pictures."""
-        return any(is_searched(self.input(kind)[0]) for kind in ("content", "style"))
+    def names_many(self) -> bool:
+        """Whether several pictures, or a folder of them, are named as content or style."""
+        named = [self.input(kind)[0] for kind in ("content", "style")]
+        return any(len(paths) > 1 or is_searched(paths[0]) for paths in named)
 
     @property
     def is_single(self) -> bool:
-        """Whether one picture comes out: one pair by one model."""
-        return not self.names_a_folder and len(self.load_path) == 1
+        """Whether one picture comes out: one pair by one model at one strength."""
+        return not self.names_many and len(self.load_path) == len(self.style_strength) == 1
 
     @property
     def output(self) -> Path:
@@ -132,12 +111,18 @@ class TestConfig:
         return self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, a margin that poolings do not divide, or a save_path that looks like a
-        picture file of a kind that is not written."""
+        """Raises UserError for an empty path, a margin that poolings do not divide, a strength given twice, flags that
+        exclude each other, or a save_path that looks like a picture file of a kind that is not written."""
         check_margin(self.margin)
         for flag in ("content", "style", "content_dir", "style_dir", "save_path"):
-            if getattr(self, flag) == "":
+            given = getattr(self, flag)
+            if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
                 raise UserError(f"--{flag} is empty; leave it out for the default")
+        for strength, count in Counter(self.style_strength).items():
+            if count > 1:
+                raise UserError(f"--style_strength {_words(strength)}: given {count} times, once is enough")
+        if self.skip_existing and self.metrics is not None:
+            raise UserError("--skip_existing: --metrics measures what is painted now; leave one of the two out")
         if self.save_path is None or self.writes_a_file or self.save_path.endswith(("/", os.sep)):
             return
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no picture format.
@@ -149,29 +134,6 @@ class TestConfig:
 
 
 # ------------------------------------------------------------------------------------------------- models
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A network to test: its name in tables and folders, its file, and what else the file says."""
-
-    name: str
-    file: Path
-    network: StyleTransferNetwork
-    checkpoint: dict
-
-    def describe(self) -> dict:
-        """Plain values for `metrics.json`."""
-        return {
-            "name": self.name,
-            "file": str(self.file),
-            "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
-            "backbone": self.network.config.backbone,
-            "bottleneck_channels": self.network.config.bottleneck_width,
-            "parameters": count_parameters(self.network),
-            "iteration": self.checkpoint.get("iteration"),
-            "vgg_weights_in_training": self.checkpoint.get("vgg_weights"),
-        }
 
 
 def model_names(paths: Iterable[str]) -> list[str]:
@@ -188,30 +150,45 @@ def model_names(paths: Iterable[str]) -> list[str]:
     return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
 
 
-def _open_models(config: TestConfig, device: torch.device) -> list[_Model]:
+def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
     """Every model of `--load_path`, on the device. Raises UserError for an unusable one, or the same twice."""
     models = []
     for path, name in zip(config.load_path, model_names(config.load_path)):
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
-        network.use(config.upsampling)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"--load_path {path}: this model is named twice")
-        models.append(_Model(name, file, network.to(device, memory_format=torch.channels_last), checkpoint))
+        stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin)
+        models.append(Model(name, file, stylizer, checkpoint))
     return models
 
 
-def _open_meter(config: TestConfig, models: list[_Model], device: torch.device) -> Meter | None:
+def _describe(model: Model) -> dict:
+    """Plain values for `metrics.json`."""
+    network = model.stylizer.network
+    return {
+        "name": model.name,
+        "file": str(model.file),
+        "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
+        "backbone": network.config.backbone,
+        "bottleneck_channels": network.config.bottleneck_width,
+        "parameters": count_parameters(network),
+        "iteration": model.checkpoint.get("iteration"),
+        "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
+    }
+
+
+def _open_meter(config: TestConfig, models: list[Model], device: torch.device) -> Meter | None:
     """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
     if not config.measured:
         return None
-    backbone = models[0].network.config.backbone
+    backbones = [model.stylizer.network.config.backbone for model in models]
     losses = [metric for metric in config.measured if metric in LOSS_METRICS]
-    for model in models:
-        if losses and model.network.config.backbone != backbone:
-            raise UserError(f"--metrics {losses[0]}: {models[0].file} is a {backbone} network and {model.file} one of "
-                            f"{model.network.config.backbone}; their losses are not comparable, name other metrics")
-    meter = Meter(config.measured, backbone, config.vgg_weights, config.style_loss, config.seed, device)
+    for model, backbone in zip(models, backbones):
+        if losses and backbone != backbones[0]:
+            raise UserError(f"--metrics {losses[0]}: {models[0].file} is a {backbones[0]} network and {model.file} one "
+                            f"of {backbone}; their losses are not comparable, name other metrics")
+    meter = Meter(config.measured, backbones[0], config.vgg_weights, config.style_loss, config.seed, device)
     for model in models if losses else ():
         trained_with = model.checkpoint.get("vgg_weights")
         if not same_vgg(trained_with, meter.vgg_origin):
@@ -223,199 +200,12 @@ def _open_meter(config: TestConfig, models: list[_Model], device: torch.device) 
     return meter
 
 
-# ----------------------------------------------------------------------------------------------- pictures
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    """The content or the style pictures, and a file-name part for each. root: the folder that was named, if one was."""
-
-    flag: str
-    paths: list[Path]
-    names: list[str]
-    root: Path | None
-
-
-def _find_inputs(path: str, flag: str, holdout: float) -> _Pictures:
-    """The picture that `path` names, or those of a folder or archive."""
-    root = Path(path)
-    if not is_searched(root):
-        return _Pictures(flag, [root], _names(root.parent, [root]), None)
-    paths = find_measured(root, f"--{flag}", holdout)
-    return _Pictures(flag, paths, _names(root, paths), root)
-
-
-def _names(root: Path, paths: list[Path]) -> list[str]:
-    """A file-name part for each picture, unique among them: its path below `root`, without the suffix
-    unless two pictures differ in nothing else."""
-    stems = ["-".join(path.relative_to(root).with_suffix("").parts) for path in paths]
-    counts = Counter(map(_folded, stems))
-    return distinct([stem if counts[_folded(stem)] == 1 else f"{stem}-{path.suffix[1:]}"
-                     for stem, path in zip(stems, paths)])
-
-
-def _folded(name: str) -> str:
-    """Equal for names that are one file on some file systems."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """The names, those that are equal without regard to case, or `taken`, with a number of their own behind them."""
-    counts = Counter(map(_folded, (*names, *taken)))
-    used = set(counts)
-    result = []
-    for name in names:
-        number, chosen = 1, name
-        while counts[_folded(name)] > 1 and _folded(chosen) in used:
-            chosen, number = f"{name}-{number}", number + 1
-        used.add(_folded(chosen))
-        result.append(chosen)
-    return result
-
-
-def _output_names(pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures) -> dict[tuple[int, int], str]:
-    """The file name of every pair's picture: no two alike, none that of a sheet, and short enough for a file system."""
-    stems = []
-    for content, style in pairs:
-        stem = f"{contents.names[content]}_{styles.names[style]}"
-        if len(os.fsencode(stem)) > LONGEST_NAME:
-            kept = os.fsencode(stem)[: LONGEST_NAME - 20].decode(errors="ignore")
-            stem = f"{kept}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]}"
-        stems.append(stem)
-    taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
-    return dict(zip(pairs, (f"{stem}.png" for stem in distinct(stems, taken))))
-
-
-def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> list[tuple[int, int]]:
-    """Content and style picture of each pair, by number, in order: all, or `number` different ones at random.
-
-    Drawn pairs use every picture as often as any other of its kind, or once more. Raises UserError when there
-    are not that many pairs.
-    """
-    if number is None:
-        return [(content, style) for content in range(contents) for style in range(styles)]
-    if number > contents * styles:
-        raise UserError(f"--pairs {number}: {contents} content and {styles} style pictures make "
-                        f"{contents * styles} pairs")
-    generator = random.Random(seed)
-    content_order, style_order = (generator.sample(range(count), count) for count in (contents, styles))
-    # Both orders go round together; when they meet again where they began, one moves on by a place.
-    round_length = math.lcm(contents, styles)
-    return sorted((content_order[place % contents], style_order[(place + place // round_length) % styles])
-                  for place in range(number))
-
-
-def _unusable(pictures: _Pictures, used: Iterable[int], config: TestConfig) -> dict[int, str]:
-    """Decode every picture once before the work begins. Returns what is wrong with those that cannot be used.
-
-    Raises UserError where that is all of them, or the one that was named.
-    """
-
-    def reason(number: int) -> str | None:
-        try:
-            height, width = load_input(pictures.paths[number], config, pictures.flag).shape[2:]
-        except UnusablePicture as error:
-            return str(error)
-        if config.measured and min(height, width) < MIN_SIDE:
-            return (f"--{pictures.flag} {pictures.paths[number]}: {width} x {height} pixels; "
-                    f"--metrics needs {MIN_SIDE} or more on each side")
-        return None
-
-    numbers = sorted(set(used))
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        found = {number: text for number, text in zip(numbers, pool.map(reason, numbers)) if text}
-    # One that failed beside others may have lacked the memory that they took.
-    found = {number: text for number in found if (text := reason(number))}
-    if len(found) == len(numbers):
-        first = next(iter(found.values()))
-        if pictures.root is None:
-            raise UserError(first)
-        raise UserError(f"--{pictures.flag} {pictures.root}: none of {len(numbers)} pictures can be used ({first})")
-    return found
-
-
-def _without(pictures: _Pictures, numbers: Iterable[int]) -> tuple[_Pictures, dict[int, int]]:
-    """The pictures without some, and the new number of each that is left."""
-    left = [number for number in range(len(pictures.paths)) if number not in set(numbers)]
-    kept = _Pictures(pictures.flag, [pictures.paths[number] for number in left],
-                     [pictures.names[number] for number in left], pictures.root)
-    return kept, {old: new for new, old in enumerate(left)}
-
-
-# ---------------------------------------------------------------------------------------------- outputs
-
-
-def _check_outputs(files: Iterable[Path], folders: Iterable[Path], contents: _Pictures, styles: _Pictures,
-                   config: TestConfig) -> None:
-    """Raises UserError where a file to write is one that is read, or a folder to write to belongs to one that is
-    searched for pictures: the next call would stylise what this one wrote."""
-    inputs = [(f"--{pictures.flag}", path) for pictures in (contents, styles) for path in pictures.paths]
-    inputs += [("--load_path", find_model_file(Path(path))) for path in config.load_path]
-    if config.measured and config.vgg_weights not in VGG_SOURCES:
-        inputs.append(("--vgg_weights", Path(config.vgg_weights)))
-    read = {_identity(path): f"{flag} {path}" for flag, path in inputs}
-    for file in files:
-        identity = _identity(file)
-        if identity is not None and identity in read:
-            raise UserError(f"--save_path {config.output}: {file} would overwrite {read[identity]}; name another")
-    for pictures in (contents, styles):
-        if pictures.root is None:
-            continue
-        for folder in folders:
-            refuse_within(folder, pictures.root, f"--{pictures.flag}", pictures.paths)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Equal for two paths of one file, through links, too; None where there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
-
-
-def _write_report(report: dict, path: Path) -> None:
-    """Write what was measured. Raises UserError, naming the file and the reason, when it cannot be written."""
-    try:
-        write_text_atomically(path, json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 # --------------------------------------------------------------------------------------------------- mode
 
 
-@dataclass
-class _Skipped:
-    """What could not be used, said at once and again at the end."""
-
-    reasons: list[str] = field(default_factory=list)
-    pairs: int = 0  # left out because of it
-
-    def add(self, reason: str) -> None:
-        note(f"skipped {reason}")
-        self.reasons.append(reason)
-
-    @contextmanager
-    def unless_single(self, pictures: _Pictures):
-        """Within the block, a picture of a folder that cannot be used is skipped; one named singly raises."""
-        try:
-            yield
-        except UnusablePicture as error:
-            if pictures.root is None:
-                raise
-            self.add(str(error))
-
-    def summary(self) -> str:
-        pictures, pairs = (f"{count} {name}{'s' * (count != 1)}"
-                           for count, name in ((len(self.reasons), "picture"), (self.pairs, "pair")))
-        return "\n".join((f"could not be used: {pictures}; left out: {pairs}",
-                          *(f"  {reason}" for reason in self.reasons)))
-
-
 def test(given: dict) -> int:
-    """Run `--mode test` with the flags given on the command line. Returns the exit code: 1 where pictures of a folder
-    could not be used."""
+    """Run `--mode test` with the flags given on the command line. Returns the exit code: 1 where some of several
+    pictures could not be used."""
     config = TestConfig(**given)
     for kind in ("content", "style"):
         if kind in given and f"{kind}_dir" in given:
@@ -430,126 +220,111 @@ def test(given: dict) -> int:
             note(f"--{flag} has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
-    contents, styles = (_find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
+    with process_group(torch.device("cpu"), PATIENCE):  # what the processes tell each other lies in the CPU's memory
+        return _stylise(config, device)
+
+
+def _stylise(config: TestConfig, device: torch.device) -> int:
+    contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
     pairs = choose_pairs(len(contents.paths), len(styles.paths), config.pairs, config.seed)
+    names = model_names(config.load_path)
+    folder, files = _outputs(config, pairs, contents, styles, names)
+    variants = [name if len(config.style_strength) == 1 else f"{name} at {_words(strength)}"
+                for name, strength in product(names, config.style_strength)]
+    makers = {}
+    if len(variants) > 1 or config.pairs is not None and not config.is_single:
+        makers[COMPARISON] = comparison_sheet
+    if config.names_many and config.pairs is None:
+        makers[CONTACT_SHEET] = contact_sheet
+    folders = {folder, *(path.parent for paths in files.values() for path in paths)}
+    written = [path for paths in files.values() for path in paths]
+    written += [folder / name for name in (*makers, *([METRICS_NAME] if config.measured else []))]
+    others = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
+    if config.measured and config.vgg_weights not in VGG_SOURCES:
+        others.append(("--vgg_weights", Path(config.vgg_weights)))
+    check_outputs(written, () if config.writes_a_file else folders, (contents, styles), others, config.output)
+
+    models = _open_models(config, device)
+    meter = _open_meter(config, models, device)
+    sheets = [maker(pairs, variants) for maker in makers.values()]
+    skipped = Skipped()
+    painting = Painting(models, config, contents, styles, sheets, meter, skipped)
+    values, kept = painting.paint(files, lambda: [make_folder(each, "--save_path") for each in folders])
+    if not values:
+        raise UserError(_nothing(pairs, contents, styles, skipped))
+    skipped.pairs = len(pairs) - len(values)
+    if is_first_process():
+        pictures = len(values) * len(variants) - kept
+        wrote = f"{pictures} pictures" if pictures != 1 else next(iter(files[pair] for pair in values))[0].name
+        wrote += f" ({kept} were there already)" if kept else ""
+        for sheet in sheets:
+            if sheet.save(folder):
+                wrote += f", {sheet.name}"
+        if meter is not None:
+            measured = [pair for pair in pairs if pair in values]
+            measurement = Measurement(torch.stack([values[pair] for pair in measured]).numpy(), measured, variants,
+                                      meter.metrics)
+            print(measurement.table())
+            report = _report(measurement, models, contents, styles, config, meter, skipped)
+            _write_report(report, folder / METRICS_NAME)
+            wrote += f", {METRICS_NAME}"
+        note(f"wrote {wrote} to {folder}")
+        if skipped.pictures:
+            note(skipped.summary())
+    return 1 if skipped.pictures else 0
+
+
+def _outputs(
+    config: TestConfig, pairs: list[Pair], contents: Pictures, styles: Pictures, names: list[str]
+) -> tuple[Path, dict[Pair, list[Path]]]:
+    """The folder to write to, and the files of every pair: for each model, in its own folder where there are several,
+    one a strength. names: of the models. Raises UserError where `--save_path` is a file and cannot hold them."""
     save_path, to_file = config.output, config.writes_a_file
     if to_file and (config.measured or not config.is_single):
         raise UserError(f"--save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
-                        f"{len(config.load_path)} model(s){', and their metrics' if config.measured else ''}; "
-                        "name a folder")
-    folder = save_path.parent if to_file else save_path
-    names = model_names(config.load_path)
-    folders = [folder / name for name in names] if len(names) > 1 else [folder]
-    files = {pairs[0]: save_path.name} if to_file else _output_names(pairs, contents, styles)
-    makers = {}
-    if len(names) > 1 or config.pairs is not None and not config.is_single:
-        makers[COMPARISON] = comparison_sheet
-    if config.names_a_folder and config.pairs is None:
-        makers[CONTACT_SHEET] = contact_sheet
-    written = [each / name for each in folders for name in files.values()]
-    written += [folder / name for name in (*makers, *([METRICS_NAME] if config.measured else []))]
-    _check_outputs(written, [] if to_file else {folder, *folders}, contents, styles, config)
-
-    models = _open_models(config, device)
-    skipped = _Skipped()
-    unusable = [_unusable(pictures, (pair[kind] for pair in pairs), config)
-                for kind, pictures in enumerate((contents, styles))]
-    for reason in (reason for reasons in unusable for reason in reasons.values()):
-        skipped.add(reason)
-    left = [pair for pair in pairs if pair[0] not in unusable[0] and pair[1] not in unusable[1]]
-    if not left:
-        raise UserError(f"none of {len(pairs)} pairs can be stylised (the first: {skipped.reasons[0]})")
-    (contents, new_content), (styles, new_style) = (
-        _without(pictures, reasons) for pictures, reasons in zip((contents, styles), unusable))
-    files = {(new_content[content], new_style[style]): files[content, style] for content, style in left}
-    meter = _open_meter(config, models, device)
-    make_folder(folder, "--save_path")
-    for each in folders:
-        make_folder(each, "--save_path")
-
-    sheets = [maker(list(files), names) for maker in makers.values()]
-    values = _stylize_pairs(models, list(files), contents, styles, config, sheets, meter, skipped,
-                            {pair: [each / name for each in folders] for pair, name in files.items()})
-    if not values:
-        raise UserError(f"nothing could be stylised (the first: {skipped.reasons[0]})")
-    skipped.pairs = len(pairs) - len(values)
-    pictures = len(values) * len(models)
-    wrote = f"{pictures} pictures" if pictures > 1 else files[next(iter(values))]
-    for sheet in sheets:
-        if sheet.save(folder):
-            wrote += f", {sheet.name}"
-    if meter is not None:
-        measurement = Measurement(torch.stack(list(values.values())).cpu().numpy(), list(values), names, meter.metrics)
-        print(measurement.table())
-        report = _report(measurement, models, contents, styles, config, meter, skipped)
-        _write_report(report, folder / METRICS_NAME)
-        wrote += f", {METRICS_NAME}"
-    note(f"wrote {wrote} to {folder}")
-    if not skipped.reasons:
-        return 0
-    note(skipped.summary())
-    return 1
+                        f"{len(names)} model(s) at {len(config.style_strength)} strength(s)"
+                        f"{', and their metrics' if config.measured else ''}; name a folder")
+    if to_file:
+        return save_path.parent, {pairs[0]: [save_path]}
+    strengths = config.style_strength
+    endings = [""] if len(strengths) == 1 else [f"_{_words(strength)}" for strength in strengths]
+    folders = [save_path / name for name in names] if len(names) > 1 else [save_path]
+    named = output_names(pairs, contents, styles, endings)
+    return save_path, {pair: [folder / name for folder in folders for name in named[pair]] for pair in pairs}
 
 
-def _stylize_pairs(
-    models: list[_Model], pairs: list[tuple[int, int]], contents: _Pictures, styles: _Pictures, config: TestConfig,
-    sheets: list[Sheet], meter: Meter | None, skipped: _Skipped, files: dict[tuple[int, int], list[Path]],
-) -> dict[tuple[int, int], Tensor | None]:
-    """Stylise every pair with every model, write the pictures to `files`, place all pictures on the sheets.
+def _words(strength: float) -> str:
+    """As short as tells it from any other: 0, 0.25, 1."""
+    return repr(float(strength)).removesuffix(".0")
 
-    A picture of a folder that went away, or that there is too little memory for, is left out with all its pairs.
-    Returns by pair what the meter measured, (models, metrics), float64; None without a meter. Raises UserError for an
-    output that is not finite or cannot be written, and for what a picture that was named singly lacks.
-    """
-    codes = {}
-    for number in sorted({style for _, style in pairs}):
-        path = styles.paths[number]
-        with skipped.unless_single(styles), usable(path, styles.flag):
-            style = load_input(path, config, styles.flag)
-            codes[number] = [encode_style(model.network, style, config.margin) for model in models]
-            for sheet in sheets:
-                sheet.place(to_pil(style.float() / 255.0), ("style", number))
-    values = {}
-    with progress_bar(len(pairs) * len(models), "stylise", "picture") as bar:
-        for number, same_content in groupby(pairs, key=lambda pair: pair[0]):
-            path = contents.paths[number]
-            with skipped.unless_single(contents), usable(path, contents.flag):
-                content = load_input(path, config, contents.flag)
-                alpha = load_transparency(path, config, contents.flag)
-                for sheet in sheets:
-                    sheet.place(to_pil(content.float() / 255.0), ("content", number))
-                for pair in (pair for pair in same_content if pair[1] in codes):
-                    outputs = []
-                    for column, model in enumerate(models):
-                        output = stylize(model.network, content, codes[pair[1]][column], config.style_strength,
-                                         config.margin)
-                        if not output.isfinite().all():
-                            raise UserError(f"--load_path {model.file}: its picture of {path} and "
-                                            f"{styles.paths[pair[1]]} has values that are not finite")
-                        picture = to_pil(denormalize(output))
-                        save_picture(picture, files[pair][column], alpha)
-                        for sheet in sheets:
-                            sheet.place(picture, (*pair, column))
-                        outputs.append(output)
-                        bar.update()
-                    style = None if meter is None else load_input(styles.paths[pair[1]], config, styles.flag)
-                    values[pair] = None if meter is None else meter.measure(content, style, outputs)
-    return values
+
+def _nothing(pairs: list[Pair], contents: Pictures, styles: Pictures, skipped: Skipped) -> str:
+    """Why nothing could be stylised."""
+    for place, pictures in enumerate((contents, styles)):
+        reasons = [skipped.pictures.get((pictures.flag, number)) for number in sorted({pair[place] for pair in pairs})]
+        if all(reasons):
+            return (f"--{pictures.flag} {' '.join(pictures.named)}: none of {len(reasons)} pictures can be used "
+                    f"({reasons[0]})")
+    return f"none of {len(pairs)} pairs can be stylised (the first: {skipped.reasons[0]})"
 
 
 def _report(
-    measurement: Measurement, models: list[_Model], contents: _Pictures, styles: _Pictures, config: TestConfig,
-    meter: Meter, skipped: _Skipped,
+    measurement: Measurement, models: list[Model], contents: Pictures, styles: Pictures, config: TestConfig,
+    meter: Meter, skipped: Skipped,
 ) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
     packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
+    settings = {name: value[0] if isinstance(value, tuple) and len(value) == 1 and name in SEVERAL else value
+                for name, value in asdict(config).items()}
     return {
         "models": [
-            model.describe() | {
+            _describe(model) | {
+                "name": measurement.names[number],
+                "style_strength": strength,
                 "metrics": measurement.summary(number),
                 "difference_from_first": measurement.summary(number, minus=0) if number else None,
             }
-            for number, model in enumerate(models)
+            for number, (model, strength) in enumerate(product(models, config.style_strength))
         ],
         "interval": INTERVAL,
         "pairs": [
@@ -559,8 +334,16 @@ def _report(
         ],
         "skipped": skipped.reasons,
         "pairs_left_out": skipped.pairs,
-        "settings": asdict(config),
+        "settings": settings,
         "vgg_weights_of_losses": meter.vgg_origin,
         "device": describe_device(meter.device),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }
+
+
+def _write_report(report: dict, path: Path) -> None:
+    """Write what was measured. Raises UserError, naming the file and the reason, when it cannot be written."""
+    try:
+        write_text_atomically(path, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -58,55 +58,75 @@ class Sheet:
     """Pictures in cells of one size, with a title over every column where there are titles.
 
     places: for the key of each picture, the cells it goes to, (row, column), a half being between two; a picture
-    without a cell is left out. inputs: how many rows at the top and columns at the left hold inputs: a rule sets
-    them off.
+    without a cell is left out. Keys of inputs are (kind, number), those of outputs longer. inputs: how many rows at the
+    top and columns at the left hold inputs: a rule sets them off. A row or column of outputs none of which came is
+    left out. Several threads may place pictures at a time.
     """
 
     def __init__(self, name: str, places: dict, inputs: tuple[int, int], titles: tuple[str, ...] = ()) -> None:
-        self.name, self.places, self.inputs = name, places, inputs
+        self.name, self.places, self.inputs, self.titles = name, places, inputs, titles
         cells = [cell for each in places.values() for cell in each]
         rows, columns = (int(max(cell[axis] for cell in cells)) + 1 for axis in range(2))
         self.top = TITLE_HEIGHT if titles else 0
         self.cell = min(CELL, (SHEET_SIDE - self.top) // max(rows, columns))
-        self.image = None
-        if self.cell >= SMALLEST_CELL:
-            self.image = Image.new("RGB", (columns * self.cell, self.top + rows * self.cell), "white")
-            for column, title in enumerate(titles):
-                self._write(title, column)
+        self.placed: dict[tuple, Image.Image] = {}
 
-    def _write(self, title: str, column: int) -> None:
+    @property
+    def is_possible(self) -> bool:
+        """Whether its cells are large enough to show something."""
+        return self.cell >= SMALLEST_CELL
+
+    def lacks(self, key: tuple) -> bool:
+        """Whether it has a cell for the picture of this key, and not the picture."""
+        return self.is_possible and bool(self.places.get(key)) and key not in self.placed
+
+    def place(self, picture: Image.Image, key: tuple) -> None:
+        if not self.lacks(key):
+            return
+        inner = self.cell - max(2, self.cell // 32)
+        picture = picture.copy()
+        picture.thumbnail((inner, inner))
+        self.placed[key] = picture
+
+    def save(self, folder: Path) -> bool:
+        """Write the sheet into the folder. Returns whether there is one: too many pictures do not fit."""
+        if not self.is_possible:
+            note(f"no {self.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
+            return False
+        rows, columns = (self._shown(axis) for axis in range(2))
+        image = Image.new("RGB", (len(columns) * self.cell, self.top + len(rows) * self.cell), "white")
+        draw = ImageDraw.Draw(image)
+        for column, title in enumerate(self.titles):
+            if column in columns:
+                self._write(title, columns[column], draw)
+        while self.placed:
+            key, picture = self.placed.popitem()
+            for row, column in self.places[key]:
+                if int(row) not in rows or int(column) not in columns:
+                    continue
+                left = (columns[int(column)] + column % 1) * self.cell + (self.cell - picture.width) / 2
+                top = self.top + (rows[int(row)] + row % 1) * self.cell + (self.cell - picture.height) / 2
+                image.paste(picture, (round(left), round(top)))
+        top, left = (number * self.cell for number in self.inputs)
+        if left:
+            draw.line([(left, 0), (left, image.height)], fill="#888888")
+        if top:
+            draw.line([(0, self.top + top), (image.width, self.top + top)], fill="#888888")
+        save_picture(image, folder / self.name)
+        return True
+
+    def _shown(self, axis: int) -> dict[int, int]:
+        """The rows or columns that the sheet has, each with its place there."""
+        filled = {cell[axis] for key in self.placed if len(key) > 2 for cell in self.places[key]}
+        return {number: place for place, number in enumerate(sorted(filled | set(range(self.inputs[axis]))))}
+
+    def _write(self, title: str, place: int, draw: ImageDraw.ImageDraw) -> None:
         """A title in the middle over its column, its beginning cut off where it is too long."""
         font = ImageFont.load_default(TITLE_HEIGHT // 2)
         shown = title
         while font.getlength(shown) > self.cell - 4 and len(shown) > 2:
             shown = f"…{shown[2:]}"
-        place = ((column + 0.5) * self.cell, TITLE_HEIGHT / 2)
-        ImageDraw.Draw(self.image).text(place, shown, fill="black", font=font, anchor="mm")
-
-    def place(self, picture: Image.Image, key: tuple) -> None:
-        if self.image is None or not self.places[key]:
-            return
-        inner = self.cell - max(2, self.cell // 32)
-        picture = picture.copy()
-        picture.thumbnail((inner, inner))
-        for row, column in self.places[key]:
-            left = round(column * self.cell + (self.cell - picture.width) / 2)
-            top = round(self.top + row * self.cell + (self.cell - picture.height) / 2)
-            self.image.paste(picture, (left, top))
-
-    def save(self, folder: Path) -> bool:
-        """Write the sheet into the folder. Returns whether there is one: too many pictures do not fit."""
-        if self.image is None:
-            note(f"no {self.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
-            return False
-        draw = ImageDraw.Draw(self.image)
-        top, left = (number * self.cell for number in self.inputs)
-        if left:
-            draw.line([(left, 0), (left, self.image.height)], fill="#888888")
-        if top:
-            draw.line([(0, self.top + top), (self.image.width, self.top + top)], fill="#888888")
-        save_picture(self.image, folder / self.name)
-        return True
+        draw.text(((place + 0.5) * self.cell, TITLE_HEIGHT / 2), shown, fill="black", font=font, anchor="mm")
 
 
 def new_figure(width: float, height: float):

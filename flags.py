@@ -130,15 +130,15 @@ WITH_PICTURES = TRAIN + TEST + PRUNE + DISTILL
 EVERY_MODE = tuple(CONFIGS)
 TOPICS = {
     "pictures to read": (
-        Flag("content", TEST + PRUNE, "content picture, or in test mode a video, or a folder or .zip archive of "
-             "pictures; in prune mode only for the picture grid"),
-        Flag("style", TEST + PRUNE, "style picture, or in test mode a folder or .zip archive of them; in prune "
-             "mode only for the picture grid"),
+        Flag("content", TEST + PRUNE, "content picture; in test mode also several, and folders or .zip archives of "
+             "them, each painted in each style, or a video; in prune mode only for the picture grid", several=TEST),
+        Flag("style", TEST + PRUNE, "style picture; in test mode also several, and folders or .zip archives of them; "
+             "in prune mode only for the picture grid", several=TEST),
         Flag("content_dir", WITH_PICTURES, "folder of photographs, searched with all its subfolders for pictures, "
              "which are told by their content, not by their names, or a .zip archive of them, read in place; in test "
-             "mode another name of --content", needed=TRAIN + PRUNE),
+             "mode another name of --content", several=TEST, needed=TRAIN + PRUNE),
         Flag("style_dir", WITH_PICTURES, "folder or .zip archive of paintings, searched in the same way; in test mode "
-             "another name of --style", needed=TRAIN + PRUNE),
+             "another name of --style", several=TEST, needed=TRAIN + PRUNE),
         Flag("imsize", WITH_PICTURES, "resize every picture so that its shorter side has this many pixels", count,
              none="unchanged"),
         Flag("cropsize", WITH_PICTURES, "side in pixels of the square that is cut from every picture: in train and "
@@ -179,7 +179,8 @@ TOPICS = {
     ),
     "stylising": (
         Flag("style_strength", TEST + PRUNE, "from 0, the decoder's copy of the content picture, not the content "
-             "itself, to 1, the full style", fraction),
+             "itself, to 1, the full style; in test mode several, each painted, and side by side in a sheet", fraction,
+             several=TEST),
         Flag("frame_rate", TEST, "frames a second of the video that a folder of frames becomes, by a --save_path "
              "such as painted.mp4; a number or a fraction", rate),
         Flag("temporal_smoothing", TEST, "less flicker in a video: the share of each painted frame, from 0 to below 1, "
@@ -195,6 +196,8 @@ TOPICS = {
              needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
         Flag("split", EXPORT, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx "
              "from a content and such statistics to the picture, so that a style is encoded only once", bool),
+        Flag("skip_existing", TEST, "paint only the pictures that are not there yet, or damaged, whatever flags "
+             "painted the others; not with --metrics", bool),
         Flag("metrics", TEST, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; "
              "without a name, all four", choices=tuple(METRICS), several=TEST, nargs="*", none="nothing is measured"),
     ),

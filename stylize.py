@@ -309,25 +309,3 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
         got = f"{got} of shape {tuple(picture.shape)} and type {str(picture.dtype).removeprefix('torch.')}"
     raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
                     "(H, W, 3) or a tensor (1, 3, H, W)")
-
-
-# Until test mode paints by `Stylizer`.
-
-
-@torch.inference_mode()
-def encode_style(network: StyleTransferNetwork, style: Tensor, margin: int = 0) -> tuple[Tensor, Tensor]:
-    """style: (1, 3, H, W), uint8, any size and device. Returns its style code on the network's device."""
-    device = next(network.parameters()).device
-    return network.style_code(normalize(style.to(device)), margin)
-
-
-@torch.inference_mode()
-def stylize(
-    network: StyleTransferNetwork, content: Tensor, style_code: tuple, strength: float, margin: int = 0
-) -> Tensor:
-    """content: (1, 3, H, W), uint8, any size and device; margin: see `StyleTransferNetwork.stylize`.
-
-    Returns (1, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
-    """
-    device = next(network.parameters()).device
-    return network.stylize(normalize(content.to(device)), style_code, strength, margin)

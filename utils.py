@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,11 @@ def check_processes() -> None:
 
 
 @contextmanager
-def process_group(device: torch.device):
-    """Within the block the processes of torchrun talk to each other; without torchrun nothing happens."""
+def process_group(device: torch.device, patience: timedelta | None = None):
+    """Within the block the processes of torchrun talk to each other; without torchrun nothing happens.
+
+    patience: how long one waits for the others, None: as torch does, 10 or 30 minutes.
+    """
     if process_count() == 1:
         yield
         return
@@ -99,7 +103,8 @@ def process_group(device: torch.device):
     # restarts is the same for all only on one machine.
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes,
+                                   timeout=patience)
     try:
         yield
     finally:
@@ -138,6 +143,25 @@ def any_process(flag: bool) -> bool:
     shared = torch.tensor(int(flag))
     distributed.all_reduce(shared, distributed.ReduceOp.MAX)
     return bool(shared)
+
+
+def share(items: list) -> list:
+    """This process's part of the items, in order: as many as any other's, or one more or less."""
+    rank, count = process_rank(), process_count()
+    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+
+def gather(value) -> list:
+    """The value of every process, in the order of their numbers; each must call this. value: plain types, pictures, and
+    tensors on the CPU. Raises UserError when one of the processes has ended."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count()
+    try:
+        distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise UserError("another process of this run has ended; its own line says why") from error
+    return values
 
 
 def usable_cores() -> int:

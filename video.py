@@ -473,7 +473,7 @@ def _read_ahead(items: Iterator, reader: ThreadPoolExecutor) -> Iterator:
 def makes_video(config) -> bool:
     """Whether test mode is to write a video: its content is one, or --save_path names one."""
     is_named = Path(config.save_path or "").suffix.lower() in VIDEO_FORMATS and not Path(config.save_path).is_dir()
-    return is_named or is_video(config.input("content")[0])
+    return is_named or any(map(is_video, config.input("content")[0]))
 
 
 def stylize_video(config, given: dict) -> int:
@@ -483,12 +483,13 @@ def stylize_video(config, given: dict) -> int:
     """
     if not is_first_process():  # one file, one process
         return 0
-    (content, content_flag), (style, style_flag) = ((Path(path), f"--{flag}") for path, flag in (
-        config.input("content"), config.input("style")))
+    (content, content_flag), (style, style_flag) = (_only(*config.input(kind)) for kind in ("content", "style"))
     target = _check(config, content, content_flag, style, style_flag)
-    no_effect = ["holdout", "pairs", "seed", "vgg_weights", "style_loss"] + ["frame_rate"] * (not is_searched(content))
+    no_effect = ["holdout", "pairs", "skip_existing", "seed", "vgg_weights", "style_loss"]
+    no_effect += ["frame_rate"] * (not is_searched(content))
     for flag in (flag for flag in no_effect if flag in given):
         note(f"--{flag} has no effect on a video")
+    (strength,) = config.style_strength
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     network, _ = open_model(config.load_path[0], config.swap_max_pool, config.backbone)
@@ -497,7 +498,7 @@ def stylize_video(config, given: dict) -> int:
 
     def paint(pixels: np.ndarray) -> np.ndarray:
         frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-        painted = stylizer.paint(frame, code, config.style_strength)
+        painted = stylizer.paint(frame, code, strength)
         if not painted.isfinite().all():
             raise UserError(f"--load_path {config.load_path[0]}: its picture of a frame has values that are not finite")
         return np.asarray(to_pil(denormalize(painted)))
@@ -513,10 +514,19 @@ def stylize_video(config, given: dict) -> int:
     return 1
 
 
+def _only(paths: tuple[str, ...], flag: str) -> tuple[Path, str]:
+    """The path, and the flag with its dashes. Raises UserError for several."""
+    if len(paths) > 1:
+        raise UserError(f"--{flag} {' '.join(paths)}: a video is made of one content and one style")
+    return Path(paths[0]), f"--{flag}"
+
+
 def _check(config, content: Path, content_flag: str, style: Path, style_flag: str) -> Path:
     """The video file to write. Raises UserError for what cannot be made a video, or is more than one."""
     if len(config.load_path) > 1:
         raise UserError(f"--load_path {' '.join(config.load_path)}: a video is painted by one model")
+    if len(config.style_strength) > 1:
+        raise UserError(f"--style_strength {' '.join(map(str, config.style_strength))}: a video is painted at one")
     if config.metrics is not None:
         raise UserError("--metrics: they are of pictures, not of a video")
     if is_searched(style):

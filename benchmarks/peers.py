@@ -43,9 +43,10 @@ from data import (
     split_holdout,
     to_pil,
 )
-from evaluate import TestConfig, choose_pairs, model_names
+from evaluate import TestConfig, model_names
 from figures import COMPARED_ROWS, comparison_sheet
 from flags import amount, count, count_or_zero, share
+from pairs import choose_pairs
 from quality import INTERVAL, METRICS, Measurement, Meter
 from stylize import Stylizer
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically

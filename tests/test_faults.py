@@ -253,7 +253,7 @@ def test_training_may_use_tf32_and_pictures_are_exact(small, tmp_path):
     train(small | {"save_path": str(tmp_path / "run"), "max_iter": 1})
     assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
     picture = str(next(Path(small["content_dir"]).iterdir()))
-    stylise({"load_path": (small["load_path"],), "content": picture, "style": picture, "gpu_no": -1,
+    stylise({"load_path": (small["load_path"],), "content": (picture,), "style": (picture,), "gpu_no": -1,
              "save_path": str(tmp_path / "out.png")})
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 

@@ -13,8 +13,8 @@ ROWS = (
     ("weights", "compact", "graphs", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
     ("selection", "figures", "video"),
-    ("run",),
-    ("transfer",),
+    ("run", "pairs"),
+    ("transfer", "painting"),
     ("train", "distill", "evaluate", "prune", "export", "convert_vgg"),  # the modes, and a script that stands alone
     ("flags", "hubconf"),  # a script of torch.hub
     ("main",),

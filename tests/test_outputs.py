@@ -28,8 +28,10 @@ import data
 import evaluate
 import stylize
 from data import OUTPUT_FORMATS, TRIPLE, save_picture
-from evaluate import TestConfig, distinct
+from evaluate import TestConfig
 from main import main
+from pairs import distinct
+from stylize import Stylizer
 
 
 @pytest.fixture
@@ -456,7 +458,7 @@ def short_of_memory(kind: str):
 @pytest.mark.parametrize("where", ["decoding", "stylising"])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "gpu"])
 def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_path, capsys, monkeypatch, where, kind):
-    module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (evaluate, "stylize")}[where]
+    module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (Stylizer, "paint")}[where]
     monkeypatch.setattr(module, name, short_of_memory(kind))
     line = refusal(capsys, *words(flags))
     assert f"--content {flags['content']}: 32 x 24 pixels" in line and "--imsize" in line and "--cropsize" in line
@@ -465,14 +467,14 @@ def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_
 def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch):
     for name, size in (("a", (16, 16)), ("big", (64, 64)), ("c", (16, 16))):
         write_noise(tmp_path / "many" / f"{name}.png", size, 0)
-    original = evaluate.stylize
+    original = Stylizer.paint
 
-    def fail_for_large(network, content, *more):
-        if content.shape[2] > 32:
+    def fail_for_large(self, content, *more):
+        if content.pixels.shape[2] > 32:
             raise MemoryError
-        return original(network, content, *more)
+        return original(self, content, *more)
 
-    monkeypatch.setattr(evaluate, "stylize", fail_for_large)
+    monkeypatch.setattr(Stylizer, "paint", fail_for_large)
     assert main(words(flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"})) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_paint.png", "c_paint.png", "contact_sheet.png"}
     assert "big.png: 64 x 64 pixels are too much" in capsys.readouterr().err

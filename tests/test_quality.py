@@ -25,10 +25,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 from data import denormalize, normalize
-from evaluate import TestConfig, choose_pairs, model_names
+from evaluate import TestConfig, model_names
 from figures import comparison_sheet
 from main import main
 from network import LossNetwork, NetworkConfig, build_from_vgg
+from pairs import choose_pairs
 from quality import (
     LUMA,
     METRICS,

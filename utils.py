@@ -105,10 +105,15 @@ def process_group(device: torch.device, patience: timedelta | None = None):
         store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=processes,
                                    timeout=patience)
+    ends_here = True
     try:
         yield
+    except UserError:
+        ends_here = False  # but with the process: it says why before the others see that it has gone
+        raise
     finally:
-        distributed.destroy_process_group()
+        if ends_here:
+            distributed.destroy_process_group()
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ finish() {
 # learn NAME SHARE ITERATIONS DECAY FLAGS...: a training. SHARE: of the 20 parts that all have of the time; DECAY: per
 # cent of the iterations in which the rates fall.
 learn() {
-    local name=$1 share=$2 target=$3 decay=$4 begin=$SECONDS command more=()
+    local name=$1 share=$2 target=$3 decay=$4 begin first fits="" command more=()
     shift 4
     if [ ! -e "$marks/$name.done" ]; then
         echo "== $name: learning"
@@ -117,9 +117,15 @@ learn() {
         if [ -e "$marks/$name.iterations" ]; then
             target=$(cat "$marks/$name.iterations")
         elif [ -n "$budget" ]; then
-            run "$name" "${command[@]}" --max_iter $probe --check_iter $((probe / 2)) || exit $?
-            target=$("$py" benchmarks/fit.py "$out/$name" --first $probe --took $((SECONDS - begin)) --checks $checks \
-                --most "$target" --seconds $(($(time_left) * share / shares_left)))
+            for first in $probe $((2 * probe)) $((3 * probe)); do # one that was interrupted has no rate
+                begin=$SECONDS
+                run "$name" "${command[@]}" --max_iter $first --check_iter $((probe / 2)) || exit $?
+                fits=$("$py" benchmarks/fit.py "$out/$name" --done $first --every $((probe / 2)) --took \
+                    $((SECONDS - begin)) --seconds $(($(time_left) * share / shares_left)) --checks $checks \
+                    --most "$target" 2>/dev/null) && break
+            done
+            [ -n "$fits" ] || die "TIME=$TIME: the first stretches of $out/$name left no checks to tell its rate by"
+            target=$fits
         fi
         echo "$target" > "$marks/$name.iterations"
         [ "$decay" -eq 0 ] || more=(--decay_iter $(((target - warmup) * decay / 100)))

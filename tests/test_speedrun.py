@@ -35,19 +35,24 @@ if arguments[0] == "benchmarks/stylize.py":
     sys.exit(0)
 out = pathlib.Path(arguments[arguments.index("--save_path") + 1])
 name, code = os.environ.get("FAIL", "none:0").split(":")
+stopped = out / "stopped"
 if out.name == name:
     print(f"error: {{name}}", file=sys.stderr)
+    out.mkdir(exist_ok=True)
+    stopped.touch()
     sys.exit(int(code))
-out.parent.mkdir(exist_ok=True)
 if "--max_iter" in arguments:
     last = int(arguments[arguments.index("--max_iter") + 1])
     (out / "samples").mkdir(parents=True, exist_ok=True)
     # 1 iteration a second, 3 seconds a check.
-    took = last - last // 2
-    for path, time in ((f"check_point_{{last // 2:07d}}.pth", 0), (f"samples/iteration_{{last:07d}}.png", took),
+    every = took = int(arguments[arguments.index("--check_iter") + 1])
+    for path, time in ((f"check_point_{{last - every:07d}}.pth", 0), (f"samples/iteration_{{last:07d}}.png", took),
                        (f"check_point_{{last:07d}}.pth", took + 3)):
         (out / path).touch()
         os.utime(out / path, (10**9 + time, 10**9 + time))
+    if stopped.exists():  # between the two: of those and its own checkpoint the last two are kept
+        stopped.unlink()
+        (out / f"check_point_{{last - every:07d}}.pth").unlink()
 """
 TRAININGS = ["baseline", "uncorrelation", "ch_xor", "compact_student", "compact", "tiny_student", "tiny"]
 ORDER = ["baseline", "baseline_pruned", "uncorrelation", "uncorrelation_pruned", "ch_xor", "ch_xor_pruned",
@@ -108,8 +113,9 @@ def test_stages_and_their_settings(speedrun, tmp_path, monkeypatch, capsys):
         assert trained[name].get("optimizer", "adam") == "adam" and "decay_iter" not in trained[name]
         assert trained[name]["compile"] and trained[name]["num_workers"] == 14
     for given in (*checked["train"], *checked["distill"], *checked["test"]):
-        assert (given["content_dir"], given["style_dir"], given["holdout"]) == (str(CONTENT_DIR), str(STYLE_DIR), 0.1)
-        assert given["gpu_no"] == -1
+        assert given["holdout"] == 0.1 and given["gpu_no"] == -1
+        for name, folder in (("content_dir", CONTENT_DIR), ("style_dir", STYLE_DIR)):
+            assert given[name] in (str(folder), (str(folder),))  # test mode takes several
     compared = [Path(path).name for path in checked["test"][0]["load_path"]]
     assert compared == [*TRAININGS[:3], *(f"{name}_pruned" for name in TRAININGS[:3]), "compact", "tiny"]
 
@@ -167,18 +173,34 @@ def test_time_is_shared_out_by_the_measured_rate(speedrun):
     assert iterations["tiny_student"] == 20_000  # are enough
 
 
+def test_an_interrupted_first_stretch_is_followed_by_another(speedrun, tmp_path):
+    code, _, calls = speedrun(CONTENT_DIR, STYLE_DIR, "out", TIME="20h", FAIL="baseline:143")
+    assert code == 143 and len(calls) == 1 and not (tmp_path / "out" / "stages" / "baseline.iterations").exists()
+    code, _, calls = speedrun(CONTENT_DIR, STYLE_DIR, "out", TIME="20h", FAIL="baseline_pruned:143")
+    assert code == 143
+    *first, target = (int(value(command, "--max_iter")) for name, command in calls if name == "baseline")
+    assert first == [400, 800] and target == pytest.approx(20 * 17 / 25 * 4 / 20 * 3600, rel=0.1)
+
+
 def test_iterations_that_fit(tmp_path):
     (tmp_path / "samples").mkdir()
-    for name, time in (("check_point_0000200.pth", 100), ("samples/iteration_0000400.png", 120),
-                       ("check_point_0000400.pth", 125)):
+    for name, time in (("check_point_0000600.pth", 100), ("samples/iteration_0000800.png", 120),
+                       ("check_point_0000800.pth", 125)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (10**9 + time, 10**9 + time))
-    # 0.1 s an iteration, 5 s a check; of 70 s that the first 400 took, 20 were for the start.
-    assert fit.iterations_that_fit(tmp_path, 400, 70, 300, 4, 10**6) == 400 + (300 - 20 - 4 * 5) * 10
-    assert fit.iterations_that_fit(tmp_path, 400, 70, 300, 4, 1000) == 1000
-    assert fit.iterations_that_fit(tmp_path, 400, 70, -5, 4, 1000) == 400
-    (tmp_path / "samples" / "iteration_0000400.png").rename(tmp_path / "student.pth")  # of a distillation
-    assert fit.iterations_that_fit(tmp_path, 400, 50, 60, 0, 10**6) == 400 + 600
+
+    def fitting(took: float, seconds: float, checks: int, most: int = 10**6) -> int:
+        return fit.iterations_that_fit(tmp_path, 800, 200, took, seconds, checks, most)
+
+    # 0.1 s an iteration, 5 s a check; of 70 s that the last 400 and 2 checks took, 20 were for the start.
+    assert fitting(70, 300, 4) == 800 + (300 - 20 - 4 * 5) * 10
+    assert fitting(70, 300, 4, most=1000) == 1000
+    assert fitting(70, -5, 4) == 800
+    (tmp_path / "samples" / "iteration_0000800.png").rename(tmp_path / "student.pth")  # of a distillation
+    assert fitting(50, 60, 0) == 800 + 600
+    (tmp_path / "check_point_0000600.pth").unlink()
+    with pytest.raises(FileNotFoundError):
+        fitting(50, 60, 0)
 
 
 @pytest.mark.parametrize("arguments, environment, needed", [

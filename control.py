@@ -42,11 +42,8 @@ class MaskedStyle:
         """The styles with their weights at every bottleneck position of a content picture of `size`, (height, width):
         (1, 1, h, w), 0..1, together 1, each the mean of the mask over the position's pixels. Without a style that is
         nowhere. Raises UserError for a mask of another aspect."""
+        check_mask(self.mask, size)
         height, width = size
-        fitting = self.mask.height * width / self.mask.width
-        if abs(fitting - height) > max(1.0, ASPECT * height):
-            raise UserError(f"--mask: {self.mask.width} x {self.mask.height} pixels, the content picture has "
-                            f"{width} x {height}; the same aspect is needed")
         mask = self.mask
         if mask.size != (width, height):
             mask = mask.resize((width, height), Image.Resampling.BILINEAR)
@@ -57,28 +54,56 @@ class MaskedStyle:
         return [(style, each) for style, each in ((self.white, weights), (self.black, 1.0 - weights)) if each.any()]
 
 
+def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
+    """Raises UserError for a mask of another aspect than a content picture of `size`, (height, width)."""
+    height, width = size
+    if abs(mask.height * width / mask.width - height) > max(1.0, ASPECT * height):
+        raise UserError(f"--mask: {mask.width} x {mask.height} pixels, the content picture has {width} x {height}; "
+                        "the same aspect is needed")
+
+
 def mix(styles: Sequence[Style], weights: Sequence[float]) -> Style:
     """One style of several, in these shares; weights: 0 or more, of any sum above 0.
 
     This mixes the features that are aligned to each (the style interpolation of Huang & Belongie, arXiv 1703.06868):
-    aligning is linear in mean and standard deviation. Raises UserError for weights that do not fit.
+    aligning is linear in mean and standard deviation.
     """
-    named = f"--style_weights {' '.join(f'{weight:g}' for weight in weights)}"
-    if len(weights) != len(styles):
-        raise UserError(f"{named}: {len(weights)} for {len(styles)} styles; one each is needed")
-    if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
-        raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
     shares = [weight / sum(weights) for weight in weights]
     return Style(*(sum(share * getattr(style, name) for share, style in zip(shares, styles) if share > 0.0)
                    for name in ("mean", "std")))
 
 
+def combine(
+    styles: Sequence[Style], weights: Sequence[float] | None = None, mask: Image.Image | None = None
+) -> Style | MaskedStyle:
+    """One of several styles, that `check_styles` let pass."""
+    if mask is not None:
+        return MaskedStyle(*styles, mask)
+    return styles[0] if weights is None else mix(styles, weights)
+
+
+def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
+    """Raises UserError, naming the flag, where so many styles cannot be made one by these weights or this mask."""
+    if mask is not None and (styles != 2 or weights is not None):
+        got = "--style_weights, too" if weights is not None else f"{styles} style{'s' * (styles != 1)}"
+        raise UserError(f"--mask: got {got}; two styles are needed, for its white and its black")
+    if weights is not None:
+        named = f"--style_weights {' '.join(f'{weight:g}' for weight in weights)}"
+        if len(weights) != styles:
+            raise UserError(f"{named}: {len(weights)} for {styles} style{'s' * (styles != 1)}; one each is needed")
+        if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
+            raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
+    elif mask is None and styles != 1:
+        raise UserError(f"got {styles} styles; to make one of them, --style_weights, or --mask with two, is needed")
+
+
 # ------------------------------------------------------------------------------------------------ colours
 
 
-def is_grey(pixels: Tensor) -> bool:
-    """Whether a picture, (1, 3, H, W), uint8, has no colours."""
-    return int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY
+def check_colors(pixels: Tensor, preserved: str) -> None:
+    """Raises UserError where a content picture, (1, 3, H, W), uint8, has no colours to preserve."""
+    if int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY:
+        raise UserError(f"--preserve_color {preserved}: the content picture is grey; one with colours is needed")
 
 
 def keep_colors(content: Tensor, painted: Tensor) -> Tensor:

@@ -69,6 +69,10 @@ class PictureError(Exception):
     """A picture that cannot be used; the message names the file and the reason."""
 
 
+class NotFinite(UserError):
+    """A painted picture with values that are infinite or no numbers."""
+
+
 # ------------------------------------------------------------------------------------------- one picture
 
 
@@ -333,10 +337,10 @@ def normalize(image: Tensor) -> Tensor:
 
 
 def denormalize(image: Tensor) -> Tensor:
-    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1. Raises UserError for values that are not finite,
+    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1. Raises NotFinite for values that are not finite,
     which would be written as black."""
     if not image.isfinite().all():
-        raise UserError("a picture has values that are not finite: the network is damaged, or its training diverged")
+        raise NotFinite("a picture has values that are not finite: the network is damaged, or its training diverged")
     mean, std = _imagenet_statistics(image.device)
     return (image.float() * std + mean).clamp(0.0, 1.0)
 
@@ -345,6 +349,11 @@ def to_pil(image: Tensor) -> Image.Image:
     """One picture, (3, H, W) or (1, 3, H, W), 0..1, to a Pillow image."""
     image = image.reshape(image.shape[-3:])
     return Image.fromarray((image * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def pixels_to_pil(pixels: Tensor) -> Image.Image:
+    """One picture, (1, 3, H, W), uint8, to a Pillow image."""
+    return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
 
 
 def save_picture(image: Image.Image, path: Path, alpha: Image.Image | None = None) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
+from control import check_styles
 from cost import count_parameters
 from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
 from figures import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
 from painting import Model, Painting, Skipped
 from pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
 from quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
-from stylize import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, open_model
+from stylize import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, open_mask, open_model
 from utils import (
     UserError,
     allow_tf32,
@@ -59,6 +60,11 @@ class TestConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: tuple[float, ...] = (1.0,)
+    style_weights: tuple[float, ...] | None = None
+    mask: str | None = None
+    preserve_color: str | None = None
+    style_size: int | None = None  # None: as imsize
+    tile: int | None = None  # None: chosen where the whole picture would not fit the memory
     margin: int = 0
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
@@ -86,9 +92,14 @@ class TestConfig:
         return (getattr(self, kind), kind) if getattr(self, other) is None else (getattr(self, other), other)
 
     @property
+    def joins_styles(self) -> bool:
+        """Whether all styles make one together."""
+        return self.style_weights is not None or self.mask is not None
+
+    @property
     def names_many(self) -> bool:
-        """Whether several pictures, or a folder of them, are named as content or style."""
-        named = [self.input(kind)[0] for kind in ("content", "style")]
+        """Whether several contents or styles, or a folder of them, are named."""
+        named = [self.input(kind)[0] for kind in (("content",) if self.joins_styles else ("content", "style"))]
         return any(len(paths) > 1 or is_searched(paths[0]) for paths in named)
 
     @property
@@ -114,13 +125,18 @@ class TestConfig:
         """Raises UserError for an empty path, a margin that poolings do not divide, a strength given twice, flags that
         exclude each other, or a save_path that looks like a picture file of a kind that is not written."""
         check_margin(self.margin)
-        for flag in ("content", "style", "content_dir", "style_dir", "save_path"):
+        for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
                 raise UserError(f"--{flag} is empty; leave it out for the default")
         for strength, count in Counter(self.style_strength).items():
             if count > 1:
                 raise UserError(f"--style_strength {_words(strength)}: given {count} times, once is enough")
+        if self.joins_styles and self.metrics is not None:
+            flag = "style_weights" if self.mask is None else "mask"
+            raise UserError(f"--{flag}: --metrics compares with one style picture; leave one of the two out")
+        if self.mask is not None and self.cropsize is not None:
+            raise UserError("--mask: --cropsize cuts the content alone; cut both beforehand")
         if self.skip_existing and self.metrics is not None:
             raise UserError("--skip_existing: --metrics measures what is painted now; leave one of the two out")
         if self.save_path is None or self.writes_a_file or self.save_path.endswith(("/", os.sep)):
@@ -158,7 +174,8 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"--load_path {path}: this model is named twice")
-        stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin)
+        stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin,
+                            tile=config.tile)
         models.append(Model(name, file, stylizer, checkpoint))
     return models
 
@@ -226,7 +243,12 @@ def test(given: dict) -> int:
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
-    pairs = choose_pairs(len(contents.paths), len(styles.paths), config.pairs, config.seed)
+    mask = None
+    if config.joins_styles:
+        check_styles(len(styles.paths), config.style_weights, config.mask)
+        styles = styles.joined()
+        mask = None if config.mask is None else open_mask(config.mask)
+    pairs = choose_pairs(len(contents.paths), len(styles.names), config.pairs, config.seed)
     names = model_names(config.load_path)
     folder, files = _outputs(config, pairs, contents, styles, names)
     variants = [name if len(config.style_strength) == 1 else f"{name} at {_words(strength)}"
@@ -240,6 +262,8 @@ def _stylise(config: TestConfig, device: torch.device) -> int:
     written = [path for paths in files.values() for path in paths]
     written += [folder / name for name in (*makers, *([METRICS_NAME] if config.measured else []))]
     others = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
+    if mask is not None:
+        others.append(("--mask", Path(config.mask)))
     if config.measured and config.vgg_weights not in VGG_SOURCES:
         others.append(("--vgg_weights", Path(config.vgg_weights)))
     check_outputs(written, () if config.writes_a_file else folders, (contents, styles), others, config.output)
@@ -248,7 +272,7 @@ def _stylise(config: TestConfig, device: torch.device) -> int:
     meter = _open_meter(config, models, device)
     sheets = [maker(pairs, variants) for maker in makers.values()]
     skipped = Skipped()
-    painting = Painting(models, config, contents, styles, sheets, meter, skipped)
+    painting = Painting(models, config, contents, styles, sheets, meter, skipped, mask)
     values, kept = painting.paint(files, lambda: [make_folder(each, "--save_path") for each in folders])
     if not values:
         raise UserError(_nothing(pairs, contents, styles, skipped))

@@ -54,6 +54,20 @@ def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> "Sheet":
     return Sheet(COMPARISON, places, inputs=(0, 2), titles=("content", "style", *names))
 
 
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures in a row, all as high as the lowest; one alone as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    height = min(picture.height for picture in pictures)
+    row = [picture.resize((max(1, round(picture.width * height / picture.height)), height)) for picture in pictures]
+    image = Image.new("RGB", (sum(picture.width for picture in row), height))
+    left = 0
+    for picture in row:
+        image.paste(picture, (left, 0))
+        left += picture.width
+    return image
+
+
 class Sheet:
     """Pictures in cells of one size, with a title over every column where there are titles.
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
+from control import PRESERVED
 from data import TRIPLE
 from distill import DistillConfig
 from evaluate import OUTPUT_NAME, TestConfig
@@ -185,6 +186,16 @@ TOPICS = {
              "such as painted.mp4; a number or a fraction", rate),
         Flag("temporal_smoothing", TEST, "less flicker in a video: the share of each painted frame, from 0 to below 1, "
              "that comes from the one before, carried along with the motion; 0.8 is much", fraction_below_1),
+        Flag("style_weights", TEST, "mix all --style pictures to one style, in these shares, one each", amount,
+             several=TEST, none="each style by itself"),
+        Flag("mask", TEST, "picture of the content's aspect that makes two --style pictures one style: the first is "
+             "painted where it is white, the second where it is black"),
+        Flag("preserve_color", TEST, "keep the content's colours: luma paints the lightness alone, histogram gives the "
+             "style the content's colours first", choices=PRESERVED),
+        Flag("style_size", TEST, "resize style pictures so that their shorter sides have this many pixels, which sets "
+             "the scale of what is taken from them", count, none="as --imsize says"),
+        Flag("tile", TEST, "paint in tiles of this side in pixels, which gives the same picture in less memory; 88 or "
+             "more for most models", count, none="only where the whole picture would not fit the free memory"),
         Flag("margin", TEST + PRUNE + EXPORT, "continue content and style by this many pixels, a multiple of 8, by "
              "reflection, so that zero padding leaves no visible frame; in prune mode for the picture grid; 0 is as "
              "published", count_or_zero),

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, product
 from pathlib import Path
 from threading import Lock, Semaphore
@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from control import Style
-from data import denormalize, read_written, save_picture, to_pil
-from figures import Sheet
+from control import MaskedStyle, Style, check_colors, check_mask, combine, match_colors
+from data import NotFinite, denormalize, pixels_to_pil, read_written, save_picture, to_pil
+from figures import Sheet, side_by_side
 from pairs import Pair, Pictures
 from quality import MIN_SIDE, Meter
 from stylize import Stylizer, UnusablePicture, load_input, load_transparency, usable
@@ -133,15 +133,16 @@ class Painting:
 
     def __init__(
         self, models: list[Model], config, contents: Pictures, styles: Pictures, sheets: list[Sheet],
-        meter: Meter | None, skipped: Skipped,
+        meter: Meter | None, skipped: Skipped, mask: Image.Image | None = None,
     ) -> None:
-        """config: a TestConfig. sheets: where all pictures are placed.
+        """config: a TestConfig. sheets: where all pictures are placed. mask: of `--mask`, mode L.
 
         A picture of several that cannot be used, or that there is too little memory for, comes to `skipped`, and is
         left out with all its pairs.
         """
         self.models, self.config, self.contents, self.styles = models, config, contents, styles
-        self.sheets, self.meter, self.skipped = sheets, meter, skipped
+        self.sheets, self.meter, self.skipped, self.mask = sheets, meter, skipped, mask
+        self.matches_colors = config.preserve_color == "histogram"  # of the style, to each content's
         self.variants = list(product(range(len(models)), config.style_strength))
         self.device = models[0].stylizer.device
 
@@ -225,8 +226,8 @@ class Painting:
                 ahead = max(1, min(workers.count, PIXELS_HELD // content.pixels))
                 yield number, content
 
-    def _encode_styles(self, numbers: set[int], workers: Workers) -> dict[int, list[Style]]:
-        """Those that can be used, for every model."""
+    def _encode_styles(self, numbers: set[int], workers: Workers) -> dict[int, list]:
+        """Those that can be used, see `_encode_style`."""
         begun = [(number, workers.start(self._encode_style, number, workers)) for number in sorted(numbers)]
         codes = {number: self._result(work, self.styles, number, self._encode_style, workers)
                  for number, work in begun}
@@ -245,35 +246,53 @@ class Painting:
 
     def _open_content(self, number: int, workers: Workers, alone: bool = False) -> _Content:
         path, flag = self.contents.paths[number], self.contents.flag
-        picture = self._load(self.contents, number)
+        (picture,) = self._load(self.contents, number)
+        try:
+            if self.config.preserve_color is not None:
+                check_colors(picture, self.config.preserve_color)
+            if self.mask is not None:
+                check_mask(self.mask, tuple(picture.shape[2:]))
+        except UserError as error:
+            raise UnusablePicture(f"--{flag} {path}: {error}") from error
         alpha = load_transparency(path, self.config, flag)
         with usable(path, flag), workers.computing(None if alone else _pixels(picture)):
             opened = [model.stylizer.open(picture) for model in self.models]
             for model, each in zip(self.models, opened):
                 model.stylizer.content_statistics(each)  # encodes it
-        self._show_input(picture, ("content", number))
+        self._show_input([picture], ("content", number))
         return _Content(picture, alpha, opened)
 
-    def _encode_style(self, number: int, workers: Workers, alone: bool = False) -> list[Style]:
-        picture = self._load(self.styles, number)
-        with usable(self.styles.paths[number], self.styles.flag), \
-                workers.computing(None if alone else _pixels(picture)):
-            codes = [model.stylizer.encode_style(picture) for model in self.models]
-        self._show_input(picture, ("style", number))
+    def _encode_style(self, number: int, workers: Workers, alone: bool = False) -> list:
+        """For every model a Style or MaskedStyle; the pictures themselves where each content colours them first."""
+        pictures = self._load(self.styles, number)
+        with usable(self.styles.of(number)[0], self.styles.flag), \
+                workers.computing(None if alone else max(map(_pixels, pictures))):
+            codes = pictures if self.matches_colors else self._combine(pictures)
+        self._show_input(pictures, ("style", number))
         return codes
 
-    def _load(self, pictures: Pictures, number: int) -> Tensor:
-        """(1, 3, H, W), uint8. Raises UnusablePicture, also for one that is too small to be measured."""
-        picture = load_input(pictures.paths[number], self.config, pictures.flag)
-        height, width = picture.shape[2:]
-        if self.meter is not None and min(height, width) < MIN_SIDE:
-            raise UnusablePicture(f"--{pictures.flag} {pictures.paths[number]}: {width} x {height} pixels; "
-                                  f"--metrics needs {MIN_SIDE} or more on each side")
-        return picture
+    def _combine(self, pictures: list[Tensor]) -> list[Style | MaskedStyle]:
+        """The style that these pictures are or make together, for every model."""
+        return [combine([model.stylizer.encode_style(each) for each in pictures], self.config.style_weights, self.mask)
+                for model in self.models]
+
+    def _load(self, pictures: Pictures, number: int) -> list[Tensor]:
+        """A picture, or those of a style, (1, 3, H, W), uint8, each. Raises UnusablePicture, also for one that is too
+        small to be measured."""
+        config, loaded = self.config, []
+        if pictures is self.styles and config.style_size is not None:
+            config = replace(config, imsize=config.style_size)
+        for path in pictures.of(number):
+            loaded.append(load_input(path, config, pictures.flag))
+            height, width = loaded[-1].shape[2:]
+            if self.meter is not None and min(height, width) < MIN_SIDE:
+                raise UnusablePicture(f"--{pictures.flag} {path}: {width} x {height} pixels; "
+                                      f"--metrics needs {MIN_SIDE} or more on each side")
+        return loaded
 
     # ------------------------------------------------------------------------------------------ outputs
 
-    def _paint_pair(self, todo: "_Todo", content: _Content, codes: list[Style], bar, workers: Workers) -> Tensor | None:
+    def _paint_pair(self, todo: "_Todo", content: _Content, codes: list, bar, workers: Workers) -> Tensor | None:
         """Returns what the meter measured. Raises UnusablePicture when the content needs too much memory."""
         outputs = {}
         try:
@@ -282,30 +301,38 @@ class Painting:
             return self._paint_outputs(todo, content, codes, outputs, bar, workers, None)
 
     def _paint_outputs(
-        self, todo: "_Todo", content: _Content, codes: list[Style], outputs: dict[int, Tensor], bar, workers: Workers,
+        self, todo: "_Todo", content: _Content, codes: list, outputs: dict[int, Tensor], bar, workers: Workers,
         pixels: int | None,
     ) -> Tensor | None:
         number, style = todo.pair
         with usable(self.contents.paths[number], self.contents.flag):
+            if self.matches_colors:
+                with workers.computing(pixels):
+                    codes = self._combine([match_colors(each, content.picture) for each in codes])
             for column, path in list(todo.paths.items()):
                 place, strength = self.variants[column]
                 model = self.models[place]
-                with workers.computing(pixels):
-                    output = model.stylizer.paint(content.opened[place], codes[place], strength)
-                if not output.isfinite().all():
+                painted = content.opened[place], codes[place], strength
+                keeps = self.config.preserve_color == "luma"
+                try:
+                    with workers.computing(pixels):
+                        if self.meter is None:
+                            picture = model.stylizer.paint_picture(*painted, keeps_colors=keeps)
+                        else:
+                            outputs[column] = model.stylizer.paint(*painted, keeps_colors=keeps)
+                            picture = to_pil(denormalize(outputs[column]))
+                except NotFinite as error:
                     raise UserError(f"--load_path {model.file}: its picture of {self.contents.paths[number]} and "
-                                    f"{self.styles.paths[style]} has values that are not finite")
-                picture = to_pil(denormalize(output))
+                                    f"{' '.join(map(str, self.styles.of(style)))} has values that are not finite") \
+                        from error
                 save_picture(picture, path, content.alpha)
                 self._show(picture, (*todo.pair, column))
-                if self.meter is not None:
-                    outputs[column] = output
                 del todo.paths[column]
                 with bar.get_lock():
                     bar.update()
             if self.meter is None:
                 return None
-            picture = load_input(self.styles.paths[style], self.config, self.styles.flag)
+            (picture,) = self._load(self.styles, style)
             with workers.computing(pixels):
                 return self.meter.measure(content.picture, picture, list(outputs.values())).cpu()
 
@@ -324,9 +351,9 @@ class Painting:
         for sheet in self.sheets:
             sheet.place(picture, key)
 
-    def _show_input(self, picture: Tensor, key: tuple) -> None:
+    def _show_input(self, pictures: list[Tensor], key: tuple) -> None:
         if self.sheets:
-            self._show(to_pil(picture / 255.0), key)
+            self._show(side_by_side([pixels_to_pil(each) for each in pictures]), key)
 
     def _show_inputs(self, pairs: Iterable[Pair], workers: Workers) -> None:
         """Contents and styles of these pairs, where all their pictures were there and nothing else needed them."""

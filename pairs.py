@@ -7,7 +7,7 @@ import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import find_measured, is_searched, refuse_within
@@ -31,11 +31,20 @@ class Pictures:
     paths: list[Path]
     names: list[str]
     folders: dict[Path, list[Path]]  # those of `named` that are folders or archives, with what was found there
+    are_one: bool = False  # all of them together are one style
 
     @property
     def are_many(self) -> bool:
         """Whether a folder or several pictures were named: one that cannot be used does not stop the others."""
-        return bool(self.folders) or len(self.paths) > 1
+        return not self.are_one and (bool(self.folders) or len(self.paths) > 1)
+
+    def joined(self) -> "Pictures":
+        """All of them as one style, of number 0 and with all their names."""
+        return replace(self, names=["+".join(self.names)], are_one=True)
+
+    def of(self, number: int) -> list[Path]:
+        """The picture of this number, or all that are together one style."""
+        return self.paths if self.are_one else [self.paths[number]]
 
 
 def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from control import PRESERVED, MaskedStyle, Style, is_grey, keep_colors, match_colors, mix
+from control import PRESERVED, MaskedStyle, Style, check_colors, check_styles, combine, keep_colors, match_colors
 from data import (
     PictureError,
     denormalize,
@@ -17,6 +17,7 @@ from data import (
     load_alpha,
     normalize,
     picture_source,
+    pixels_to_pil,
     prepare_picture,
     to_pil,
 )
@@ -41,10 +42,6 @@ def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tup
 
 class UnusablePicture(UserError):
     """A picture that cannot be read, or that there is too little memory for; the message names its flag and path."""
-
-
-class NotFinite(UserError):
-    """A painted picture with values that are infinite or no numbers."""
 
 
 @contextmanager
@@ -162,8 +159,6 @@ class Stylizer:
         content = self.open(content, "content")
         painted = Image.new("RGB", content.pixels.shape[:1:-1])
         for rows, columns, tile in self._painted(content, style, strength, keeps_colors=keeps_colors):
-            if not tile.isfinite().all():
-                raise NotFinite("the painted picture has values that are not finite")
             painted.paste(to_pil(denormalize(tile)), (columns.start, rows.start))
         return painted
 
@@ -187,7 +182,7 @@ class Stylizer:
             raise UserError(f"--preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
         content = self.open(content, "content")
         if preserve_color is not None:
-            check_colors(content.pixels, preserve_color, "content")
+            check_colors(content.pixels, preserve_color)
         styles = style if isinstance(style, (list, tuple)) else [style]
         check_styles(len(styles), style_weights, mask)
         colors_of = content.pixels if preserve_color == "histogram" else None
@@ -253,35 +248,11 @@ class Stylizer:
             yield rows, columns, tile
 
 
-def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
-    """Raises UserError, naming the flag, where so many styles cannot be made one by these weights or this mask."""
-    if mask is not None and (styles != 2 or weights is not None):
-        got = "--style_weights, too" if weights is not None else f"{styles} style{'s' * (styles != 1)}"
-        raise UserError(f"--mask: got {got}; two styles are needed, for its white and its black")
-    if mask is None and weights is None and styles != 1:
-        raise UserError(f"got {styles} styles; to make one of them, --style_weights, or --mask with two, is needed")
-
-
-def check_colors(pixels: Tensor, preserved: str, name: str) -> None:
-    """Raises UserError where a content picture has no colours to preserve. name: of the picture."""
-    if is_grey(pixels):
-        raise UserError(f"--preserve_color {preserved}: {name} is grey; a content picture with colours is needed")
-
-
-def combine(
-    styles: Sequence[Style], weights: Sequence[float] | None = None, mask: Image.Image | None = None
-) -> Style | MaskedStyle:
-    """One of several styles, that `check_styles` let pass."""
-    if mask is not None:
-        return MaskedStyle(*styles, mask)
-    return styles[0] if weights is None else mix(styles, weights)
-
-
 def open_mask(picture) -> Image.Image:
     """A picture of any kind, see `Stylizer`, or an array (H, W), as a mask: mode L."""
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 2 and picture.size:
         return Image.fromarray(picture)
-    return to_pil(_pixels(picture, "mask").float() / 255.0).convert("L")
+    return pixels_to_pil(_pixels(picture, "mask")).convert("L")
 
 
 def _pixels(picture, name: str, size: int | None = None) -> Tensor:
@@ -291,7 +262,7 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
         with usable(Path(picture), name):
             return prepare_picture(Path(picture), size)
     if size is not None:
-        image = to_pil(_pixels(picture, name).float() / 255.0)
+        image = pixels_to_pil(_pixels(picture, name))
         scale = size / min(image.size)
         return from_pil(image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC))
     if isinstance(picture, Image.Image):

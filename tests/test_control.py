@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture, small_network, user_error, write_noise
+from helpers import random_picture, read_pixels, refusal, small_network, user_error, words, write_model, write_noise
 from PIL import Image
 from torch.testing import assert_close
 
-from control import LUMA, MaskedStyle, Style, is_grey, keep_colors, match_colors, mix
+from control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from data import denormalize, to_pil
+from main import main
 from network import align
 from stylize import Stylizer
 from tiling import _Moments
@@ -237,8 +238,7 @@ def test_histogram_paints_in_the_matched_style(stylizer):
 @pytest.mark.parametrize("preserved", ["luma", "histogram"])
 def test_colours_of_a_grey_picture_are_refused(stylizer, preserved):
     grey = CONTENT[:, :1].repeat(1, 3, 1, 1)
-    assert is_grey(grey) and not is_grey(CONTENT)
-    assert "content is grey" in user_error(stylizer.stylize, grey, STYLES[0], preserve_color=preserved)
+    assert "the content picture is grey" in user_error(stylizer.stylize, grey, STYLES[0], preserve_color=preserved)
     assert "--preserve_color hue" in user_error(stylizer.stylize, CONTENT, STYLES[0], preserve_color="hue")
 
 
@@ -269,3 +269,118 @@ def test_every_control_is_the_same_in_tiles(stylizer, settings, limit, monkeypat
     assert len(tiled.open(content).tiles) > 4
     whole, pieces = (np.asarray(each.stylize(content, STYLES, **settings), int) for each in (stylizer, tiled))
     assert np.abs(whole - pieces).max() <= 1 and (whole == pieces).mean() > 0.999
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def flags(stylizer, tmp_path) -> dict:
+    """One content, two styles."""
+    styles = [tmp_path / f"s{number}.png" for number in range(2)]
+    for number, path in enumerate(styles):
+        to_pil(smooth_picture(number, size=(30 + number, 41)) / 255.0).save(path)
+    return {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", stylizer.network),
+            "content": write_noise(tmp_path / "c.png", (40, 56), 7), "style": styles, "save_path": tmp_path / "out.png"}
+
+
+def painted_by(flags: dict) -> np.ndarray:
+    assert main(words(flags)) == 0
+    return read_pixels(flags["save_path"])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("style_weights", (0.7, 0.3)), ("mask", None), ("preserve_color", "luma"), ("preserve_color", "histogram"),
+    ("style_size", 24),
+])
+def test_each_flag_paints_what_the_class_does(stylizer, flags, tmp_path, name, value):
+    if name == "mask":
+        value = tmp_path / "mask.png"
+        Image.fromarray(np.linspace(0, 255, 20 * 28).reshape(20, 28).astype(np.uint8)).save(value)
+    if name not in ("style_weights", "mask"):
+        flags["style"] = flags["style"][0]
+    desired = np.asarray(stylizer.stylize(flags["content"], flags["style"], strength=0.8, **{name: value}), int)
+    actual = painted_by(flags | {name: value, "style_strength": 0.8})
+    assert np.array_equal(actual, desired)
+    first = flags["style"][0] if isinstance(flags["style"], list) else flags["style"]
+    assert not np.array_equal(actual, painted_by(flags | {"style": first, "style_strength": 0.8}))
+
+
+def test_weights_and_masks_of_one_style_alone(flags, tmp_path):
+    Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
+    alone = painted_by(flags | {"style": flags["style"][0]})
+    for more in ({"style_weights": (1, 0)}, {"mask": tmp_path / "white.png"}):
+        assert np.array_equal(painted_by(flags | more), alone)
+
+
+def test_joined_styles_are_one_for_many_contents(flags, tmp_path):
+    """Their pictures are named by both, and stand in one column of the sheet."""
+    contents = [flags["content"], write_noise(tmp_path / "d.png", (40, 56), 8)]
+    flags |= {"content": contents, "style_weights": (1, 3), "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "d_s0+s1.png", "contact_sheet.png"}
+    single = painted_by(flags | {"content": contents[1], "save_path": tmp_path / "one.png"})
+    assert np.array_equal(single, read_pixels(tmp_path / "out" / "d_s0+s1.png"))
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 3 * 256)
+
+
+def test_histogram_takes_each_contents_own_colours(flags, tmp_path):
+    contents = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, path in enumerate(contents):
+        to_pil(smooth_picture(number) / 255.0).save(path)
+    flags |= {"style": flags["style"][0], "preserve_color": "histogram"}
+    assert main(words(flags | {"content": contents, "save_path": tmp_path / "both"})) == 0
+    for path in contents:
+        alone = painted_by(flags | {"content": path})
+        assert np.array_equal(read_pixels(tmp_path / "both" / f"{path.stem}_s0.png"), alone)
+
+
+def test_luma_is_what_is_measured(flags, tmp_path, capsys):
+    flags |= {"style": flags["style"][0], "metrics": "ssim", "save_path": tmp_path / "out"}
+    values = []
+    for more in ({}, {"preserve_color": "luma"}):
+        assert main(words(flags | more)) == 0
+        values.append(capsys.readouterr().out)
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("change, needed", [
+    ({"style_weights": 0.7}, "--style_weights 0.7: 1 for 2 styles"),
+    ({"style_weights": (0, 0)}, "--style_weights 0 0: numbers of 0 or more"),
+    ({"style_weights": (1, -1)}, "got -1"),
+    ({"style_weights": (1, 1), "metrics": "ssim"}, "--metrics compares with one style picture"),
+    ({"style_weights": (1, 1), "mask": "MASK"}, "--mask: got --style_weights, too"),
+    ({"mask": "MASK", "style": "STYLE"}, "--mask: got 1 style;"),
+    ({"mask": "MASK", "cropsize": 24}, "--cropsize cuts the content alone"),
+    ({"mask": "TALL"}, "--mask: 40 x 56 pixels, the content picture has 56 x 40"),
+    ({"mask": "none.png"}, "none.png: no such file"),
+    ({"mask": ""}, "--mask is empty"),
+    ({"preserve_color": "luma", "content": "GREY", "style": "STYLE"}, "luma: the content picture is grey"),
+    ({"preserve_color": "hue"}, "hue"),
+    ({"style_size": 0}, "got 0"),
+    ({"tile": 71, "style": "STYLE"}, "--tile 71: 72 pixels or more"),
+])
+def test_what_does_not_fit_is_refused_in_one_line(flags, tmp_path, capsys, change, needed):
+    Image.new("L", (56, 40), 128).save(tmp_path / "mask.png")
+    Image.new("L", (40, 56), 128).save(tmp_path / "tall.png")
+    Image.new("RGB", (56, 40), (9, 9, 9)).save(tmp_path / "grey.png")
+    names = {"MASK": tmp_path / "mask.png", "TALL": tmp_path / "tall.png", "GREY": tmp_path / "grey.png",
+             "STYLE": flags["style"][0]}
+    change = {flag: names.get(value, value) if isinstance(value, str) else value for flag, value in change.items()}
+    assert needed in refusal(capsys, *words(flags | change))
+    assert not flags["save_path"].exists()
+
+
+def test_contents_that_do_not_fit_are_skipped_among_others(flags, tmp_path, capsys):
+    Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
+    other = write_noise(tmp_path / "other.png", (56, 40), 3)
+    flags |= {"content": [flags["content"], other], "mask": tmp_path / "white.png", "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "contact_sheet.png"}
+    assert f"skipped --content {other}: --mask: 56 x 40 pixels" in capsys.readouterr().err
+
+
+def test_the_mask_is_not_overwritten(flags, tmp_path, capsys):
+    Image.new("L", (56, 40), 255).save(tmp_path / "mask.png")
+    line = refusal(capsys, *words(flags | {"mask": tmp_path / "mask.png", "save_path": tmp_path / "mask.png"}))
+    assert "would overwrite --mask" in line

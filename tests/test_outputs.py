@@ -458,7 +458,7 @@ def short_of_memory(kind: str):
 @pytest.mark.parametrize("where", ["decoding", "stylising"])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "gpu"])
 def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_path, capsys, monkeypatch, where, kind):
-    module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (Stylizer, "paint")}[where]
+    module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (Stylizer, "paint_picture")}[where]
     monkeypatch.setattr(module, name, short_of_memory(kind))
     line = refusal(capsys, *words(flags))
     assert f"--content {flags['content']}: 32 x 24 pixels" in line and "--imsize" in line and "--cropsize" in line
@@ -467,14 +467,14 @@ def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_
 def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch):
     for name, size in (("a", (16, 16)), ("big", (64, 64)), ("c", (16, 16))):
         write_noise(tmp_path / "many" / f"{name}.png", size, 0)
-    original = Stylizer.paint
+    original = Stylizer.paint_picture
 
-    def fail_for_large(self, content, *more):
+    def fail_for_large(self, content, *more, **settings):
         if content.pixels.shape[2] > 32:
             raise MemoryError
-        return original(self, content, *more)
+        return original(self, content, *more, **settings)
 
-    monkeypatch.setattr(Stylizer, "paint", fail_for_large)
+    monkeypatch.setattr(Stylizer, "paint_picture", fail_for_large)
     assert main(words(flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"})) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_paint.png", "c_paint.png", "contact_sheet.png"}
     assert "big.png: 64 x 64 pixels are too much" in capsys.readouterr().err

@@ -192,21 +192,21 @@ def test_decoding_computing_and_writing_overlap(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(painting, "usable_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     met = threading.Barrier(2, timeout=20)
-    save, paint, painted = painting.save_picture, Stylizer.paint, []
+    save, paint, painted = painting.save_picture, Stylizer.paint_picture, []
 
     def wait_and_save(picture, path, alpha):
         if path.name == "c0_s0.png":
             met.wait()
         save(picture, path, alpha)
 
-    def wait_and_paint(self, *arguments):
+    def wait_and_paint(self, *arguments, **settings):
         painted.append(None)
         if len(painted) == 2:
             met.wait()
-        return paint(self, *arguments)
+        return paint(self, *arguments, **settings)
 
     monkeypatch.setattr(painting, "save_picture", wait_and_save)
-    monkeypatch.setattr(Stylizer, "paint", wait_and_paint)
+    monkeypatch.setattr(Stylizer, "paint_picture", wait_and_paint)
     assert main(words(flags | {"style": tmp_path / "styles" / "s0.png"})) == 0
 
 
@@ -282,7 +282,7 @@ def test_what_is_there_and_whole_is_not_painted_again(flags, tmp_path, capsys):
 def test_nothing_is_painted_where_all_is_there(flags, tmp_path, monkeypatch, capsys):
     assert main(words(flags)) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(Stylizer, "paint", None)
+    monkeypatch.setattr(Stylizer, "paint_picture", None)
     monkeypatch.setattr(Stylizer, "encode_style", None)
     capsys.readouterr()
     assert main(words(flags | {"skip_existing": True})) == 0

@@ -3,14 +3,26 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_picture, small_network, user_error
+from helpers import (
+    ROOT,
+    random_picture,
+    read_pixels,
+    refusal,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+)
 from torch.testing import assert_close
 
 import stylize
 import tiling
 from data import IMAGENET_STD, prepare_picture
+from main import main
 from stylize import Stylizer
 from tiling import TiledPicture, decoder_halo, encoder_halo, least_tile, memory_needed
 from weights import load_network
@@ -170,3 +182,21 @@ def test_memory_needed_is_no_less_than_what_was_measured(name, bytes_a_pixel):
     network, _ = load_network(STORE / f"{name}.pth")
     needed = memory_needed(network.config, 10**6) / 10**6
     assert bytes_a_pixel <= needed < 2 * bytes_a_pixel
+
+
+def test_tiles_of_the_command_line(tmp_path, capsys):
+    """With everything at once; the tile's least is of the model."""
+    network = small_network(width=12)
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight *= 0.3
+    flags = {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", network), "margin": 16,
+             "content": write_noise(tmp_path / "content.png", (110, 123), 0), "preserve_color": "luma",
+             "style": [write_noise(tmp_path / f"{seed}.png", (100, 130), seed) for seed in (1, 2)],
+             "mask": write_noise(tmp_path / "mask.png", (110, 123), 3)}
+    outputs = []
+    for more in ({}, {"tile": 96}):
+        assert main(words(flags | more | {"save_path": tmp_path / "out.png"})) == 0
+        outputs.append(read_pixels(tmp_path / "out.png"))
+    assert "tile" in capsys.readouterr().err  # the bar
+    assert np.abs(outputs[0] - outputs[1]).max() <= 1 and (outputs[0] == outputs[1]).mean() > 0.999
+    assert "--tile 71: 72 pixels or more" in refusal(capsys, *words(flags | {"tile": 71}))

@@ -44,6 +44,7 @@ _READ = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h26
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo")  # a frame's number says when it is shown
 _STATE_THEIR_LENGTH = ("mov", "matroska")  # at their beginning, which a file that is cut short still has
 _UNSPECIFIED, _BT709, _LIMITED, _PQ, _HLG = 2, 1, 1, 16, 18  # in libavutil: colours, their range, transfer functions
+_LEAST_AV = 17
 _HD_HEIGHT = 720  # from here on players take colours that a file does not name for BT.709
 _AHEAD = 3  # frames that are read and not yet painted; as many are painted and not yet written
 
@@ -62,12 +63,21 @@ def is_video(path: Path) -> bool:
     return (begins_so or Path(path).suffix.lower() in _SUFFIXES) and not is_picture(path)
 
 
-def import_optional(module: str, package: str, wanted_by: str):
+def _import(module: str, package: str, wanted_by: str):
     """The module, or a UserError that says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:
         raise UserError(f"{wanted_by} needs the package {package}: pip install -r requirements-video.txt") from error
+
+
+def _import_av(wanted_by: str):
+    """PyAV. Raises UserError where it is not there, or so old that it takes BT.709's colours for BT.601's."""
+    av = _import("av", "av", f"{wanted_by}: a video")
+    if int(av.__version__.split(".")[0]) < _LEAST_AV:
+        raise UserError(f"{wanted_by}: a video needs version {_LEAST_AV} of the package av, or a newer one, not "
+                        f"{av.__version__}: pip install -r requirements-video.txt")
+    return av
 
 
 @dataclass
@@ -106,7 +116,7 @@ def open_video(path: Path, flag: str, config):
     Raises UserError, also while frames are read, for what is no video, has no video stream or too many pixels.
     """
     source = f"{flag} {path}"
-    av = import_optional("av", "av", f"{source}: a video")
+    av = _import_av(source)
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "rb"))
@@ -150,7 +160,7 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
             clip.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             if _turns_sides(matrix):
                 clip.pixel_aspect = 1 / clip.pixel_aspect
-            if each.color_trc in (_PQ, _HLG):
+            if stream.codec_context.color_trc in (_PQ, _HLG):
                 note(f"{clip.source}: its high dynamic range is not converted: the frames are painted from pale ones")
         regular = max(1, round(1 / (clip.rate * clip.time_base)))
         if has_times and each.pts is not None:
@@ -397,10 +407,10 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
     in `Blender`, 0 for none. Reading, painting and writing run side by side, with few frames in memory. Returns the
     number of frames. Raises UserError when there is none, or when the video cannot be written.
     """
-    av = import_optional("av", "av", f"--save_path {target}: a video")
+    av = _import_av(f"--save_path {target}")
     tracker = blender = None
     if temporal_smoothing:
-        cv2 = import_optional("cv2", "opencv-python-headless", "--temporal_smoothing")
+        cv2 = _import("cv2", "opencv-python-headless", "--temporal_smoothing")
         tracker, blender = MotionTracker(cv2, stride), Blender(cv2, temporal_smoothing)
     painted = 0
 

@@ -368,6 +368,12 @@ def test_package_that_is_not_there(clip, model, tmp_path, capsys, monkeypatch, m
     assert not list(tmp_path.iterdir())
 
 
+def test_package_that_is_too_old(clip, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(av, "__version__", "16.1.0")
+    line = refusal(capsys, *words(model | {"content": clip, "save_path": tmp_path / "out.mp4"}))
+    assert "needs version 17 of the package av, or a newer one, not 16.1.0" in line
+
+
 def test_flags_without_effect_are_said(clip, model, tmp_path, capsys):
     assert main(words(model | {"content": clip, "save_path": tmp_path / "out.mp4", "frame_rate": 5, "pairs": 1})) == 0
     said = capsys.readouterr().err

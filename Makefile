@@ -1,5 +1,6 @@
 # make demo   paint the bundled pictures with the shipped models, then train, prune and paint again (CPU, minutes)
 # make test   run all tests
+# make test-browser  run the tests of the page for the browser (needs Node.js and Chromium)
 # make lint   check the code with ruff (settings: pyproject.toml)
 # make clean  remove what the three made
 
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-browser lint clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -31,8 +32,15 @@ demo: $(VENV)/.requirements
 test: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto tests
 
+web/node_modules/.made: web/package.json
+	npm install --prefix web --no-package-lock --no-audit --no-fund --loglevel error
+	@touch $@
+
+test-browser: $(VENV)/.requirements-dev web/node_modules/.made
+	PYTHON=$(abspath $(RUN)) node --test web/test/page.test.mjs
+
 lint: $(VENV)/.requirements-dev
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) web/node_modules demo

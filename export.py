@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,10 +18,13 @@ from graphs import ContentGraph, Graph, PairGraph, StyleGraph, trace
 from network import StyleTransferNetwork
 from stylize import check_margin, open_model
 from utils import UserError, make_folder, note, write_atomically
+from webpage import check_page_folder, fill_up, find_styles, page_files, runtime_files, write_page
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
 
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 FORMATS = (ONNX, TORCH_EXPORT, SAFETENSORS)
+PAGE = "page"  # for the browser: a folder
+SPLIT = {"style": StyleGraph, "content": ContentGraph}
 
 # What every export is painted with, (height, width): odd, small, not square, multiples of 8 and not.
 CONTENT_SIZES = ((48, 64), (61, 83), (5, 9), (24, 107))
@@ -43,11 +47,14 @@ class ExportConfig:
     upsampling: str | None = None  # None: as the file says
     margin: int = 0
     split: bool = False
+    style_dir: str | None = None  # None: the bundled styles
 
     @property
     def format(self) -> str:
-        """One of FORMATS, as the suffix of `save_path` says."""
-        return Path(self.save_path).suffix.lower()
+        """PAGE for a folder, else one of FORMATS, as the suffix of `save_path` says."""
+        suffix = Path(self.save_path).suffix.lower()
+        is_folder = self.save_path.endswith(("/", os.sep)) or (suffix not in FORMATS and Path(self.save_path).is_dir())
+        return PAGE if is_folder else suffix
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
@@ -55,14 +62,16 @@ class ExportConfig:
         for flag in ("load_path", "save_path"):
             if not getattr(self, flag):
                 raise UserError(f"--{flag} is needed in export mode")
-        if self.format not in FORMATS:
+        if self.format not in (*FORMATS, PAGE):
             raise UserError(f"--save_path {self.save_path}: a name that ends in {', '.join(FORMATS[:-1])} or "
-                            f"{FORMATS[-1]} is needed")
+                            f"{FORMATS[-1]} is needed, or for a page one that ends in /")
         if self.split and self.format != ONNX:
             raise UserError(f"--split: only {ONNX} files are split, --save_path {self.save_path} is none")
         if self.margin and self.format == SAFETENSORS:
             raise UserError(f"--margin {self.margin}: a {SAFETENSORS} file holds weights, not how a picture is "
                             "continued; leave it out")
+        if self.style_dir is not None and self.format != PAGE:
+            raise UserError(f"--style_dir: only a page has styles, --save_path {self.save_path} is none; end it with /")
 
 
 def need_packages() -> None:
@@ -213,9 +222,13 @@ def make_files(network: StyleTransferNetwork, checkpoint: dict, config: ExportCo
         return {path: pack_safetensors(network, checkpoint)}
     if config.format == TORCH_EXPORT:
         return {path: to_torch_export(PairGraph(network, config.margin), network)}
+    if config.format == PAGE:
+        network = fill_up(network)
+        return {path / f"{name}{ONNX}": to_onnx(graph(network, config.margin), network)
+                for name, graph in SPLIT.items()}
     if config.split:
         return {path.with_suffix(f".{name}{ONNX}"): to_onnx(graph(network, config.margin), network)
-                for name, graph in (("style", StyleGraph), ("content", ContentGraph))}
+                for name, graph in SPLIT.items()}
     return {path: to_onnx(PairGraph(network, config.margin), network)}
 
 
@@ -225,7 +238,7 @@ def open_painter(files: list[bytes], config: ExportConfig) -> Painter:
         return safetensors_painter(*files)
     if config.format == TORCH_EXPORT:
         return torch_export_painter(*files)
-    return split_painter(*files) if config.split else onnx_painter(*files)
+    return split_painter(*files) if config.split or config.format == PAGE else onnx_painter(*files)
 
 
 def check_files(files: list[bytes], network: StyleTransferNetwork, config: ExportConfig) -> float:
@@ -243,10 +256,14 @@ def export(given: dict) -> int:
     """Run `--mode export` with the flags given on the command line. Returns the exit code."""
     config = ExportConfig(**given)
     config.check()
-    if config.format == ONNX:
+    if config.format in (ONNX, PAGE):
         need_packages()
     path = Path(config.save_path)
-    if path.is_dir():
+    if config.format == PAGE:
+        check_page_folder(path)
+        runtime_files()  # missed before anything takes time
+        styles = find_styles(config.style_dir, path)
+    elif path.is_dir():
         raise UserError(f"--save_path {path}: is a folder, the name of a file is needed")
     network, checkpoint = open_model(config.load_path, config.swap_max_pool, config.backbone)
     network.use(config.upsampling)
@@ -257,10 +274,17 @@ def export(given: dict) -> int:
 
     files = make_files(network, checkpoint, config)
     difference = check_files(list(files.values()), network, config)
+    print(f"at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes at most {difference:.1g} of 1 from "
+          "PyTorch's pictures")
+    if config.format == PAGE:
+        graphs = {file.name: content for file, content in files.items()}
+        page = page_files(fill_up(network), Path(config.load_path).stem, graphs, styles, config.margin)
+        write_page(path, page)
+        size = sum(map(len, page.values())) / 2**20
+        note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")
+        return 0
     for file, content in files.items():
         write_atomically(file, lambda out, content=content: out.write(content))
     sizes = ", ".join(f"{file.name} ({len(content) / 2**20:.2f} MiB)" for file, content in files.items())
-    print(f"at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes at most {difference:.1g} of 1 from "
-          "PyTorch's pictures")
     note(f"wrote {sizes} to {path.parent}")
     return 0

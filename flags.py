@@ -138,8 +138,9 @@ TOPICS = {
         Flag("content_dir", WITH_PICTURES, "folder of photographs, searched with all its subfolders for pictures, "
              "which are told by their content, not by their names, or a .zip archive of them, read in place; in test "
              "mode another name of --content", several=TEST, needed=TRAIN + PRUNE),
-        Flag("style_dir", WITH_PICTURES, "folder or .zip archive of paintings, searched in the same way; in test mode "
-             "another name of --style", several=TEST, needed=TRAIN + PRUNE),
+        Flag("style_dir", EVERY_MODE, "folder or .zip archive of paintings, searched in the same way; in test mode "
+             "another name of --style; in export mode the styles of a page, in place of the bundled ones",
+             several=TEST, needed=TRAIN + PRUNE),
         Flag("imsize", WITH_PICTURES, "resize every picture so that its shorter side has this many pixels", count,
              none="unchanged"),
         Flag("cropsize", WITH_PICTURES, "side in pixels of the square that is cut from every picture: in train and "
@@ -203,7 +204,8 @@ TOPICS = {
     "output": (
         Flag("save_path", EVERY_MODE, "folder to write to; in test mode a picture file for one picture, a video file "
              f"for a video or a folder of its frames, and a folder for more (without this flag: {OUTPUT_NAME}); in "
-             f"export mode a file, whose format its suffix says: {', '.join(FORMATS)}",
+             f"export mode a file, whose format its suffix says: {', '.join(FORMATS)}; or FOLDER/ for a page that "
+             "paints in the browser",
              needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
         Flag("split", EXPORT, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx "
              "from a content and such statistics to the picture, so that a style is encoded only once", bool),

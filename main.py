@@ -26,7 +26,7 @@ ABOUT = {
     "test": "stylise pictures with a trained network (also: eval)",
     "prune": "cut channels out of a trained network (also: prune_eval)",
     "distill": "train a small network to paint as another network does",
-    "export": "write a network as ONNX, torch.export or safetensors, for other programs",
+    "export": "write a network as ONNX, torch.export or safetensors, or as a page for the browser",
 }
 OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original implementation calls them
 GONE = {"pretrain": "learning VGG weights without labels is gone; --vgg_weights bundled is the original VGG19, and "

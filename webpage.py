@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import center_crop, denormalize, load_resized, prepare_picture
+from data import center_crop, denormalize, find_pictures, load_resized, prepare_picture
 from network import StyleTransferNetwork
 from stylize import DEMO_CONTENT, DEMO_STYLE, encode_style, stylize, usable
 from utils import UserError, make_folder
@@ -31,7 +31,8 @@ RUNTIME_FILES = ("ort.jspi.bundle.min.mjs", "ort-wasm-simd-threaded.jspi.wasm",
 CHANNEL_MULTIPLE = 4
 
 CHECK_SIZE = (20, 28)  # height and width of the picture that every browser has to paint rightly first
-MEMORY = 2**31  # bytes that painting may take in a browser: a WebAssembly program can address 4 GiB
+MEMORY = 2**30  # bytes that painting may take in a browser, on a telephone, too
+LARGEST_LAYERS = 4  # at a picture's full size that the runtime holds at once: in, padded, out, and one to spare
 
 
 def fill_up(network: StyleTransferNetwork, multiple: int = CHANNEL_MULTIPLE) -> StyleTransferNetwork:
@@ -47,11 +48,10 @@ def fill_up(network: StyleTransferNetwork, multiple: int = CHANNEL_MULTIPLE) -> 
 
 
 def max_pixels(network: StyleTransferNetwork) -> int:
-    """How large a picture a browser paints within MEMORY: at its full size the widest layers of encoder and decoder
-    hold what goes in, the same padded, and what comes out."""
+    """How large a picture a browser paints within MEMORY: its widest layers at full size decide."""
     config = network.config
     widest = max(*config.encoder_widths[:2], *config.decoder_widths[-3:])
-    return MEMORY // (3 * 4 * widest)
+    return MEMORY // (LARGEST_LAYERS * 4 * widest)
 
 
 @torch.inference_mode()
@@ -63,9 +63,19 @@ def check_picture(network: StyleTransferNetwork, margin: int) -> dict:
     return {"width": width, "height": height, "picture": (255 * painted).round().int().flatten().tolist()}
 
 
-def describe_style(network: StyleTransferNetwork, path: Path, margin: int, flag: str) -> tuple[dict, bytes]:
+def find_styles(folder: str | None, output: Path) -> list[Path]:
+    """The pictures of `--style_dir`, by default the bundled ones. Raises UserError for more than fit on a page, and as
+    `find_pictures` does."""
+    folder = STYLES if folder is None else Path(folder)
+    paths = find_pictures(folder, "--style_dir", output)
+    if len(paths) > MAX_STYLES:
+        raise UserError(f"--style_dir {folder}: {len(paths)} pictures, at most {MAX_STYLES} styles fit on a page")
+    return paths
+
+
+def describe_style(network: StyleTransferNetwork, path: Path, margin: int) -> tuple[dict, bytes]:
     """A style's name and statistics, and a thumbnail of it as a JPEG file. Raises UnusablePicture."""
-    with usable(path, flag):
+    with usable(path, "style_dir"):
         mean, std = encode_style(network, prepare_picture(path), margin)
         thumbnail = center_crop(load_resized(path, THUMBNAIL), THUMBNAIL)
     name = path.stem.replace("_", " ")
@@ -93,16 +103,13 @@ def runtime_files() -> dict[str, bytes]:
 
 
 def page_files(
-    network: StyleTransferNetwork, name: str, graphs: Mapping[str, bytes], styles: Sequence[Path], margin: int = 0,
-    flag: str = "style_dir",
+    network: StyleTransferNetwork, name: str, graphs: Mapping[str, bytes], styles: Sequence[Path], margin: int = 0
 ) -> dict[str, bytes]:
     """The content of every file of the page, by its name in the folder.
 
     network: of the widths of the graphs; graphs: "style.onnx" and "content.onnx"; name: what the page calls it.
-    Raises UserError for too many styles, or one that cannot be read, and as `runtime_files` does.
+    Raises UserError for a style that cannot be read, and as `runtime_files` does.
     """
-    if len(styles) > MAX_STYLES:
-        raise UserError(f"--{flag}: {len(styles)} pictures, at most {MAX_STYLES} styles fit on a page")
     files = {each: (WEB / each).read_bytes() for each in OWN_FILES} | runtime_files() | dict(graphs)
     files["photograph.jpg"] = DEMO_CONTENT.read_bytes()
     has_sources = STYLES in {path.parent for path in styles}
@@ -110,7 +117,7 @@ def page_files(
         files[SOURCES.name] = SOURCES.read_bytes()
     described = []
     for number, path in enumerate(styles):
-        description, files[f"styles/{number}.jpg"] = describe_style(network, path, margin, flag)
+        description, files[f"styles/{number}.jpg"] = describe_style(network, path, margin)
         described.append(description)
     settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network),
                 "hasSources": has_sources, "check": check_picture(network, margin), "styles": described}

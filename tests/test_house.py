@@ -12,7 +12,7 @@ ROWS = (
     ("cost", "sampling"),
     ("weights", "compact", "graphs", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
-    ("selection", "figures", "video"),
+    ("selection", "figures", "webpage", "video"),
     ("run", "pairs"),
     ("transfer", "painting"),
     ("train", "distill", "evaluate", "prune", "export", "convert_vgg"),  # the modes, and a script that stands alone

@@ -23,7 +23,7 @@ PAGES = sorted({*LIMITS, *(str(path.relative_to(ROOT)) for path in ROOT.glob("do
                 "imgs/README.md"})
 NAME = r"[A-Za-z_]\w*"
 COMMENT = re.compile(r"(?:^|\s)#\s")
-PROGRAMS = {"python", "python3", "torchrun", "bash", "pip", "uv", "make", "cp", "mv", "done"}
+PROGRAMS = {"python", "python3", "torchrun", "bash", "pip", "uv", "make", "cp", "mv", "done", "npm", "node"}
 OTHER_FLAGS = {"--nproc_per_node", "--max-restarts", "--index-url"}  # of torchrun and pip
 
 

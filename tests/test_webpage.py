@@ -5,15 +5,28 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, STYLE_DIR, paint_within_range, refusal, small_network, user_error, write_model, write_noise
+from helpers import (
+    ROOT,
+    STYLE_DIR,
+    paint_within_range,
+    refusal,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+)
 from PIL import Image
 
 import webpage
 from data import denormalize, normalize, prepare_picture
+from main import main
 from network import NetworkConfig, StyleTransferNetwork
-from webpage import CHANNEL_MULTIPLE, RUNTIME_FILES, fill_up, max_pixels, page_files, runtime_files, write_page
+from webpage import RUNTIME_FILES, fill_up, find_styles, max_pixels, page_files, runtime_files, write_page
+from weights import load_network
 
 GRAPHS = {"style.onnx": b"style", "content.onnx": b"content"}
 
@@ -138,11 +151,17 @@ def test_thumbnails_are_small_squares(web, tmp_path):
 
 
 def test_too_many_styles_and_broken_ones_are_refused(web, tmp_path):
-    message = user_error(page_files, small_network(), "narrow", GRAPHS, [Path("x.png")] * 49)
-    assert message == "--style_dir: 49 pictures, at most 48 styles fit on a page"
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     message = user_error(page_files, small_network(), "narrow", GRAPHS, [tmp_path / "broken.png"])
     assert message.startswith(f"--style_dir {tmp_path / 'broken.png'}: not a readable picture")
+    many = tmp_path / "many"
+    for number in range(49):
+        write_noise(many / f"{number}.png", (1, 1), number)
+    assert user_error(find_styles, str(many), tmp_path / "page") == (
+        f"--style_dir {many}: 49 pictures, at most 48 styles fit on a page")
+    (many / "0.png").unlink()
+    assert len(find_styles(str(many), tmp_path / "page")) == 48
+    assert [path.parent for path in find_styles(None, tmp_path / "page")] == [STYLE_DIR] * 8
 
 
 @pytest.mark.parametrize("spoil", [
@@ -185,6 +204,36 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [tmp_path / "page"] and not [*(tmp_path / "page").iterdir()]
     write_page(tmp_path / "page", {"a": b"1", "b/c": b"2"})
     assert (tmp_path / "page" / "b" / "c").read_bytes() == b"2"
+
+
+def test_only_a_page_has_styles(capsys):
+    line = refusal(capsys, "--mode", "export", "--load_path", "x.pth", "--save_path", "x.onnx", "--style_dir", "y")
+    assert "--style_dir: only a page has styles" in line
+
+
+# ---------------------------------------------------------------------------------------------- whole pages
+
+
+def test_export_mode_writes_a_page(web, model, tmp_path, capsys):
+    write_noise(tmp_path / "styles" / "own.png", (30, 40), 1)
+    folder = tmp_path / "new" / "page"
+    flags = {"mode": "export", "load_path": model, "save_path": f"{folder}/", "style_dir": tmp_path / "styles"}
+    assert main(words(flags)) == 0
+    assert "at most " in capsys.readouterr().out
+    settings = json.loads((folder / "page.json").read_text())
+    (style,) = settings["styles"]
+    assert (settings["network"], style["name"]) == ("narrow", "Own")
+    content = prepare_picture(write_noise(tmp_path / "content.png", (37, 50), 2))
+    session = onnxruntime.InferenceSession(str(folder / "content.onnx"))
+    mean, std = (np.array(style[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
+    (actual,) = session.run(None, {"content": content.numpy() / np.float32(255), "mean": mean, "std": std,
+                                   "strength": np.ones(1, np.float32)})
+    network, _ = load_network(model)
+    with torch.inference_mode():
+        code = network.style_code(normalize(prepare_picture(tmp_path / "styles" / "own.png")))
+        desired = denormalize(network.stylize(normalize(content), code))
+    assert np.abs(actual - desired.numpy()).max() <= 1e-3
+    assert np.ptp(actual) > 0.1
 
 
 # ------------------------------------------------------------------------------------------- the packages

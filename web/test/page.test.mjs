@@ -1,45 +1,27 @@
-// The page in headless Chromium, beside `--mode test`. `make test-browser` runs it; CHROMIUM and PYTHON name the two.
+// The page in headless Chromium, beside `--mode test`: `make test-browser`.
 
 import assert from "node:assert/strict";
-import { execFileSync, spawn } from "node:child_process";
+import { execFileSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { chromium } from "playwright-core";
+import { HERE, PYTHON, WAIT, launch, serve } from "./chromium.mjs";
 
-const ROOT = join(import.meta.dirname, "..", "..");
-const PYTHON = process.env.PYTHON ?? "python3";
-const WAIT = 240_000; // milliseconds: a busy machine
 const TOLERANCE = 3; // of 255
-const FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-  "--disable-background-networking", "--disable-component-update",
-  "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"];
 
 const folder = mkdtempSync(join(tmpdir(), "page-"));
 const at = (name) => join(folder, name);
 const requests = [];
-let context, page, origin;
-const servers = [];
+let context, server, page;
 
 // ------------------------------------------------------------------------------------------------ tools
-
-/** The address of a static server of the page. */
-async function serve(...words) {
-  const server = spawn(PYTHON, ["-u", ...words]);
-  servers.push(server);
-  const line = await new Promise((resolve, reject) => {
-    server.stdout.once("data", (text) => resolve(String(text)));
-    server.once("exit", () => reject(new Error("the server ended")));
-  });
-  return `http://127.0.0.1:${line.match(/(?:port |127.0.0.1:)(\d+)/)[1]}/`;
-}
 
 /** A new page, once it has painted its own photograph. */
 async function open(address, prepare = async () => {}) {
   const page = await context.newPage();
   page.setDefaultTimeout(WAIT);
-  page.on("request", (request) => requests.push(request.url()));
+  page.on("request", (request) => requests.push({ address, url: request.url() }));
   page.on("pageerror", (error) => assert.fail(`the page raised ${error}`));
   await prepare(page);
   await page.goto(address);
@@ -90,17 +72,15 @@ async function assertSame(actual, desired) {
 }
 
 before(async () => {
-  execFileSync(PYTHON, [join(import.meta.dirname, "prepare.py"), folder], { stdio: ["ignore", "ignore", "inherit"] });
-  context = await chromium.launchPersistentContext(at("profile"), {
-    executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS, acceptDownloads: true,
-  });
-  origin = await serve("-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", at("page"));
-  page = await open(origin);
+  execFileSync(PYTHON, [join(HERE, "prepare.py"), folder], { stdio: ["ignore", "ignore", "inherit"] });
+  context = await launch(at("profile"));
+  server = await serve(at("page"));
+  page = await open(server.address);
 });
 
 after(async () => {
   await context?.close();
-  for (const server of servers) server.kill();
+  server?.stop();
   rmSync(folder, { recursive: true, force: true });
 });
 
@@ -141,7 +121,7 @@ test("a photograph that lies on its side is turned upright", async () => {
 });
 
 test("a large photograph is reduced, and the page says so", async () => {
-  const limited = await open(origin, (page) => page.route("**/page.json", async (route) => {
+  const limited = await open(server.address, (page) => page.route("**/page.json", async (route) => {
     const response = await route.fetch();
     await route.fulfill({ response, json: { ...(await response.json()), maxPixels: 10_000 } });
   }));
@@ -152,13 +132,15 @@ test("a large photograph is reduced, and the page says so", async () => {
 });
 
 test("several threads paint where the server allows them", async () => {
-  const isolated = await open(await serve(join(ROOT, "web", "serve.py"), at("page"), "0"));
+  const { address, stop } = await serve(at("page"), true);
+  const isolated = await open(address);
   const cores = await isolated.evaluate(() => [crossOriginIsolated, navigator.hardwareConcurrency]);
   const means = await isolated.textContent("#means");
   assert.match(means, cores[1] > 1 ? new RegExp(`on ${Math.min(cores[1], 8)} threads`) : /on one thread/);
   assert.ok(cores[0]);
   assert.match(await page.textContent("#means"), /on one thread of the processor/);
   await isolated.close();
+  stop();
 });
 
 // ------------------------------------------------------------------------------------------------ the page
@@ -241,6 +223,6 @@ test("opened as a file, the page says what it needs", async () => {
 });
 
 test("nothing was asked of any other place", () => {
-  const origins = new Set(requests.filter((url) => !/^(blob|data):/.test(url)).map((url) => new URL(url).hostname));
-  assert.deepEqual([...origins], ["127.0.0.1"]);
+  assert.ok(requests.length > 50);
+  assert.deepEqual(requests.filter(({ address, url }) => !url.startsWith(address) && !/^(blob:|data:)/.test(url)), []);
 });

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from data import center_crop, denormalize, find_pictures, load_resized, prepare_picture
+from data import center_crop, denormalize, find_pictures, load_resized, normalize, prepare_picture
 from network import StyleTransferNetwork
-from stylize import DEMO_CONTENT, DEMO_STYLE, encode_style, stylize, usable
+from stylize import DEMO_CONTENT, DEMO_STYLE, usable
 from utils import UserError, make_folder
 
 ROOT = Path(__file__).parent
@@ -58,8 +58,8 @@ def max_pixels(network: StyleTransferNetwork) -> int:
 def check_picture(network: StyleTransferNetwork, margin: int) -> dict:
     """A pattern that painter.js makes, too, painted in its own style: (3, H, W) as a list, 0..255."""
     height, width = CHECK_SIZE
-    pattern = (torch.arange(3 * height * width) * 37 % 256).to(torch.uint8).reshape(1, 3, height, width)
-    painted = denormalize(stylize(network, pattern, encode_style(network, pattern, margin), 1.0, margin))
+    pattern = normalize((torch.arange(3 * height * width) * 37 % 256).reshape(1, 3, height, width))
+    painted = denormalize(network.stylize(pattern, network.style_code(pattern, margin), margin=margin))
     return {"width": width, "height": height, "picture": (255 * painted).round().int().flatten().tolist()}
 
 
@@ -73,10 +73,11 @@ def find_styles(folder: str | None, output: Path) -> list[Path]:
     return paths
 
 
+@torch.inference_mode()
 def describe_style(network: StyleTransferNetwork, path: Path, margin: int) -> tuple[dict, bytes]:
     """A style's name and statistics, and a thumbnail of it as a JPEG file. Raises UnusablePicture."""
     with usable(path, "style_dir"):
-        mean, std = encode_style(network, prepare_picture(path), margin)
+        mean, std = network.style_code(normalize(prepare_picture(path)), margin)
         thumbnail = center_crop(load_resized(path, THUMBNAIL), THUMBNAIL)
     name = path.stem.replace("_", " ")
     encoded = io.BytesIO()

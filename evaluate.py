@@ -139,7 +139,7 @@ class TestConfig:
             raise UserError("--mask: --cropsize cuts the content alone; cut both beforehand")
         if self.skip_existing and self.metrics is not None:
             raise UserError("--skip_existing: --metrics measures what is painted now; leave one of the two out")
-        if self.save_path is None or self.writes_a_file or self.save_path.endswith(("/", os.sep)):
+        if self.save_path is None or self.writes_a_file or makes_video(self) or self.save_path.endswith(("/", os.sep)):
             return
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no picture format.
         name, suffix = self.output.name, self.output.suffix[1:].strip()
@@ -227,9 +227,9 @@ def test(given: dict) -> int:
     for kind in ("content", "style"):
         if kind in given and f"{kind}_dir" in given:
             raise UserError(f"--{kind} and --{kind}_dir: give one of the two, in test mode they mean the same")
+    config.check()
     if makes_video(config):
         return stylize_video(config, given)
-    config.check()
     for flag in given.keys() & {"frame_rate", "temporal_smoothing"}:
         note(f"--{flag} has no effect on pictures")
     if not set(LOSS_METRICS) & set(config.measured):

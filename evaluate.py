@@ -21,7 +21,7 @@ from figures import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
 from painting import Model, Painting, Skipped
 from pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
 from quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
-from stylize import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, open_mask, open_model
+from stylize import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, decode_in_half, open_mask, open_model
 from utils import (
     UserError,
     allow_tf32,
@@ -76,6 +76,7 @@ class TestConfig:
     style_loss: str = "meanstd"
     seed: int = 0
     gpu_no: int | None = None
+    amp: str = "off"
     frame_rate: float = 25.0
     temporal_smoothing: float = 0.0
 
@@ -137,6 +138,8 @@ class TestConfig:
             raise UserError(f"--{flag}: --metrics compares with one style picture; leave one of the two out")
         if self.mask is not None and self.cropsize is not None:
             raise UserError("--mask: --cropsize cuts the content alone; cut both beforehand")
+        if self.amp not in ("off", "auto"):
+            raise UserError(f"--amp {self.amp}: test mode takes off or auto")
         if self.skip_existing and self.metrics is not None:
             raise UserError("--skip_existing: --metrics measures what is painted now; leave one of the two out")
         if self.save_path is None or self.writes_a_file or makes_video(self) or self.save_path.endswith(("/", os.sep)):
@@ -176,6 +179,8 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
             raise UserError(f"--load_path {path}: this model is named twice")
         stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin,
                             tile=config.tile)
+        if config.amp == "auto":
+            decode_in_half(stylizer, name)
         models.append(Model(name, file, stylizer, checkpoint))
     return models
 

@@ -282,8 +282,9 @@ TOPICS = {
     "the device": (
         Flag("gpu_no", WITH_PICTURES, "number of the GPU, or -1 for the CPU", int,
              none="GPU 0, or the CPU without one"),
-        Flag("amp", TRAIN + DISTILL, "mixed precision: auto is bf16 on GPUs and CPUs that are fast in it, and off "
-             "elsewhere", choices=("auto", "off", "bf16")),
+        Flag("amp", TRAIN + TEST + DISTILL, "mixed precision: auto is bf16 on GPUs and CPUs that are fast in it, and "
+             "off elsewhere; in test mode auto is a decoder in float16 on GPUs that are fast in it, for models whose "
+             "pictures it changes by at most 3 of 255", choices=("auto", "off", "bf16")),
         Flag("compile", TRAIN, "faster training by torch.compile, after a minute or more of compiling; on a CPU this "
              "needs a C++ compiler", bool),
     ),

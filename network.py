@@ -215,8 +215,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([
             _decoder_layers(layout, config.bottleneck_width, config.decoder_widths, config.upsampling)
         ])
+        self.precision: torch.dtype | None = None  # None: as around it; torch.float16: convolutions in it
 
     def forward(self, feature: Tensor) -> Tensor:
+        if self.precision is None:
+            return self._decode(feature)
+        with torch.autocast(feature.device.type, self.precision):
+            return self._decode(feature)
+
+    def _decode(self, feature: Tensor) -> Tensor:
         for step in self._steps(feature.device.type):
             feature = step(feature)
         return feature

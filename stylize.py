@@ -28,6 +28,8 @@ from weights import load_network
 
 DEMO_CONTENT = Path(__file__).parent / "imgs" / "content" / "brandenburg_gate.jpg"
 DEMO_STYLE = Path(__file__).parent / "imgs" / "style" / "starry_night.jpg"
+MOST_CHANGE = 3  # of 255: by how much half precision may change a picture
+PROBE_SIDE = 256  # pixels: shorter side of the pair that this is measured on
 SPARED = 0.8  # share of the free memory that a picture painted in one piece may take
 
 
@@ -280,3 +282,35 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
         got = f"{got} of shape {tuple(picture.shape)} and type {str(picture.dtype).removeprefix('torch.')}"
     raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
                     "(H, W, 3) or a tensor (1, 3, H, W)")
+
+
+def half_dtype(device: torch.device) -> torch.dtype | None:
+    """What matrix units of the device compute in, finely enough for pictures: float16 on GPUs of compute capability 7.0
+    or newer. Other GPUs have none; those of CPUs compute in bfloat16, and a decoder in it changes pictures of the
+    models in model-store by up to 21 of 255, in float16 by up to 3."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16
+    return None
+
+
+def decode_in_half(stylizer: Stylizer, name: str) -> None:
+    """`--amp auto`: compute the decoder in `half_dtype`, where there is one, and where that changes the picture of the
+    bundled pair by at most MOST_CHANGE; says where it does not. name: of the model.
+
+    The encoder and the statistics stay in float32: AdaIN divides by the content's deviation, which makes an encoder's
+    rounding in channels that hardly respond as large as what the style's channels do.
+    """
+    dtype = half_dtype(stylizer.device)
+    if dtype is None:
+        return
+    content, style = (prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE))
+    opened, code = stylizer.open(content), stylizer.encode_style(style)
+    pictures = []
+    for precision in (None, dtype):
+        stylizer.network.decoder.precision = precision
+        pictures.append((denormalize(stylizer.paint(opened, code)) * 255.0).round())
+    change = (pictures[0] - pictures[1]).abs().max().item()
+    if not change <= MOST_CHANGE:  # or it is not a number
+        stylizer.network.decoder.precision = None
+        note(f"--amp auto: {name} stays in float32: in {str(dtype).removeprefix('torch.')} a picture changes by "
+             f"{change:g} of 255")

@@ -18,7 +18,7 @@ import torch
 
 from data import PictureError, denormalize, find_pictures, is_picture, is_searched, prepare_picture, to_pil
 from smoothing import Blender, Motion, MotionTracker, on_grid
-from stylize import Stylizer, load_input, open_model
+from stylize import Stylizer, decode_in_half, load_input, open_model
 from utils import (
     UserError,
     allow_tf32,
@@ -504,6 +504,8 @@ def stylize_video(config, given: dict) -> int:
     allow_tf32(False)
     network, _ = open_model(config.load_path[0], config.swap_max_pool, config.backbone)
     stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin)
+    if config.amp == "auto":
+        decode_in_half(stylizer, config.load_path[0])
     code = stylizer.encode_style(load_input(style, config, style_flag[2:]))
 
     def paint(pixels: np.ndarray) -> np.ndarray:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    CONTENT_DIR,
     CPU,
     ROOT,
+    STYLE_DIR,
     read_pixels,
     refusal,
     small_network,
@@ -25,6 +27,7 @@ from helpers import (
 )
 from PIL import Image
 
+import network
 import painting
 import stylize
 from data import read_written, save_picture
@@ -303,6 +306,44 @@ def test_a_damaged_picture_is_not_whole(tmp_path, suffix):
     assert read_written(path).size == (50, 40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert read_written(path) is None
+
+
+# ------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("model", ["tiny", "compact"])
+def test_amp_auto_decodes_in_float16_where_pictures_stay_what_they_are(tmp_path, monkeypatch, model):
+    """As on a GPU; the encoder's features and all statistics stay in float32."""
+    flags = {"mode": "test", "gpu_no": -1, "load_path": ROOT / "model-store" / f"{model}.pth", "imsize": 96,
+             "content": CONTENT_DIR / "dog.jpg", "style": STYLE_DIR / "great_wave.jpg"}
+    pictures, seen = {}, set()
+    forward = network.Decoder._decode
+
+    def look(self, feature):
+        output = forward(self, feature)
+        seen.add((feature.dtype, output.dtype))
+        return output
+
+    monkeypatch.setattr(network.Decoder, "_decode", look)
+    for amp in ("off", "auto"):
+        assert main(words(flags | {"amp": amp, "save_path": tmp_path / f"{amp}.png"})) == 0
+        assert seen == {(torch.float32, torch.float32)}  # a CPU has none
+    monkeypatch.setattr(stylize, "half_dtype", lambda device: torch.float16)
+    assert main(words(flags | {"amp": "auto", "save_path": tmp_path / "half.png"})) == 0
+    assert (torch.float32, torch.float16) in seen
+    pictures = {name: read_pixels(tmp_path / f"{name}.png") for name in ("off", "auto", "half")}
+    assert np.array_equal(pictures["off"], pictures["auto"])
+    assert 1 <= np.abs(pictures["off"] - pictures["half"]).max() <= 3
+
+
+def test_a_model_that_half_precision_changes_stays_in_float32(tmp_path, monkeypatch, capsys):
+    flags = {"mode": "test", "gpu_no": -1, "load_path": ROOT / "model-store" / "tiny.pth", "imsize": 64}
+    assert main(words(flags | {"save_path": tmp_path / "off.png"})) == 0
+    monkeypatch.setattr(stylize, "half_dtype", lambda device: torch.bfloat16)
+    assert main(words(flags | {"amp": "auto", "save_path": tmp_path / "auto.png"})) == 0
+    assert "--amp auto: tiny stays in float32: in bfloat16 a picture changes by " in capsys.readouterr().err
+    assert (tmp_path / "off.png").read_bytes() == (tmp_path / "auto.png").read_bytes()
+    assert "--amp bf16: test mode takes off or auto" in refusal(capsys, *words(flags | {"amp": "bf16"}))
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -4,10 +4,10 @@ import io
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from importlib import import_module
 from itertools import chain
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from control import check_styles, combine
 from data import PictureError, denormalize, find_pictures, is_picture, is_searched, prepare_picture, to_pil
 from smoothing import Blender, Motion, MotionTracker, on_grid
 from stylize import Stylizer, decode_in_half, load_input, open_model
@@ -493,8 +494,9 @@ def stylize_video(config, given: dict) -> int:
     """
     if not is_first_process():  # one file, one process
         return 0
-    (content, content_flag), (style, style_flag) = (_only(*config.input(kind)) for kind in ("content", "style"))
-    target = _check(config, content, content_flag, style, style_flag)
+    (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
+    target = _check(config, contents, f"--{content_flag}", styles, f"--{style_flag}")
+    content = Path(contents[0])
     no_effect = ["holdout", "pairs", "skip_existing", "seed", "vgg_weights", "style_loss"]
     no_effect += ["frame_rate"] * (not is_searched(content))
     for flag in (flag for flag in no_effect if flag in given):
@@ -503,21 +505,24 @@ def stylize_video(config, given: dict) -> int:
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     network, _ = open_model(config.load_path[0], config.swap_max_pool, config.backbone)
-    stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin)
+    stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin, tile=config.tile)
     if config.amp == "auto":
         decode_in_half(stylizer, config.load_path[0])
-    code = stylizer.encode_style(load_input(style, config, style_flag[2:]))
+    of_styles = replace(config, imsize=config.style_size or config.imsize)
+    code = combine([stylizer.encode_style(load_input(Path(style), of_styles, style_flag)) for style in styles],
+                   config.style_weights, None)
+    keeps_colors = config.preserve_color == "luma"
 
     def paint(pixels: np.ndarray) -> np.ndarray:
         frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-        painted = stylizer.paint(frame, code, strength)
+        painted = stylizer.paint(frame, code, strength, keeps_colors=keeps_colors)
         if not painted.isfinite().all():
             raise UserError(f"--load_path {config.load_path[0]}: its picture of a frame has values that are not finite")
         return np.asarray(to_pil(denormalize(painted)))
 
     make_folder(target.parent, "--save_path")
     opened = open_frames if is_searched(content) else open_video
-    with opened(content, content_flag, config) as clip:
+    with opened(content, f"--{content_flag}", config) as clip:
         frames = paint_video(clip, target, paint, network.config.stride, config.temporal_smoothing)
     note(f"wrote {frames} frames to {target}")
     if clip.fault is None:
@@ -526,25 +531,30 @@ def stylize_video(config, given: dict) -> int:
     return 1
 
 
-def _only(paths: tuple[str, ...], flag: str) -> tuple[Path, str]:
-    """The path, and the flag with its dashes. Raises UserError for several."""
-    if len(paths) > 1:
-        raise UserError(f"--{flag} {' '.join(paths)}: a video is made of one content and one style")
-    return Path(paths[0]), f"--{flag}"
-
-
-def _check(config, content: Path, content_flag: str, style: Path, style_flag: str) -> Path:
+def _check(config, contents: Sequence[str], content_flag: str, styles: Sequence[str], style_flag: str) -> Path:
     """The video file to write. Raises UserError for what cannot be made a video, or is more than one."""
+    if len(contents) > 1:
+        raise UserError(f"{content_flag} {' '.join(contents)}: a video is made of one content")
+    if config.mask is not None:
+        raise UserError("--mask: it is of a picture, and things move in a video")
+    if len(styles) > 1 and config.style_weights is None:
+        raise UserError(f"{style_flag} {' '.join(styles)}: a video is painted in one style, or with --style_weights in "
+                        "a mixture")
+    if config.preserve_color == "histogram":
+        raise UserError("--preserve_color histogram: the style would change with every frame of a video; luma does not")
+    check_styles(len(styles), config.style_weights, None)
+    content = Path(contents[0])
     if len(config.load_path) > 1:
         raise UserError(f"--load_path {' '.join(config.load_path)}: a video is painted by one model")
     if len(config.style_strength) > 1:
         raise UserError(f"--style_strength {' '.join(map(str, config.style_strength))}: a video is painted at one")
     if config.metrics is not None:
         raise UserError("--metrics: they are of pictures, not of a video")
-    if is_searched(style):
-        raise UserError(f"{style_flag} {style}: is a folder; a video takes one style picture")
-    if is_video(style):
-        raise UserError(f"{style_flag} {style}: is a video; a picture is needed")
+    for style in styles:
+        if is_searched(style):
+            raise UserError(f"{style_flag} {style}: is a folder; a video takes one style picture")
+        if is_video(style):
+            raise UserError(f"{style_flag} {style}: is a video; a picture is needed")
     if content.exists() and not is_searched(content) and not is_video(content):
         raise UserError(f"--save_path {config.save_path}: a video is made of a video or of a folder of frames; "
                         f"{content_flag} {content} is neither")
@@ -554,11 +564,12 @@ def _check(config, content: Path, content_flag: str, style: Path, style_flag: st
     if config.save_path is None:
         target = target.with_suffix(".mp4")
     elif config.save_path.endswith(("/", os.sep)) or target.is_dir():
-        target = target / f"{content.stem}_{style.stem}.mp4"
+        target = target / f"{content.stem}_{'-'.join(Path(style).stem for style in styles)}.mp4"
     if target.suffix.lower() not in VIDEO_FORMATS:
         raise UserError(f"--save_path {target}: a video is written to {' '.join(VIDEO_FORMATS)}, or into a folder, "
                         "whose name ends with /")
-    for flag, path in ((content_flag, content), (style_flag, style), ("--load_path", Path(config.load_path[0]))):
+    read = [(content_flag, content), ("--load_path", Path(config.load_path[0]))]
+    for flag, path in (*read, *((style_flag, Path(style)) for style in styles)):
         if target.exists() and path.exists() and target.samefile(path):
             raise UserError(f"--save_path {target}: would overwrite {flag} {path}; name another")
     return target

@@ -286,6 +286,22 @@ def test_every_frame_is_painted_as_a_picture_is(clip, model, tmp_path, capsys):
             assert actual.shape == (32, 42, 3) and distance(actual, desired) < 6
 
 
+def test_flags_of_painting_apply_to_videos(clip, model, tmp_path):
+    """Two styles mixed, of another size, in the content's colours, in tiles."""
+    other = write_noise(tmp_path / "other.png", (40, 40), 5)
+    flags = model | {"content": clip, "style": [model["style"], other], "style_weights": [0.25, 0.75], "style_size": 20,
+                     "preserve_color": "luma", "tile": 128, "cropsize": 40, "save_path": tmp_path / "out.mkv"}
+    assert main(words(flags)) == 0
+    stylizer = Stylizer(model["load_path"], device=CPU)
+    with av.open(str(clip)) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")[4:44, 12:52]
+    desired = stylizer.stylize(frame, [model["style"], other], style_weights=[0.25, 0.75], style_size=20,
+                               preserve_color="luma")
+    actual = read_frames(tmp_path / "out.mkv")[0]
+    assert actual.shape == (40, 40, 3) and distance(actual, desired) < 6
+    assert distance(desired, stylizer.stylize(frame, model["style"])) > 12  # the flags make a difference
+
+
 def test_folder_of_frames(model, tmp_path, capsys):
     for number in (1, 2, 10, 11):
         Image.fromarray(ramps(number)).save(tmp_path / f"frame{number}.png")
@@ -341,6 +357,12 @@ def no_video(folder: Path, clip: Path) -> dict[str, dict]:
         "is a video; a picture is needed": {"style": clip},
         "is painted by one model": {"load_path": ["a.pth", "b.pth"]},
         "more than --max_pixels 100": {"max_pixels": 100},
+        "in one style, or with --style_weights": {"style": [picture, picture]},
+        "is made of one content": {"content": [clip, clip]},
+        "1 for 2 styles": {"style": [picture, picture], "style_weights": 1},
+        "--mask: it is of a picture": {"mask": picture, "style": [picture, picture]},
+        "--preserve_color histogram": {"preserve_color": "histogram"},
+        "--tile 8": {"tile": 8},
     }
 
 

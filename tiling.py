@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import normalize
 from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork
-from utils import progress_bar
+from utils import progress_bar, release_freed_memory
 
 TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture would not fit
 KEPT_FEATURES = 512 * 2**20  # bytes of bottleneck features that are kept; of more, each tile is encoded again
@@ -111,7 +111,7 @@ class TiledPicture:
                     each.add(feature, None if weight is None else cut(weight, rows, columns))
                 if self.kept is None:
                     kept = self._keep(feature, rows, columns, kept)
-                bar.update()
+                self._end_tile(bar)
         self.kept = kept
         return moments
 
@@ -142,11 +142,17 @@ class TiledPicture:
                          for own, span in zip(shown, read)]
                 if all(own.start < own.stop for own in shown):  # else it is all beyond the picture's own edge
                     yield *shown, decoded[:, :, inner[0], inner[1]]
-                bar.update()
+                del decoded
+                self._end_tile(bar)
 
     def _bar(self, description: str):
         """A progress bar, shown where there is something to wait for."""
         return progress_bar(len(self.tiles), description, "tile", hidden=len(self.tiles) == 1, leave=False)
+
+    def _end_tile(self, bar) -> None:
+        bar.update()
+        if len(self.tiles) > 1 and self.pixels.device.type == "cpu":
+            release_freed_memory()
 
     def feature(self, rows: range, columns: range) -> Tensor:
         """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""

@@ -242,6 +242,14 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold) and mallopt(_M_MMAP_MAX, mmap_max))
 
 
+def release_freed_memory() -> None:
+    """Give the kernel what malloc (glibc's) keeps, see `keep_freed_memory`: blocks of many sizes leave gaps between
+    them, and the process grows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process may still take on the device; None where that cannot be told (the CPU without Linux).
 

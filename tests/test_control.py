@@ -7,6 +7,7 @@ from helpers import random_picture, read_pixels, refusal, small_network, user_er
 from PIL import Image
 from torch.testing import assert_close
 
+import video
 from control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from data import denormalize, to_pil
 from main import main
@@ -384,3 +385,14 @@ def test_the_mask_is_not_overwritten(flags, tmp_path, capsys):
     Image.new("L", (56, 40), 255).save(tmp_path / "mask.png")
     line = refusal(capsys, *words(flags | {"mask": tmp_path / "mask.png", "save_path": tmp_path / "mask.png"}))
     assert "would overwrite --mask" in line
+
+
+def test_frames_of_a_video_keep_their_colours_in_a_style_of_its_size(stylizer, flags, tmp_path, monkeypatch):
+    painters = []
+    monkeypatch.setattr(video, "paint_video", lambda clip, target, paint, *more: painters.append(paint) or 1)
+    style = flags["style"][0]
+    flags |= {"content": flags["content"].parent, "style": style, "save_path": tmp_path / "out.mp4"}
+    assert main(words(flags | {"preserve_color": "luma", "style_size": 24, "tile": 96})) == 0
+    frame = CONTENT[0].permute(1, 2, 0).numpy()
+    desired = stylizer.stylize(frame, style, preserve_color="luma", style_size=24)
+    assert np.array_equal(painters[0](frame), np.asarray(desired))

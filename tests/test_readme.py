@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from helpers import write_noise
+from PIL import Image
 
 import main
 from flags import CONFIGS, FLAGS
@@ -17,7 +19,8 @@ KB = 1024
 LIMITS = {
     "README.md": 12 * KB, "docs/training.md": 6 * KB, "docs/compact.md": 5 * KB, "docs/pruning.md": 4 * KB,
     "docs/distilling.md": 3 * KB, "docs/measuring.md": 5 * KB, "docs/method.md": 5 * KB, "docs/performance.md": 6 * KB,
-    "docs/exporting.md": 6 * KB, "docs/stylising.md": 6 * KB, "docs/results.md": 12 * KB,
+    "docs/exporting.md": 6 * KB, "docs/stylising.md": 6 * KB, "docs/video.md": 6 * KB,
+    "docs/results.md": 12 * KB,
 }
 PAGES = sorted({*LIMITS, *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")), "model-store/README.md",
                 "imgs/README.md"})
@@ -106,7 +109,7 @@ def test_a_variable_that_is_not_set_is_found():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_line_of_a_block_is_of_a_known_program(page):
     """What no other test here parses must at least be there."""
-    assert set(re.findall(r"^```(.+)$", read(page), re.MULTILINE)) <= {"bash"}
+    assert set(re.findall(r"^```(.+)$", read(page), re.MULTILINE)) <= {"bash", "python"}
     for words in commands(page):
         if words[0].startswith("@@"):
             continue
@@ -256,3 +259,15 @@ def test_pyproject_asks_for_what_the_requirements_files_do():
 def test_only_a_run_that_logs_imports_wandb():
     for path in ROOT.glob("*.py"):
         assert not re.search(r"^(import wandb|from wandb)", path.read_text(), re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """With small pictures under the names that they read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model-store").symlink_to(ROOT / "model-store")
+    for number, name in enumerate(("photo.jpg", "painting.jpg")):
+        write_noise(tmp_path / name, (24, 32), number)
+    for block in re.findall(r"^```python\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
+        exec(block, {})
+        assert Image.open(tmp_path / "painted.png").size == (32, 24)

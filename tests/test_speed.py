@@ -208,6 +208,17 @@ def test_stylize_benchmark_of_large_pictures(tmp_path):
     assert results[model]["whole"] != results[model]["tiled"] and "136" in text
 
 
+def test_video_benchmark():
+    model = ROOT / "model-store" / "tiny.pth"
+    text, report = run_benchmark("video.py", model, "--device", "cpu", "--size", 128, "--frames", 9, "--steps", 2, 1.5,
+                                 "--runs", 1)
+    plain, smooth = report["results"]
+    assert plain["frames_per_second"]["median"] > 0 and (plain["smoothing"], smooth["smoothing"]) == (0, 0.8)
+    for step in ("2", "1.5"):
+        assert 0 < smooth["shimmer"][step] < 0.5 * plain["shimmer"][step]
+    assert f"{plain['shimmer']['2']:.2f}" in text
+
+
 def test_benchmark_refuses_what_is_no_model(tmp_path):
     result = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "stylize.py"), str(tmp_path / "none.pth")],
                             capture_output=True, text=True)

@@ -9,7 +9,8 @@ import { launch, serve, WAIT } from "./test/chromium.mjs";
 const [folder, side = 512, turns = 5] = process.argv.slice(2);
 const profile = mkdtempSync(join(tmpdir(), "measure-"));
 const context = await launch(profile);
-console.log(`Chromium ${context.browser()?.version() ?? ""}, ${side} x ${side} pixels, median of ${turns}`);
+const [agent] = context.pages();
+console.log(await agent.evaluate(() => navigator.userAgent.match(/\w*Chrom\S+/)[0]), `${side} x ${side} pixels, median of ${turns}`);
 for (const isIsolated of [false, true]) {
   const { address, stop } = await serve(folder, isIsolated);
   const page = await context.newPage();

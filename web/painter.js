@@ -24,10 +24,12 @@ onmessage = async ({ data: { number, task, ...more } }) => {
 async function start({ settings: given, withoutGpu }) {
   settings = given;
   refuseAlteredPixels();
+  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
   let warning = "";
   if (!withoutGpu && (await hasGpu())) {
     try {
       ort = await import("./ort.jspi.bundle.min.mjs");
+      ort.env.wasm.numThreads = threads;
       await openGraphs("webgpu");
       if ((await differenceFromPyTorch()) <= TOLERANCE) return { means: "the GPU", warning };
       warning = "This GPU computes wrongly, so the processor paints.";
@@ -36,7 +38,6 @@ async function start({ settings: given, withoutGpu }) {
     }
   }
   ort ??= await import("./ort.wasm.bundle.min.mjs");
-  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
   ort.env.wasm.numThreads = threads;
   await openGraphs("wasm");
   const difference = await differenceFromPyTorch();

@@ -29,6 +29,7 @@ def write_pictures(folder: Path) -> None:
     photograph = Image.open(ROOT / "imgs" / "content" / "brandenburg_gate.jpg").resize((203, 151))
     photograph.save(folder / "photo.png")
     photograph.resize((67, 50)).save(folder / "small.png")
+    photograph.resize((1600, 1200)).save(folder / "large.png")
     Image.open(ROOT / "imgs" / "style" / "great_wave.jpg").resize((99, 130)).save(folder / "painting.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # as a telephone writes it that was held upright

@@ -3,21 +3,28 @@
 import io
 import itertools
 import json
+import math
 import os
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data import denormalize, normalize
+from data import MAX_PIXELS, denormalize, find_measured, find_pictures, normalize, split_holdout
 from graphs import ContentGraph, Graph, PairGraph, StyleGraph, trace
 from network import StyleTransferNetwork
-from stylize import check_margin, open_model
-from utils import UserError, make_folder, note, write_atomically
+from pairs import choose_pairs
+from quality import Measurement, Meter, ssim
+from quantize import quantize
+from stylize import check_margin, load_input, open_model
+from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from webpage import check_page_folder, fill_up, find_styles, page_files, runtime_files, write_page
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
 
@@ -31,6 +38,10 @@ CONTENT_SIZES = ((48, 64), (61, 83), (5, 9), (24, 107))
 STYLE_SIZES = ((40, 40), (33, 57), (90, 7))
 STRENGTHS = (1.0, 0.6, 0.0)
 TOLERANCE = 1e-3  # of colour values 0..1
+
+CALIBRATION_PAIRS = 16
+THREADS = (1, 2)
+TIMED_RUNS = 15
 
 # From content (B, 3, H, W), style (B, 3, H', W'), both RGB of 0..1, and a strength, to the picture (B, 3, H, W).
 Painter = Callable[[Tensor, Tensor, float], Tensor]
@@ -47,7 +58,16 @@ class ExportConfig:
     upsampling: str | None = None  # None: as the file says
     margin: int = 0
     split: bool = False
-    style_dir: str | None = None  # None: the bundled styles
+    int8: bool = False
+    content_dir: str | None = None
+    style_dir: str | None = None  # None: the bundled styles, of a page
+    holdout: float = 0.1
+    imsize: int | None = 384
+    cropsize: int | None = 384
+    max_pixels: int = MAX_PIXELS
+    pairs: int = 20
+    vgg_weights: str = "bundled"
+    seed: int = 0
 
     @property
     def format(self) -> str:
@@ -67,10 +87,17 @@ class ExportConfig:
                             f"{FORMATS[-1]} is needed, or for a page one that ends in /")
         if self.split and self.format != ONNX:
             raise UserError(f"--split: only {ONNX} files are split, --save_path {self.save_path} is none")
+        if self.int8 and self.format != ONNX:
+            raise UserError(f"--int8: only {ONNX} files are quantised, --save_path {self.save_path} is none")
+        for flag in ("content_dir", "style_dir"):
+            if self.int8 and not getattr(self, flag):
+                raise UserError(f"--int8: --{flag} is needed, pictures that the ranges are measured with")
+        if self.int8 and not self.holdout:
+            raise UserError("--int8 with --holdout 0: some pictures must be held out, to compare with float32")
         if self.margin and self.format == SAFETENSORS:
             raise UserError(f"--margin {self.margin}: a {SAFETENSORS} file holds weights, not how a picture is "
                             "continued; leave it out")
-        if self.style_dir is not None and self.format != PAGE:
+        if self.style_dir is not None and self.format != PAGE and not self.int8:
             raise UserError(f"--style_dir: only a page has styles, --save_path {self.save_path} is none; end it with /")
 
 
@@ -130,14 +157,14 @@ def run_onnx(session, **inputs: Tensor) -> list[Tensor]:
                                                                       inputs.items()})]
 
 
-def onnx_painter(content: bytes) -> Painter:
-    session = onnx_session(content)
+def onnx_painter(content: bytes, threads: int = 0) -> Painter:
+    session = onnx_session(content, threads)
     return lambda picture, style, strength: run_onnx(
         session, content=picture, style=style, strength=torch.tensor([strength]))[0]
 
 
-def split_painter(style_graph: bytes, content_graph: bytes) -> Painter:
-    style_session, content_session = onnx_session(style_graph), onnx_session(content_graph)
+def split_painter(style_graph: bytes, content_graph: bytes, threads: int = 0) -> Painter:
+    style_session, content_session = onnx_session(style_graph, threads), onnx_session(content_graph, threads)
 
     def paint(content: Tensor, style: Tensor, strength: float) -> Tensor:
         mean, std = run_onnx(style_session, style=style)
@@ -212,6 +239,77 @@ def largest_difference(painter: Painter, network: StyleTransferNetwork, margin: 
     return largest
 
 
+# ------------------------------------------------------------------------------------------------ int8
+
+
+class Pictures:
+    """Pairs to measure ranges with, and held-out ones to compare by, each (1, 3, H, W), uint8, of the folders."""
+
+    def __init__(self, config: ExportConfig) -> None:
+        """Raises UserError for folders without such pictures, or pictures that cannot be read."""
+        learned, held_out = [], []
+        for flag in ("content_dir", "style_dir"):
+            folder = getattr(config, flag)
+            learned.append(split_holdout(find_pictures(folder, f"--{flag}"), config.holdout)[0])
+            held_out.append(find_measured(folder, f"--{flag}", config.holdout))
+        self.calibration, _ = _load_pairs(learned, CALIBRATION_PAIRS, config)
+        self.held_out, self.numbers = _load_pairs(held_out, config.pairs, config)
+
+
+def _load_pairs(
+    paths: list[list[Path]], count: int, config: ExportConfig
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
+    """`count` pairs, or all where there are fewer: pictures, and their numbers."""
+    pairs = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
+    loaded = [{number: load_input(paths[kind][number], config, flag) for number in {pair[kind] for pair in pairs}}
+              for kind, flag in enumerate(("content_dir", "style_dir"))]
+    return [(loaded[0][content], loaded[1][style]) for content, style in pairs], pairs
+
+
+def quantize_files(files: dict[Path, bytes], pictures: Pictures, config: ExportConfig) -> dict[Path, bytes]:
+    """The ONNX files of `make_files` with integers, see `quantize`."""
+    strength = np.ones(1, np.float32)
+    pairs = [tuple(picture.numpy() / np.float32(255) for picture in pair) for pair in pictures.calibration]
+    if not config.split:
+        inputs = [{"content": content, "style": style, "strength": strength} for content, style in pairs]
+        return {path: quantize(content, inputs) for path, content in files.items()}
+    (style_path, style_graph), (content_path, content_graph) = files.items()
+    session = onnx_session(style_graph)
+    inputs = [{"content": content, **dict(zip(StyleGraph.outputs, session.run(None, {"style": style}))),
+               "strength": strength} for content, style in pairs]
+    return {style_path: quantize(style_graph, [{"style": style} for _, style in pairs]),
+            content_path: quantize(content_graph, inputs)}
+
+
+def compare(
+    float_files: list[bytes], int8_files: list[bytes], pictures: Pictures, backbone: str, config: ExportConfig
+) -> None:
+    """Print what integers cost in quality, on the held-out pairs, and what they save."""
+    painters = [open_painter(files, config) for files in (float_files, int8_files)]
+    meter = Meter(("content", "style"), backbone, config.vgg_weights, "meanstd", config.seed, torch.device("cpu"))
+    losses, alike, largest = [], [], []
+    for content, style in pictures.held_out:
+        painted = [painter(content / 255.0, style / 255.0, 1.0) for painter in painters]
+        losses.append(meter.measure(content, style, [normalize(picture * 255.0) for picture in painted]))
+        alike.append(ssim(*painted).item())
+        largest.append((painted[0] - painted[1]).abs().max().item())
+    names = ["float32", "int8"]
+    print(Measurement(torch.stack(losses).numpy(), pictures.numbers, names, meter.metrics).table())
+    print(f"int8 against float32: SSIM {statistics.mean(alike):.4f} (least {min(alike):.4f}), largest difference of a "
+          f"colour value {statistics.mean(largest):.3f} of 1 (most {max(largest):.3f})")
+    content, style = (picture / 255.0 for picture in pictures.held_out[0])
+    width, height = content.shape[3], content.shape[2]
+    for name, files in zip(names, (float_files, int8_files)):
+        print(f"{name}: {sum(map(len, files)) / 2**20:.2f} MiB")
+    for threads in THREADS:
+        calls = [partial(open_painter(files, config, threads), content, style, 1.0)
+                 for files in (float_files, int8_files)]
+        times = [statistics.median(taken) * 1000 for taken in time_in_turns(calls, TIMED_RUNS, torch.device("cpu"))]
+        print(f"a pair, content of {width} x {height}, {threads} threads: float32 {times[0]:.1f} ms, int8 "
+              f"{times[1]:.1f} ms (medians of {TIMED_RUNS})")
+    print(describe_device(torch.device("cpu")))
+
+
 # ------------------------------------------------------------------------------------------------ mode
 
 
@@ -232,13 +330,13 @@ def make_files(network: StyleTransferNetwork, checkpoint: dict, config: ExportCo
     return {path: to_onnx(PairGraph(network, config.margin), network)}
 
 
-def open_painter(files: list[bytes], config: ExportConfig) -> Painter:
-    """What paints with the contents of the files of `make_files`."""
+def open_painter(files: list[bytes], config: ExportConfig, threads: int = 0) -> Painter:
+    """What paints with the contents of the files of `make_files`. threads: of ONNX files; 0 for one a core."""
     if config.format == SAFETENSORS:
         return safetensors_painter(*files)
     if config.format == TORCH_EXPORT:
         return torch_export_painter(*files)
-    return split_painter(*files) if config.split or config.format == PAGE else onnx_painter(*files)
+    return (split_painter if config.split or config.format == PAGE else onnx_painter)(*files, threads)
 
 
 def check_files(files: list[bytes], network: StyleTransferNetwork, config: ExportConfig) -> float:
@@ -274,8 +372,8 @@ def export(given: dict) -> int:
 
     files = make_files(network, checkpoint, config)
     difference = check_files(list(files.values()), network, config)
-    print(f"at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes at most {difference:.1g} of 1 from "
-          "PyTorch's pictures")
+    print(f"{'in float32 ' if config.int8 else ''}at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes "
+          f"at most {difference:.1g} of 1 from PyTorch's pictures")
     if config.format == PAGE:
         graphs = {file.name: content for file, content in files.items()}
         page = page_files(fill_up(network), Path(config.load_path).stem, graphs, styles, config.margin)
@@ -283,8 +381,13 @@ def export(given: dict) -> int:
         size = sum(map(len, page.values())) / 2**20
         note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")
         return 0
+    if config.int8:
+        pictures = Pictures(config)
+        float_files, files = files, quantize_files(files, pictures, config)
     for file, content in files.items():
         write_atomically(file, lambda out, content=content: out.write(content))
     sizes = ", ".join(f"{file.name} ({len(content) / 2**20:.2f} MiB)" for file, content in files.items())
     note(f"wrote {sizes} to {path.parent}")
+    if config.int8:
+        compare(list(float_files.values()), list(files.values()), pictures, network.config.backbone, config)
     return 0

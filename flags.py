@@ -127,7 +127,6 @@ class Flag:
 
 
 TRAIN, TEST, PRUNE, DISTILL, EXPORT = ((mode,) for mode in CONFIGS)
-WITH_PICTURES = TRAIN + TEST + PRUNE + DISTILL
 EVERY_MODE = tuple(CONFIGS)
 TOPICS = {
     "pictures to read": (
@@ -135,23 +134,25 @@ TOPICS = {
              "them, each painted in each style, or a video; in prune mode only for the picture grid", several=TEST),
         Flag("style", TEST + PRUNE, "style picture; in test mode also several, and folders or .zip archives of them; "
              "in prune mode only for the picture grid", several=TEST),
-        Flag("content_dir", WITH_PICTURES, "folder of photographs, searched with all its subfolders for pictures, "
+        Flag("content_dir", EVERY_MODE, "folder of photographs, searched with all its subfolders for pictures, "
              "which are told by their content, not by their names, or a .zip archive of them, read in place; in test "
              "mode another name of --content", several=TEST, needed=TRAIN + PRUNE),
         Flag("style_dir", EVERY_MODE, "folder or .zip archive of paintings, searched in the same way; in test mode "
              "another name of --style; in export mode the styles of a page, in place of the bundled ones",
              several=TEST, needed=TRAIN + PRUNE),
-        Flag("imsize", WITH_PICTURES, "resize every picture so that its shorter side has this many pixels", count,
+        Flag("imsize", EVERY_MODE, "resize every picture so that its shorter side has this many pixels", count,
              none="unchanged"),
-        Flag("cropsize", WITH_PICTURES, "side in pixels of the square that is cut from every picture: in train and "
-             "distill mode at a random place, and a multiple of 8; in test and prune mode from the centre", count,
+        Flag("cropsize", EVERY_MODE, "side in pixels of the square that is cut from every picture: in train and "
+             "distill mode at a random place, and a multiple of 8; in the other modes from the centre", count,
              none="no cut"),
         Flag("cencrop", TRAIN, "cut the squares from the centre, not at a random place", bool),
-        Flag("max_pixels", WITH_PICTURES, "refuse pictures with more pixels than this", count),
-        Flag("holdout", WITH_PICTURES, "share of each folder's pictures, chosen by their names, that is not learned "
-             "from; test and prune mode take only this share of a folder, or with 0 all of it", share),
-        Flag("pairs", TEST, "stylise only this many pairs, with every picture used equally often, give or take one",
-             count, none="every content with every style"),
+        Flag("max_pixels", EVERY_MODE, "refuse pictures with more pixels than this", count),
+        Flag("holdout", EVERY_MODE, "share of each folder's pictures, chosen by their names, that is not learned "
+             "from; test and prune mode take only this share of a folder, or with 0 all of it; export "
+             "mode compares by it", share),
+        Flag("pairs", TEST + EXPORT, "stylise only this many pairs, with every picture used equally often, give or "
+             "take one; in export mode how many held-out ones compare integers with float32", count,
+             none="every content with every style"),
         Flag("cache_dir", TRAIN, "folder that keeps the resized pictures for this and later runs, so that each is "
              "decoded only once; takes 3 bytes per pixel, 1 MB for a picture of 512 x 683"),
         Flag("num_workers", TRAIN + DISTILL, "number of processes that decode pictures", count_or_zero,
@@ -165,7 +166,7 @@ TOPICS = {
         Flag("teacher", TRAIN + DISTILL, "the network whose output and bottleneck features are to be matched: a model "
              "file, or the folder of a run; in distill mode also a folder of pictures, whoever painted them, as "
              f"{', '.join(f'{name}/NAME' for name in TRIPLE)}", needed=DISTILL),
-        Flag("vgg_weights", TRAIN + TEST, "weights of the loss network, and in train mode of a new encoder: "
+        Flag("vgg_weights", TRAIN + TEST + EXPORT, "weights of the loss network, and in train mode of a new encoder: "
              f"{', '.join(VGG_SOURCES)}, or a .pth or .safetensors file with torchvision's names", metavar="SOURCE"),
         Flag("backbone", TRAIN + TEST + PRUNE + EXPORT, "VGG network that the encoder and the loss network are taken "
              "from; in test, prune and export mode the model file says which, and any other is refused",
@@ -209,6 +210,9 @@ TOPICS = {
              needed=TRAIN + PRUNE + DISTILL + EXPORT, none=f"{OUTPUT_NAME}.png"),
         Flag("split", EXPORT, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx "
              "from a content and such statistics to the picture, so that a style is encoded only once", bool),
+        Flag("int8", EXPORT, "integers of 8 bits in place of float32 in .onnx files: faster on CPUs, a quarter of the "
+             "size; ranges are measured with 16 pairs of --content_dir and --style_dir, and what it changes with "
+             "held-out ones", bool),
         Flag("skip_existing", TEST, "paint only the pictures that are not there yet, or damaged, whatever flags "
              "painted the others; not with --metrics", bool),
         Flag("metrics", TEST, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; "
@@ -276,11 +280,11 @@ TOPICS = {
              "next", count),
         Flag("keep_checkpoints", TRAIN + DISTILL, "numbered checkpoints to keep besides the newest; -1 keeps all",
              count_or_all),
-        Flag("seed", TRAIN + TEST + DISTILL, "seed of everything random; in test mode of --pairs and of --vgg_weights "
-             "random", count_or_zero),
+        Flag("seed", TRAIN + TEST + DISTILL + EXPORT, "seed of everything random; in test and export mode of --pairs "
+             "and of --vgg_weights random", count_or_zero),
     ),
     "the device": (
-        Flag("gpu_no", WITH_PICTURES, "number of the GPU, or -1 for the CPU", int,
+        Flag("gpu_no", TRAIN + TEST + PRUNE + DISTILL, "number of the GPU, or -1 for the CPU", int,
              none="GPU 0, or the CPU without one"),
         Flag("amp", TRAIN + TEST + DISTILL, "mixed precision: auto is bf16 on GPUs and CPUs that are fast in it, and "
              "off elsewhere; in test mode auto is a decoder in float16 on GPUs that are fast in it, for models whose "

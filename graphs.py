@@ -6,26 +6,19 @@ word. Here every size is an expression of the picture's: padding and cropping ch
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IMAGENET_MEAN, IMAGENET_STD
 from network import StyleTransferNetwork, adain, channel_statistics
 
 
-def shown_pixels(places: int, side: int, stride: int, margin_places: int) -> Tensor:
-    """The pixel that each row (or column) of the padded picture shows, (N,), int64.
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, height, width): the image without its last rows and columns, or with the last one repeated.
 
-    The padded picture repeats the last of its `side` pixels up to `places` * `stride`, as `StyleTransferNetwork.pad`
-    does, and then continues by reflection for `margin_places` * `stride` pixels at both ends.
+    A slice would ask whether it is the whole image, and keep the answer.
     """
-    last, margin = places * stride - 1, margin_places * stride
-    position = torch.arange(-margin, last + margin + 1)
-    return (last - (last - position.abs()).abs()).clamp(max=side - 1)
-
-
-def choose(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Those rows and columns of (B, C, H, W), by number. A slice would ask whether it is the whole picture."""
-    return image.index_select(2, rows).index_select(3, columns)
+    return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]), mode="replicate")
 
 
 class Graph(nn.Module):
@@ -51,19 +44,19 @@ class Graph(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """image: (B, 3, H, W), 0..1. Returns (B, C, ceil(H/stride), ceil(W/stride)), at least 2 x 2."""
-        sides = image.shape[2:]
-        places = [torch.sym_max(2, (side + self.stride - 1) // self.stride) for side in sides]
-        margin = torch.sym_min(self.margin // self.stride, torch.sym_min(*places) - 1)  # reflects less than the picture
-        padded = [shown_pixels(*axis, self.stride, margin) for axis in zip(places, sides)]
-        feature = self.encoder(choose((image - self.rgb_mean) / self.rgb_std, *padded))
+        stride = self.stride
+        height, width = (torch.sym_max(2, (side + stride - 1) // stride) for side in image.shape[2:])
+        image = resized((image - self.rgb_mean) / self.rgb_std, height * stride, width * stride)
         if self.margin == 0:
-            return feature
-        return choose(feature, *(torch.arange(margin, margin + count) for count in places))
+            return self.encoder(image)
+        margin = torch.sym_min(self.margin // stride, torch.sym_min(height, width) - 1)  # a reflection is smaller
+        feature = self.encoder(F.pad(image, (margin * stride,) * 4, mode="reflect"))
+        return F.pad(feature, (-margin,) * 4, mode="replicate")  # cuts the margin off
 
     def decode(self, feature: Tensor, height: int, width: int) -> Tensor:
         """feature: (B, C, h, w). Returns the picture's upper left (B, 3, height, width), 0..1."""
         picture = self.decoder(feature) * self.rgb_std + self.rgb_mean
-        return choose(picture, torch.arange(height), torch.arange(width)).clamp(0.0, 1.0)
+        return resized(picture, height, width).clamp(0.0, 1.0)
 
     def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import export as export_module
 from data import denormalize, normalize
 from export import ExportConfig
-from graphs import ContentGraph, PairGraph, StyleGraph, shown_pixels, trace
+from graphs import ContentGraph, PairGraph, StyleGraph, resized, trace
 from main import main
 from network import StyleTransferNetwork
 from weights import load_network
@@ -42,7 +42,7 @@ def _weights(network, seed) -> dict:
         scale = (2.0 / tensor[0].numel()) ** 0.5 if tensor.dim() == 4 else 0.1
         state[name] = torch.randn(tensor.shape, generator=generator) * scale
     last = list(state)[-2]
-    state[last] *= 0.05
+    state[last] *= 4.0
     return state
 
 
@@ -57,10 +57,12 @@ def desired_picture(network, content, style, strength, margin):
     return denormalize(network.stylize(normalize(content), code, strength, margin))
 
 
-def test_shown_pixels_by_hand():
-    """5 pixels, padded to 8 by their last, then reflected by 4: the reflection repeats no edge."""
-    assert shown_pixels(2, 5, 4, 0).tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
-    assert shown_pixels(2, 5, 4, 1).tolist() == [4, 3, 2, 1, 0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 3]
+def test_resized_by_hand():
+    """Repeats the last row and column, or cuts; each side for itself, and nothing where it fits."""
+    image = torch.arange(6.0).view(1, 1, 2, 3)  # rows 0 1 2 and 3 4 5
+    assert resized(image, 3, 2)[0, 0].tolist() == [[0, 1], [3, 4], [3, 4]]
+    assert resized(image, 1, 5)[0, 0].tolist() == [[0, 1, 2, 2, 2]]
+    assert torch.equal(resized(image, 2, 3), image)
 
 
 @pytest.mark.parametrize("backbone, pooling, upsampling, padding", [
@@ -303,6 +305,60 @@ def test_a_program_of_another_network_does_not_stay(tmp_path, capsys, monkeypatc
     assert "differs from PyTorch by" in message and "content of 48 x 64 and a style of 40 x 40" in message
     assert path.read_bytes() == b"what was there before"
     assert {each.name for each in tmp_path.iterdir()} == {"model.pth", "graph.pt2"}
+
+
+# ---------------------------------------------------------------------------------------------- integers
+
+
+def folders_of_pictures(folder: Path) -> dict:
+    """Flags of --int8 for small pictures, about half of which are held out."""
+    for number in range(6):
+        for kind in ("content", "style"):
+            write_noise(folder / kind / f"{number}.png", (40, 50), number)
+    return {"int8": True, "content_dir": folder / "content", "style_dir": folder / "style", "holdout": 0.5,
+            "imsize": 34, "cropsize": 34, "pairs": 2, "vgg_weights": "random"}
+
+
+@pytest.mark.parametrize("name", ["split.onnx", "whole.onnx"])
+def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch, name):
+    """The float32 files are those of the fixture, so that they need not be made again."""
+    names = [f"split.{part}.onnx" for part in ("style", "content")] if name == "split.onnx" else [name]
+    float_files = {tmp_path / each: (exported / "files" / each).read_bytes() for each in names}
+    monkeypatch.setattr(export_module, "make_files", lambda network, checkpoint, config: dict(float_files))
+    flags = {"mode": "export", "load_path": exported / f"{name}.pth", "save_path": tmp_path / name}
+    pictures = folders_of_pictures(tmp_path)
+    assert main(words(flags | EXPORTS[name][1] | pictures)) == 0
+    report = capsys.readouterr().out
+    assert "int8 - float32" in report and "2 pairs of 2 content and 2 style pictures" in report
+    assert "a pair, content of 34 x 34, 2 threads: float32" in report and "SSIM" in report
+    content, style = picture(5, (33, 50)), picture(6, (9, 70))
+    actual, desired = (painter(folder, name)(content / 255, style / 255, 0.7)
+                       for folder in (tmp_path, exported / "files"))
+    assert actual.shape == desired.shape
+    difference = np.abs(actual - desired)
+    assert 1e-4 < difference.mean() < 0.2 * desired.std()  # rounded, and to the same picture
+    assert 0.05 < desired.std()  # a plain picture would show nothing
+    assert np.abs(actual * 255 - (actual * 255).round()).max() < 1e-3  # as a picture file has it
+    for path in float_files:
+        graph = onnx.load(path).graph
+        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        made_by = {output: node for node in graph.node for output in node.output}
+        for conv in (node for node in graph.node if node.op_type == "Conv"):
+            weight, source = made_by[conv.input[1]], made_by[conv.input[0]]
+            assert weight.op_type == source.op_type == "DequantizeLinear"
+            assert kinds[weight.input[0]] == onnx.TensorProto.INT8 and kinds[source.input[2]] == onnx.TensorProto.UINT8
+        pads = [node for node in graph.node if node.op_type == "Pad"]
+        assert all(made_by[node.input[0]].op_type in ("QuantizeLinear", "Pad") for node in pads if "8" not in node.name)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"save_path": "x.pt2"}, "--int8: only .onnx files are quantised"),
+    ({"content_dir": None}, "--int8: --content_dir is needed"),
+    ({"holdout": 0.0}, "--int8 with --holdout 0"),
+])
+def test_settings_of_integers_that_do_not_fit(settings, reason):
+    given = {"load_path": "m.pth", "save_path": "x.onnx", "int8": True, "content_dir": "c", "style_dir": "s"}
+    assert user_error(ExportConfig(**given | settings).check).startswith(reason)
 
 
 # --------------------------------------------------------------------------------------------- bad input

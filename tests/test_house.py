@@ -10,7 +10,7 @@ ROWS = (
     ("utils", "metadata", "archives"),
     ("runfolder", "loss", "data", "network", "muon", "smoothing"),
     ("cost", "sampling"),
-    ("weights", "compact", "graphs", "tiling", "control"),
+    ("weights", "compact", "graphs", "quantize", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
     ("selection", "figures", "webpage", "video"),
     ("run", "pairs"),

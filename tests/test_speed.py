@@ -68,22 +68,23 @@ def test_fast_step_equals_plain_step(weights, encoder_lr):
 
 
 def test_bfloat16_curves_stay_together():
-    """The losses of the first step within 2% of float32, the means of both halves of 50 iterations within 10%.
+    """The losses of the first step within 2% of float32, the means of both halves of 30 iterations within 10%.
 
-    The means are over three runs: a single one drifts, as it does from any rounding, by up to a fifth at rates of 1e-4.
+    The means are over two runs: a single one drifts, as it does from any rounding.
     """
-    curves = {"off": [], "bf16": []}  # of 3 runs, 50 iterations each
+    curves = {"off": [], "bf16": []}  # of 2 runs, 30 iterations each
     for amp, runs in curves.items():
-        for run in range(3):
-            trainer = make_trainer(amp=amp, encoder_lr=3e-6, decoder_lr=3e-5, l0_eps=1.0, **ON)
-            runs.append([trainer.step(*batch(100 * run + number % 10), all_terms=True) for number in range(50)])
+        for run in range(2):
+            trainer = make_trainer(small_network(width=32).train(), amp=amp, encoder_lr=3e-5, decoder_lr=3e-4,
+                                   l0_eps=1.0, **ON)
+            runs.append([trainer.step(*batch(100 * run + number % 6), all_terms=True) for number in range(30)])
     for name in ("content", "style", "uncorrelation", "channel", "xor", "total"):
         exact, rounded = (torch.tensor([[step[name] for step in run] for run in curves[amp]]) for amp in curves)
         assert_close(rounded[:, 0], exact[:, 0], rtol=0.02, atol=0.0)
         assert not torch.equal(rounded, exact), name  # it was another precision
-        for half in (slice(25), slice(25, None)):
+        for half in (slice(15), slice(15, None)):
             assert rounded[:, half].mean().item() == pytest.approx(exact[:, half].mean().item(), rel=0.1), (name, half)
-    assert exact[:, 40:].mean() < 0.95 * exact[:, :10].mean()  # the total fell: there was something to follow
+    assert exact[:, 24:].mean() < 0.95 * exact[:, :6].mean()  # the total fell: there was something to follow
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")

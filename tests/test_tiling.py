@@ -176,9 +176,9 @@ print(unlimited, free_memory(cpu))
     assert 0 < limited < 2**29 < unlimited < 2**45  # 1 MiB, and the 256 of the freed tensor
 
 
-@pytest.mark.parametrize("name, bytes_a_pixel", [("compact", 324), ("tiny", 140), ("baseline", 1172)])
+@pytest.mark.parametrize("name, bytes_a_pixel", [("compact", 342), ("tiny", 101), ("baseline", 919)])
 def test_memory_needed_is_no_less_than_what_was_measured(name, bytes_a_pixel):
-    """The growth of the process while painting, on 2 cores, for the three widths of the store."""
+    """The growth of the process while 24 (compact) or 4 megapixels are painted whole (benchmarks/stylize.py)."""
     network, _ = load_network(STORE / f"{name}.pth")
     needed = memory_needed(network.config, 10**6) / 10**6
     assert bytes_a_pixel <= needed < 2 * bytes_a_pixel

@@ -83,7 +83,7 @@ device=() latency_device=()
 [ -z "$GPU" ] || device=(--gpu_no "$GPU")
 case $GPU in "") ;; -1) latency_device=(--device cpu) ;; *) latency_device=(--device cuda) ;; esac
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
-failed=0 longest_measurement=0 measurements_left=8 shares_left=20
+failed=0 longest_measurement=-1 measurements_left=8 shares_left=20
 
 # run NAME COMMAND...: with its output in NAME.log, too; its time is added to NAME.seconds.
 run() {
@@ -138,7 +138,7 @@ learn() {
 
 # time_left: seconds that are left for trainings; what is to be measured takes as long as its longest piece so far.
 time_left() {
-    local piece=$((longest_measurement > 0 ? longest_measurement : budget / 25))
+    local piece=$((longest_measurement >= 0 ? longest_measurement : budget / 25)) # -1: nothing was measured yet
     echo $((budget - (SECONDS - started) - measurements_left * piece))
 }
 

@@ -1,11 +1,10 @@
 """What only a GPU shows: no host synchronisation in a step, CUDA graphs, the fast step against the plain one."""
 
-
 import pytest
 import torch
 from helpers import ROOT, SMALL_TRAINING, make_trainer, random_vgg, small_network
 from plain import PlainTrainer
-from test_speed import EVERY_LAYER, ON, batch
+from test_speed import ON, batch
 
 from run import MetricSums
 from sampling import TrainingPictures, training_batches
@@ -14,6 +13,7 @@ from transfer import TransferTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
+EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l0_eps="relative:0.1", teacher="given")
 
 
 def gpu_trainer(**settings) -> TransferTrainer:
@@ -42,10 +42,11 @@ def test_step_never_waits_for_the_gpu(compiled, more):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("more", [{}, EVERY_LAYER], ids=["bottleneck", "every layer"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_compiled_steps_equal_eager_steps(amp):
+def test_compiled_steps_equal_eager_steps(amp, more):
     """Over 20 steps with two of all terms, so that graphs are replayed between eager work."""
-    eager, compiled = gpu_trainer(amp=amp), gpu_trainer(amp=amp, compile=True)
+    eager, compiled = gpu_trainer(amp=amp, **more), gpu_trainer(amp=amp, compile=True, **more)
     for number, pair in enumerate(batches(20)):
         desired, actual = (trainer.step(*pair, all_terms=number % 8 == 7) for trainer in (eager, compiled))
         for name, value in desired.items():

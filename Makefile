@@ -30,7 +30,7 @@ demo: $(VENV)/.requirements
 	PYTHON=$(RUN) bash demo.sh
 
 test: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --dist worksteal tests
 
 web/node_modules/.made: web/package.json
 	npm install --prefix web --no-package-lock --no-audit --no-fund --loglevel error

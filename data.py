@@ -606,18 +606,24 @@ def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> t
     return [path for path in paths if place(path) >= share], held_out
 
 
-def find_measured(folder: Path, flag: str, holdout: float) -> list[Path]:
-    """The pictures to measure: those that training with the same `holdout` left out; all when it is 0.
-
-    Raises UserError, naming `flag`, when there are none.
-    """
-    paths = find_pictures(folder, flag)
-    if holdout == 0:
-        return paths
-    held_out = split_holdout(paths, holdout)[1]
+def find_split(folder: Path, flag: str, holdout: float, output: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """The pictures of `find_pictures`, split by `split_holdout`. Raises UserError as these do, and, naming `flag`, when
+    none is held out."""
+    paths = find_pictures(folder, flag, output)
+    learned, held_out = split_holdout(paths, holdout)
     if not held_out:
         raise UserError(f"{flag} {folder}: --holdout {holdout} holds none of its {len(paths)} pictures out")
-    return held_out
+    return learned, held_out
+
+
+def find_measured(folder: Path, flag: str, holdout: float, output: Path | None = None) -> list[Path]:
+    """The pictures to measure: those that training with the same `holdout` left out; all when it is 0.
+
+    Raises UserError as `find_pictures` and `find_split` do.
+    """
+    if holdout == 0:
+        return find_pictures(folder, flag, output)
+    return find_split(folder, flag, holdout, output)[1]
 
 
 class FailedPictures:

@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import MAX_PIXELS, denormalize, find_measured, find_pictures, normalize, split_holdout
+from data import MAX_PIXELS, denormalize, find_split, normalize
 from graphs import ContentGraph, Graph, PairGraph, StyleGraph, trace
 from network import StyleTransferNetwork
 from pairs import choose_pairs
@@ -243,22 +243,19 @@ def largest_difference(painter: Painter, network: StyleTransferNetwork, margin: 
 # ------------------------------------------------------------------------------------------------ int8
 
 
-class Pictures:
+class PicturePairs:
     """Pairs to measure ranges with, and held-out ones to compare by, each (1, 3, H, W), uint8, of the folders."""
 
     def __init__(self, config: ExportConfig) -> None:
         """Raises UserError for folders without such pictures, or pictures that cannot be read."""
-        learned, held_out = [], []
-        for flag in ("content_dir", "style_dir"):
-            folder = getattr(config, flag)
-            learned.append(split_holdout(find_pictures(folder, f"--{flag}"), config.holdout)[0])
-            held_out.append(find_measured(folder, f"--{flag}", config.holdout))
+        learned, held_out = zip(*(find_split(getattr(config, flag), f"--{flag}", config.holdout)
+                                  for flag in ("content_dir", "style_dir")))
         self.calibration, _ = _load_pairs(learned, CALIBRATION_PAIRS, config)
         self.held_out, self.numbers = _load_pairs(held_out, config.pairs, config)
 
 
 def _load_pairs(
-    paths: list[list[Path]], count: int, config: ExportConfig
+    paths: Sequence[list[Path]], count: int, config: ExportConfig
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
     """`count` pairs, or all where there are fewer: pictures, and their numbers."""
     pairs = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
@@ -267,7 +264,7 @@ def _load_pairs(
     return [(loaded[0][content], loaded[1][style]) for content, style in pairs], pairs
 
 
-def quantize_files(files: dict[Path, bytes], pictures: Pictures, config: ExportConfig) -> dict[Path, bytes]:
+def quantize_files(files: dict[Path, bytes], pictures: PicturePairs, config: ExportConfig) -> dict[Path, bytes]:
     """The ONNX files of `make_files` with integers, see `quantize`."""
     strength = np.ones(1, np.float32)
     pairs = [tuple(picture.numpy() / np.float32(255) for picture in pair) for pair in pictures.calibration]
@@ -283,7 +280,7 @@ def quantize_files(files: dict[Path, bytes], pictures: Pictures, config: ExportC
 
 
 def compare(
-    float_files: list[bytes], int8_files: list[bytes], pictures: Pictures, backbone: str, config: ExportConfig
+    float_files: list[bytes], int8_files: list[bytes], pictures: PicturePairs, backbone: str, config: ExportConfig
 ) -> None:
     """Print what integers cost in quality, on the held-out pairs, and what they save."""
     painters = [open_painter(files, config) for files in (float_files, int8_files)]
@@ -383,7 +380,7 @@ def export(given: dict) -> int:
         note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")
         return 0
     if config.int8:
-        pictures = Pictures(config)
+        pictures = PicturePairs(config)
         float_files, files = files, quantize_files(files, pictures, config)
     for file, content in files.items():
         write_atomically(file, lambda out, content=content: out.write(content))

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from cost import bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
-from data import MAX_PIXELS, denormalize, look_through, normalize, refuse_within
+from data import MAX_PIXELS, denormalize, normalize
 from figures import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
 from network import StyleTransferNetwork
-from responses import Responses, measure_responses
+from responses import Responses, find_folders, measure_responses
 from selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
 from stylize import DEMO_CONTENT, DEMO_STYLE, check_margin, load_input, open_model
 from surgery import cut_bottleneck, cut_channels
@@ -289,9 +289,7 @@ def prune(given: dict) -> int:
         cut_bottleneck(network, config.prune_channels)
     for flag in ("content", "style"):
         load_input(Path(getattr(config, flag)), config, flag)
-    for flag in ("content_dir", "style_dir") if not config.responses else ():
-        folder = getattr(config, flag)
-        refuse_within(config.save_path, folder, f"--{flag}", look_through(folder, f"--{flag}").pictures)
+    folders = None if config.responses else find_folders(config)
     if config.responses:
         responses = Responses.load(config.responses, width)
         if config.every_layer:
@@ -302,7 +300,7 @@ def prune(given: dict) -> int:
         raise UserError(f"--save_path {folder}: would overwrite the model that --load_path names; choose another")
 
     if not config.responses:
-        responses = measure_responses(network, config)
+        responses = measure_responses(network, config, folders)
         pairs = _compared_pairs(responses, config)
     responses.save(folder / "responses.npz")
     selection = _select(network, responses, config, macs)

@@ -151,11 +151,19 @@ def _load_again(paths: list[str], config) -> Iterator[Tensor]:
 # --------------------------------------------------------------------------------------------- measurement
 
 
+def find_folders(config) -> dict[str, list[Path]]:
+    """The pictures to measure, by the flag of their folder. config: a PruneConfig. Raises UserError as `find_measured`
+    does."""
+    return {flag: find_measured(folder, flag, config.holdout, config.save_path)
+            for flag, folder in (("--content_dir", config.content_dir), ("--style_dir", config.style_dir))}
+
+
 @torch.inference_mode()
-def measure_responses(network: StyleTransferNetwork, config) -> Responses:
+def measure_responses(network: StyleTransferNetwork, config, folders: dict[str, list[Path]]) -> Responses:
     """The l2 norm of every bottleneck channel for up to `prune_images` pictures of each folder.
 
-    config: a PruneConfig. With `config.every_layer` the other layers are measured too, see `_measure_pairs`.
+    config: a PruneConfig; folders: of `find_folders`. With `config.every_layer` the other layers are measured too, see
+    `_measure_pairs`.
     A picture that cannot be used is skipped with its path logged. Raises UserError when over 10% of a
     folder's chosen pictures, or all of them, fail.
     """
@@ -167,8 +175,8 @@ def measure_responses(network: StyleTransferNetwork, config) -> Responses:
     style_codes = []
     counts = []
     with watched:
-        for folder, flag in ((config.content_dir, "--content_dir"), (config.style_dir, "--style_dir")):
-            paths = find_measured(folder, flag, config.holdout)
+        for flag, paths in folders.items():
+            folder = getattr(config, flag[2:])
             if len(paths) > config.prune_images:
                 paths = sorted(random.Random(0).sample(paths, config.prune_images))
             failed = FailedPictures(folder, flag, len(paths))

@@ -48,19 +48,13 @@ def least_tile(config: NetworkConfig) -> int:
 
 def memory_needed(config: NetworkConfig, pixels: int) -> int:
     """About the bytes that painting so many pixels at once takes at its peak, by the widest layer; rather too many."""
-    widest, scale = 0.0, 1
-    widths = iter(config.encoder_widths)
+    scale, scales = 1, []  # of each conv in the encoder; the decoder mirrors them
     for entry in ENCODERS[config.backbone]:
         if entry == POOL:
             scale *= 2
         else:
-            widest = max(widest, next(widths) / scale**2)
-    widths = iter(config.decoder_widths)
-    for entry in reversed(ENCODERS[config.backbone]):
-        if entry == POOL:
-            scale //= 2
-        else:
-            widest = max(widest, next(widths) / scale**2)
+            scales.append(scale)
+    widest = max(width / scale**2 for width, scale in zip(config.widths, scales + scales[::-1]))
     return int(4 * pixels * (5 * widest + 12))  # float32: a layer's input, padded, and output; and pictures
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from control import check_styles, combine
-from data import PictureError, denormalize, find_pictures, is_picture, is_searched, prepare_picture, to_pil
+from data import NotFinite, PictureError, find_pictures, is_picture, is_searched, prepare_picture
+from pairs import check_outputs
 from smoothing import Blender, Motion, MotionTracker, on_grid
 from stylize import Stylizer, decode_in_half, load_input, open_model
 from utils import (
@@ -515,10 +516,11 @@ def stylize_video(config, given: dict) -> int:
 
     def paint(pixels: np.ndarray) -> np.ndarray:
         frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-        painted = stylizer.paint(frame, code, strength, keeps_colors=keeps_colors)
-        if not painted.isfinite().all():
-            raise UserError(f"--load_path {config.load_path[0]}: its picture of a frame has values that are not finite")
-        return np.asarray(to_pil(denormalize(painted)))
+        try:
+            return np.asarray(stylizer.paint_picture(frame, code, strength, keeps_colors=keeps_colors))
+        except NotFinite as error:
+            raise UserError(f"--load_path {config.load_path[0]}: its picture of a frame has values that are not "
+                            "finite") from error
 
     make_folder(target.parent, "--save_path")
     opened = open_frames if is_searched(content) else open_video
@@ -568,8 +570,7 @@ def _check(config, contents: Sequence[str], content_flag: str, styles: Sequence[
     if target.suffix.lower() not in VIDEO_FORMATS:
         raise UserError(f"--save_path {target}: a video is written to {' '.join(VIDEO_FORMATS)}, or into a folder, "
                         "whose name ends with /")
-    read = [(content_flag, content), ("--load_path", Path(config.load_path[0]))]
-    for flag, path in (*read, *((style_flag, Path(style)) for style in styles)):
-        if target.exists() and path.exists() and target.samefile(path):
-            raise UserError(f"--save_path {target}: would overwrite {flag} {path}; name another")
+    read = [(content_flag, content), *((style_flag, Path(style)) for style in styles),
+            ("--load_path", Path(config.load_path[0]))]
+    check_outputs([target], (), (), read, target)
     return target

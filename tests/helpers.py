@@ -107,6 +107,14 @@ def paint_within_range(network: StyleTransferNetwork) -> None:
         network.decoder.layers[0][-1].weight *= 0.02
 
 
+def picture_network() -> StyleTransferNetwork:
+    """A narrow network whose outputs are mostly within the range of pictures, and not flat."""
+    network = small_network(width=12)
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight *= 0.3
+    return network
+
+
 def write_model(path: Path, network: StyleTransferNetwork, **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model_checkpoint(network, **more), path)

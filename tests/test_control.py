@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture, read_pixels, refusal, small_network, user_error, words, write_model, write_noise
+from helpers import picture_network, random_picture, read_pixels, refusal, user_error, words, write_model, write_noise
 from PIL import Image
 from torch.testing import assert_close
 
@@ -20,11 +20,7 @@ CONTENT, *STYLES = (random_picture(seed, size) for seed, size in enumerate([(56,
 
 @pytest.fixture(scope="module")
 def stylizer() -> Stylizer:
-    """Its pictures are mostly within the range of pictures, and not flat."""
-    network = small_network(width=12)
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.3
-    return Stylizer(network)
+    return Stylizer(picture_network())
 
 
 @pytest.fixture(scope="module")

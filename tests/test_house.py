@@ -12,9 +12,9 @@ ROWS = (
     ("cost", "sampling"),
     ("weights", "compact", "graphs", "quantize", "tiling", "control"),
     ("quality", "responses", "surgery", "stylize"),
-    ("selection", "figures", "webpage", "video"),
+    ("selection", "figures", "webpage"),
     ("run", "pairs"),
-    ("transfer", "painting"),
+    ("transfer", "painting", "video"),
     ("train", "distill", "evaluate", "prune", "export", "convert_vgg"),  # the modes, and a script that stands alone
     ("flags", "hubconf"),  # a script of torch.hub
     ("main",),

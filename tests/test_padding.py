@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from helpers import (
     CPU,
     make_trainer,
+    picture_network,
     random_batch,
     read_pixels,
     small_network,
@@ -60,14 +61,6 @@ def paint(state: dict, content: torch.Tensor, style: torch.Tensor, padding: str)
         if index != DECODER_CONVS[-1][0]:
             feature = feature.relu()
     return feature
-
-
-def picture_network() -> StyleTransferNetwork:
-    """A narrow network whose outputs are mostly within the range of pictures."""
-    network = small_network(width=12)
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.3
-    return network
 
 
 # ----------------------------------------------------------------------------------------------- the encoder

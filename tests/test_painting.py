@@ -17,9 +17,9 @@ from helpers import (
     CPU,
     ROOT,
     STYLE_DIR,
+    picture_network,
     read_pixels,
     refusal,
-    small_network,
     words,
     write_map,
     write_model,
@@ -39,9 +39,7 @@ from stylize import Stylizer
 @pytest.fixture
 def flags(tmp_path) -> dict:
     """Two contents and two styles in folders, painted by a narrow network whose pictures are not black and white."""
-    network = small_network(width=12)
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.3
+    network = picture_network()
     for kind in ("content", "style"):
         for number in range(2):
             write_noise(tmp_path / f"{kind}s" / f"{kind[0]}{number}.png", (24, 32), 2 * number + (kind == "style"))

@@ -19,6 +19,7 @@ from prune import (
     Responses,
     choose_channels,
     cut_bottleneck,
+    find_folders,
     grid_numbers,
     largest_pixel_difference,
     measure_responses,
@@ -254,7 +255,7 @@ def test_measured_responses_are_norms_of_the_bottleneck(tmp_path, capsys):
     network = small_network()
     plant_dead_channels(network, [2])
     config = make_folders(tmp_path)
-    actual = measure_responses(network, config)
+    actual = measure_responses(network, config, find_folders(config))
     paths = [str(tmp_path / name) for name in ("content/00.png", "content/01.png", "content/02.png", "style/00.png",
                                                "style/01.png")]
     assert actual.paths == paths and actual.contents == 3
@@ -269,18 +270,18 @@ def test_measured_responses_are_norms_of_the_bottleneck(tmp_path, capsys):
 def test_measuring_skips_a_broken_picture_and_refuses_many(tmp_path, capsys):
     network, config = small_network("vgg16"), make_folders(tmp_path, contents=10)
     (tmp_path / "content" / "05.png").write_text("no picture")
-    actual = measure_responses(network, config)
+    actual = measure_responses(network, config, find_folders(config))
     assert len(actual.l2) == 11 and actual.contents == 9
     assert str(tmp_path / "content" / "05.png") not in actual.paths
     assert "05.png" in capsys.readouterr().err
     (tmp_path / "content" / "06.png").write_text("no picture")
-    assert "--content_dir" in user_error(measure_responses, network, config)
+    assert "--content_dir" in user_error(measure_responses, network, config, find_folders(config))
 
 
 @torch.inference_mode()
 def test_no_more_pictures_are_measured_than_asked_for(tmp_path, capsys):
     config = replace(make_folders(tmp_path, contents=4, styles=2), prune_images=3)
-    actual = measure_responses(small_network("vgg16"), config)
+    actual = measure_responses(small_network("vgg16"), config, find_folders(config))
     assert actual.contents == 3 and len(actual.l2) == 5
     assert len(set(actual.paths)) == 5 and actual.paths[:3] == sorted(actual.paths[:3])
 
@@ -289,7 +290,7 @@ def test_no_more_pictures_are_measured_than_asked_for(tmp_path, capsys):
 def test_pictures_without_sizes_given_may_be_of_any_size(tmp_path, capsys):
     config = replace(make_folders(tmp_path, contents=1, styles=1), imsize=None, cropsize=None)
     write_picture(tmp_path / "content" / "odd.png", (13, 3))
-    actual = measure_responses(small_network("vgg16"), config)
+    actual = measure_responses(small_network("vgg16"), config, find_folders(config))
     assert actual.l2.shape == (3, 6) and np.isfinite(actual.l2).all()
 
 

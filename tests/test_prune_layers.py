@@ -27,7 +27,7 @@ from data import normalize, prepare_picture
 from main import main
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics
 from prune import PruneConfig, choose_channels, largest_pixel_difference
-from responses import LayerResponses, Responses, measure_responses
+from responses import LayerResponses, Responses, find_folders, measure_responses
 from selection import macs_of_widths, most_macs, select_by_magnitude, select_channels
 from surgery import cut_bottleneck, cut_channels
 from weights import load_network
@@ -187,7 +187,7 @@ def measured(tmp_path_factory) -> tuple[StyleTransferNetwork, PruneConfig, Respo
     plant(network, {names[2]: [6], names[8]: [4], names[11]: [1], names[16]: [2]}, 0.75)
     paint_within_range(network)
     config = replace(make_folders(tmp_path_factory.mktemp("pictures")), prune_layers="all")
-    return network, config, measure_responses(network, config)
+    return network, config, measure_responses(network, config, find_folders(config))
 
 
 @torch.inference_mode()
@@ -236,7 +236,7 @@ def test_planted_channels_are_found(measured):
 
 def test_measuring_the_bottleneck_alone_gives_the_same_bottleneck(measured):
     network, config, found = measured
-    actual = measure_responses(network, replace(config, prune_layers="bottleneck"))
+    actual = measure_responses(network, replace(config, prune_layers="bottleneck"), find_folders(config))
     assert actual.layers == {} and actual.paths == found.paths
     np.testing.assert_array_equal(actual.l2, found.l2)
 
@@ -244,7 +244,7 @@ def test_measuring_the_bottleneck_alone_gives_the_same_bottleneck(measured):
 def test_more_styles_than_contents_start_the_contents_over(measured, tmp_path):
     network, _, _ = measured
     config = replace(make_folders(tmp_path, contents=1, styles=3), prune_layers="all")
-    found = measure_responses(network, config).layers
+    found = measure_responses(network, config, find_folders(config)).layers
     assert len(found["encoder.layers.0.0"].l2) == 4 and len(found["decoder.layers.0.25"].l2) == 3
 
 
@@ -270,7 +270,7 @@ def test_importance_is_the_squared_change_of_the_output(monkeypatch):
 
 def test_measuring_twice_gives_the_same(measured):
     network, config, found = measured
-    again = measure_responses(network, config)
+    again = measure_responses(network, config, find_folders(config))
     for name in found.layers:
         np.testing.assert_array_equal(again.layers[name].importance, found.layers[name].importance)
 

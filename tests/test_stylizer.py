@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_picture, small_network, user_error, write_model, write_noise
+from helpers import ROOT, picture_network, random_picture, small_network, user_error, write_model, write_noise
 from PIL import Image
 from torch.testing import assert_close
 
@@ -13,11 +13,7 @@ from stylize import Stylizer
 
 @pytest.fixture(scope="module")
 def stylizer() -> Stylizer:
-    """Its pictures are mostly within the range of pictures, and not flat."""
-    network = small_network(width=12)
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.3
-    return Stylizer(network)
+    return Stylizer(picture_network())
 
 
 def to_array(pixels: torch.Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    picture_network,
     random_picture,
     read_pixels,
     refusal,
@@ -186,9 +187,7 @@ def test_memory_needed_is_no_less_than_what_was_measured(name, bytes_a_pixel):
 
 def test_tiles_of_the_command_line(tmp_path, capsys):
     """With everything at once; the tile's least is of the model."""
-    network = small_network(width=12)
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.3
+    network = picture_network()
     flags = {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", network), "margin": 16,
              "content": write_noise(tmp_path / "content.png", (110, 123), 0), "preserve_color": "luma",
              "style": [write_noise(tmp_path / f"{seed}.png", (100, 130), seed) for seed in (1, 2)],

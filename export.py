@@ -1,5 +1,6 @@
 """`--mode export`: a model as ONNX, torch.export program or safetensors, checked before it is left on the disk."""
 
+import importlib
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from data import MAX_PIXELS, denormalize, find_split, normalize
 from graphs import ContentGraph, Graph, PairGraph, StyleGraph, trace
@@ -33,11 +35,16 @@ FORMATS = (ONNX, TORCH_EXPORT, SAFETENSORS)
 PAGE = "page"  # for the browser: a folder
 SPLIT = {"style": StyleGraph, "content": ContentGraph}
 
+# Older ones fail on our graphs.
+GRAPH_TORCH = "2.9"
+ONNX_PACKAGES = {"onnx": "1.18", "onnxscript": "0.7", "onnxruntime": "1.23"}
+
 # What every export is painted with, (height, width): odd, small, not square, multiples of 8 and not.
 CONTENT_SIZES = ((48, 64), (61, 83), (5, 9), (24, 107))
 STYLE_SIZES = ((40, 40), (33, 57), (90, 7))
 STRENGTHS = (1.0, 0.6, 0.0)
 TOLERANCE = 1e-3  # of colour values 0..1
+INT8_TOLERANCE = 1.0  # any: only sizes and finite values are checked, `compare` measures the rest with photographs
 
 CALIBRATION_PAIRS = 16
 THREADS = (1, 2)
@@ -101,15 +108,25 @@ class ExportConfig:
             raise UserError(f"--style_dir: only a page has styles, --save_path {self.save_path} is none; end it with /")
 
 
-def need_packages() -> None:
-    """Raises UserError where a package is missing that ONNX files are made and checked with."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--save_path: {ONNX} files need more packages ({error}); "
-                        "pip install -r requirements-export.txt") from error
+def need_packages(format: str) -> None:
+    """Raises UserError where what a graph is made and checked with is missing or too old. format: any but SAFETENSORS.
+    """
+    if torch.__version__ < GRAPH_TORCH:
+        raise UserError(f"--save_path: {ONNX} and {TORCH_EXPORT} files need torch {GRAPH_TORCH} or newer, this is "
+                        f"{torch.__version__}; {SAFETENSORS} files do not")
+    if format == TORCH_EXPORT:
+        return
+    for name, oldest in ONNX_PACKAGES.items():
+        try:
+            package = importlib.import_module(name)
+        except ImportError as error:
+            reason = str(error)
+        else:
+            if TorchVersion(package.__version__) >= oldest:
+                continue
+            reason = f"got {name} {package.__version__}, {oldest} or newer is needed"
+        raise UserError(f"--save_path: {ONNX} files need more packages ({reason}); "
+                        "pip install -r requirements-export.txt")
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -210,11 +227,13 @@ def _first_line(error: Exception) -> str:
 
 
 @torch.inference_mode()
-def largest_difference(painter: Painter, network: StyleTransferNetwork, margin: int, flag: str) -> float:
+def largest_difference(
+    painter: Painter, network: StyleTransferNetwork, margin: int, flag: str, tolerance: float = TOLERANCE
+) -> float:
     """The largest difference of a colour value, 0..1, from what this toolkit paints: every content size with every
     style size, strengths and batches in turn.
 
-    Raises UserError, beginning with `flag`, for the first size at which it is above TOLERANCE.
+    Raises UserError, beginning with `flag`, for the first size at which it is above `tolerance`.
     """
     desired_painter, generator = network_painter(network, margin), torch.Generator().manual_seed(0)
     largest = 0.0
@@ -233,9 +252,9 @@ def largest_difference(painter: Painter, network: StyleTransferNetwork, margin: 
             raise UserError(f"{flag}: the exported file returns {tuple(actual.shape)} in place of "
                             f"{tuple(desired.shape)} {at}; nothing was written")
         difference = (actual - desired).abs().max().item()
-        if not difference <= TOLERANCE:  # NaN is not, either
+        if not difference <= tolerance:  # NaN is not, either
             raise UserError(f"{flag}: the exported file differs from PyTorch by {difference:.2g} of 1 {at}, at most "
-                            f"{TOLERANCE:g} is allowed; nothing was written")
+                            f"{tolerance:g} is allowed; nothing was written")
         largest = max(largest, difference)
     return largest
 
@@ -279,12 +298,17 @@ def quantize_files(files: dict[Path, bytes], pictures: PicturePairs, config: Exp
             content_path: quantize(content_graph, inputs)}
 
 
+def open_meter(network: StyleTransferNetwork, config: ExportConfig) -> Meter:
+    """What measures content and style loss. Raises UserError where the VGG weights cannot be had."""
+    return Meter(("content", "style"), network.config.backbone, config.vgg_weights, "meanstd", config.seed,
+                 torch.device("cpu"))
+
+
 def compare(
-    float_files: list[bytes], int8_files: list[bytes], pictures: PicturePairs, backbone: str, config: ExportConfig
+    float_files: list[bytes], int8_files: list[bytes], pictures: PicturePairs, meter: Meter, config: ExportConfig
 ) -> None:
     """Print what integers cost in quality, on the held-out pairs, and what they save."""
     painters = [open_painter(files, config) for files in (float_files, int8_files)]
-    meter = Meter(("content", "style"), backbone, config.vgg_weights, "meanstd", config.seed, torch.device("cpu"))
     losses, alike, largest = [], [], []
     for content, style in pictures.held_out:
         painted = [painter(content / 255.0, style / 255.0, 1.0) for painter in painters]
@@ -337,7 +361,9 @@ def open_painter(files: list[bytes], config: ExportConfig, threads: int = 0) -> 
     return (split_painter if config.split or config.format == PAGE else onnx_painter)(*files, threads)
 
 
-def check_files(files: list[bytes], network: StyleTransferNetwork, config: ExportConfig) -> float:
+def check_files(
+    files: list[bytes], network: StyleTransferNetwork, config: ExportConfig, tolerance: float = TOLERANCE
+) -> float:
     """`largest_difference` of what paints with the files. Raises UserError where they cannot be used."""
     flag = f"--save_path {config.save_path}"
     try:
@@ -345,15 +371,15 @@ def check_files(files: list[bytes], network: StyleTransferNetwork, config: Expor
     except Exception as error:  # whatever a runtime raises: the file is not to be used
         raise UserError(f"{flag}: the exported file cannot be read back ({_first_line(error)}); nothing was "
                         "written") from error
-    return largest_difference(painter, network, config.margin, flag)
+    return largest_difference(painter, network, config.margin, flag, tolerance)
 
 
 def export(given: dict) -> int:
     """Run `--mode export` with the flags given on the command line. Returns the exit code."""
     config = ExportConfig(**given)
     config.check()
-    if config.format in (ONNX, PAGE):
-        need_packages()
+    if config.format != SAFETENSORS:
+        need_packages(config.format)
     path = Path(config.save_path)
     if config.format == PAGE:
         check_page_folder(path)
@@ -367,6 +393,8 @@ def export(given: dict) -> int:
         raise UserError(f"--save_path {path}: would overwrite the model that --load_path names; choose another")
     make_folder(path.parent, "--save_path")
     network.requires_grad_(False)
+    if config.int8:  # what cannot be had is missed before anything takes time
+        pictures, meter = PicturePairs(config), open_meter(network, config)
 
     files = make_files(network, checkpoint, config)
     difference = check_files(list(files.values()), network, config)
@@ -380,12 +408,11 @@ def export(given: dict) -> int:
         note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")
         return 0
     if config.int8:
-        pictures = PicturePairs(config)
         float_files, files = files, quantize_files(files, pictures, config)
+        check_files(list(files.values()), network, config, INT8_TOLERANCE)
+        compare(list(float_files.values()), list(files.values()), pictures, meter, config)
     for file, content in files.items():
         write_atomically(file, lambda out, content=content: out.write(content))
     sizes = ", ".join(f"{file.name} ({len(content) / 2**20:.2f} MiB)" for file, content in files.items())
     note(f"wrote {sizes} to {path.parent}")
-    if config.int8:
-        compare(list(float_files.values()), list(files.values()), pictures, network.config.backbone, config)
     return 0

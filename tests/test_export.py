@@ -9,10 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import read_pixels, refusal, small_config, small_network, user_error, words, write_model, write_noise
+from helpers import ROOT, read_pixels, refusal, small_config, small_network, user_error, words, write_model, write_noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 import export as export_module
 from data import denormalize, normalize
@@ -354,6 +355,46 @@ def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch,
         assert all(made_by[node.input[0]].op_type in ("QuantizeLinear", "Pad") for node in pads if "8" not in node.name)
 
 
+def test_integers_without_vgg_weights_write_nothing(tmp_path, capsys, monkeypatch):
+    """They are missed before the graph is made."""
+    monkeypatch.delattr(export_module, "make_files")
+    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.onnx"
+    flags = {"mode": "export", "load_path": model, "save_path": path} | folders_of_pictures(tmp_path)
+    message = refusal(capsys, *words(flags | {"vgg_weights": tmp_path / "none.pth"}))
+    assert message.startswith(f"error: --vgg_weights {tmp_path / 'none.pth'}: ")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("breaks, reason", [
+    (lambda content: b"no graph", "cannot be read back"),
+    (lambda content: without_last_row(content), "returns (1, 3, 47, 64) in place of (1, 3, 48, 64)"),
+])
+def test_integers_that_paint_no_such_picture_do_not_stay(exported, tmp_path, capsys, monkeypatch, breaks, reason):
+    path = tmp_path / "whole.onnx"
+    files = {path: (exported / "files" / path.name).read_bytes()}
+    monkeypatch.setattr(export_module, "make_files", lambda network, checkpoint, config: dict(files))
+    monkeypatch.setattr(export_module, "quantize", lambda content, inputs: breaks(content))
+    flags = {"mode": "export", "load_path": exported / "whole.onnx.pth", "save_path": path}
+    message = refusal(capsys, *words(flags | EXPORTS[path.name][1] | folders_of_pictures(tmp_path)))
+    assert f"--save_path {path}: the exported file {reason}" in message and message.endswith("; nothing was written")
+    assert not path.exists()
+
+
+def without_last_row(content: bytes) -> bytes:
+    """The ONNX file with a Slice behind its picture."""
+    model = onnx.load_model_from_string(content)
+    output = model.graph.output[0]
+    for node in model.graph.node:
+        node.output[:] = ["whole" if name == output.name else name for name in node.output]
+    for name, value in (("first", 0), ("last", -1), ("axis", 2)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), name))
+    model.graph.node.append(onnx.helper.make_node("Slice", ["whole", "first", "last", "axis"], [output.name]))
+    del model.graph.value_info[:]
+    for dimension in output.type.tensor_type.shape.dim[2:]:
+        dimension.Clear()
+    return model.SerializeToString()
+
+
 @pytest.mark.parametrize("settings, reason", [
     ({"save_path": "x.pt2"}, "--int8: only .onnx files are quantised"),
     ({"content_dir": None}, "--int8: --content_dir is needed"),
@@ -387,6 +428,26 @@ def test_missing_package_is_named(tmp_path, capsys, monkeypatch, package):
     assert package in message and "pip install -r requirements-export.txt" in message
     assert not (tmp_path / "new").exists()
     assert main(words(flags | {"save_path": tmp_path / "model.safetensors"})) == 0
+
+
+def test_old_packages_are_named(tmp_path, capsys, monkeypatch):
+    """What ONNX files need beside torch, and torch itself, for both kinds of graphs."""
+    model = write_model(tmp_path / "model.pth", small_network())
+    onnx_flags, program_flags = ({"mode": "export", "load_path": model, "save_path": tmp_path / "new" / name}
+                                 for name in ("model.onnx", "model.pt2"))
+    monkeypatch.setattr(onnx, "__version__", "1.9.0")
+    assert "got onnx 1.9.0, 1.18 or newer is needed" in refusal(capsys, *words(onnx_flags))
+    export_module.need_packages(".pt2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cpu"))
+    for flags in (onnx_flags, program_flags):
+        assert "need torch 2.9 or newer, this is 2.8.0+cpu" in refusal(capsys, *words(flags))
+    assert not (tmp_path / "new").exists()
+
+
+def test_requirements_are_those_that_are_checked():
+    lines = (ROOT / "requirements-export.txt").read_text().splitlines()
+    assert {line for line in lines if not line.startswith("#")} == {
+        f"{name}>={oldest}" for name, oldest in export_module.ONNX_PACKAGES.items()}
 
 
 def test_paths_that_cannot_be_written(tmp_path, capsys):

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from data import MAX_PIXELS, denormalize, find_split, normalize
-from graphs import ContentGraph, Graph, PairGraph, StyleGraph, trace
+from graphs import ContentGraph, Graph, PairGraph, StyleGraph, fill_up, trace
 from network import StyleTransferNetwork
 from pairs import choose_pairs
 from quality import Measurement, Meter, ssim
-from quantize import quantize
+from quantize import INTEGER_MULTIPLE, quantize
 from stylize import check_margin, load_input, open_model
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
-from webpage import check_page_folder, fill_up, find_styles, page_files, runtime_files, write_page
+from webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
 
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
@@ -343,7 +343,7 @@ def make_files(network: StyleTransferNetwork, checkpoint: dict, config: ExportCo
     if config.format == TORCH_EXPORT:
         return {path: to_torch_export(PairGraph(network, config.margin), network)}
     if config.format == PAGE:
-        network = fill_up(network)
+        network = fill_up(network, CHANNEL_MULTIPLE)
         return {path / f"{name}{ONNX}": to_onnx(graph(network, config.margin), network)
                 for name, graph in SPLIT.items()}
     if config.split:
@@ -401,14 +401,15 @@ def export(given: dict) -> int:
     print(f"{'in float32 ' if config.int8 else ''}at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes "
           f"at most {difference:.1g} of 1 from PyTorch's pictures")
     if config.format == PAGE:
-        graphs = {file.name: content for file, content in files.items()}
-        page = page_files(fill_up(network), Path(config.load_path).stem, graphs, styles, config.margin)
+        graphs, name = {file.name: content for file, content in files.items()}, Path(config.load_path).stem
+        page = page_files(fill_up(network, CHANNEL_MULTIPLE), name, graphs, styles, config.margin)
         write_page(path, page)
         size = sum(map(len, page.values())) / 2**20
         note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")
         return 0
     if config.int8:
-        float_files, files = files, quantize_files(files, pictures, config)
+        filled = make_files(fill_up(network, INTEGER_MULTIPLE), checkpoint, config)
+        float_files, files = files, quantize_files(filled, pictures, config)
         check_files(list(files.values()), network, config, INT8_TOLERANCE)
         compare(list(float_files.values()), list(files.values()), pictures, meter, config)
     for file, content in files.items():

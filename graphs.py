@@ -117,3 +117,15 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
     shapes = {name: {axis: dims[dim] for axis, dim in axes.items()} for name, axes in graph.inputs.items()}
     with torch.no_grad():
         return torch.export.export(graph.eval(), graph.example(), dynamic_shapes=shapes)
+
+
+def fill_up(network: StyleTransferNetwork, multiple: int) -> StyleTransferNetwork:
+    """A new network that paints the same, with every width (but the picture's 3 colours) brought up to a `multiple` by
+    channels that are zero: their filters are, and what they feed."""
+    config = network.config
+    widths = [-(-width // multiple) * multiple for width in config.widths[:-1]]
+    filled = StyleTransferNetwork(config.with_widths([*widths, config.widths[-1]]))
+    state = filled.state_dict()
+    for name, tensor in network.state_dict().items():
+        state[name].zero_()[tuple(map(slice, tensor.shape))] = tensor
+    return filled.eval()

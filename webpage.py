@@ -28,23 +28,11 @@ RUNTIME = "onnxruntime-web"
 RUNTIME_FILES = ("ort.jspi.bundle.min.mjs", "ort-wasm-simd-threaded.jspi.wasm",
                  "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 # WebGPU's convolution of onnxruntime-web 1.30 is wrong where the channels that come in are no multiple of this (but 3).
-CHANNEL_MULTIPLE = 4
+CHANNEL_MULTIPLE = 4  # see graphs.fill_up
 
 CHECK_SIZE = (20, 28)  # height and width of the picture that every browser has to paint rightly first
 MEMORY = 2**30  # bytes that painting may take in a browser, on a telephone, too
 LARGEST_LAYERS = 4  # at a picture's full size that the runtime holds at once: in, padded, out, and one to spare
-
-
-def fill_up(network: StyleTransferNetwork, multiple: int = CHANNEL_MULTIPLE) -> StyleTransferNetwork:
-    """A new network that paints the same, with every width (but the picture's 3 colours) brought up to a `multiple` by
-    channels that are zero: their filters are, and what they feed."""
-    config = network.config
-    widths = [-(-width // multiple) * multiple for width in config.widths[:-1]]
-    filled = StyleTransferNetwork(config.with_widths([*widths, config.widths[-1]]))
-    state = filled.state_dict()
-    for name, tensor in network.state_dict().items():
-        state[name].zero_()[tuple(map(slice, tensor.shape))] = tensor
-    return filled.eval()
 
 
 def max_pixels(network: StyleTransferNetwork) -> int:

@@ -328,7 +328,13 @@ def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch,
     """The float32 files are those of the fixture, so that they need not be made again."""
     names = [f"split.{part}.onnx" for part in ("style", "content")] if name == "split.onnx" else [name]
     float_files = {tmp_path / each: (exported / "files" / each).read_bytes() for each in names}
-    monkeypatch.setattr(export_module, "make_files", lambda network, checkpoint, config: dict(float_files))
+    widths = []
+
+    def make_files(network, checkpoint, config):
+        widths.append(network.config.widths)
+        return dict(float_files)
+
+    monkeypatch.setattr(export_module, "make_files", make_files)
     flags = {"mode": "export", "load_path": exported / f"{name}.pth", "save_path": tmp_path / name}
     pictures = folders_of_pictures(tmp_path)
     assert main(words(flags | EXPORTS[name][1] | pictures)) == 0
@@ -343,8 +349,14 @@ def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch,
     assert 1e-4 < difference.mean() < 0.2 * desired.std()  # rounded, and to the same picture
     assert 0.05 < desired.std()  # a plain picture would show nothing
     assert np.abs(actual * 255 - (actual * 255).round()).max() < 1e-3  # as a picture file has it
+    own, filled = widths
+    assert filled == (*(-(-width // 16) * 16 for width in own[:-1]), 3)
     for path in float_files:
         graph = onnx.load(path).graph
+        shapes = {tensor.name: tensor.dims for tensor in graph.initializer if len(tensor.dims) == 4}
+        assert not any(shape[1] == 3 for shape in shapes.values())  # what takes colours takes four channels
+        if path.name != "split.style.onnx":
+            assert [shape[0] for shape in shapes.values()].count(16) == 1  # what gives the picture; others are narrower
         kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
         made_by = {output: node for node in graph.node for output in node.output}
         for conv in (node for node in graph.node if node.op_type == "Conv"):

@@ -23,9 +23,10 @@ from PIL import Image
 
 import webpage
 from data import denormalize, normalize, prepare_picture
+from graphs import fill_up
 from main import main
 from network import NetworkConfig, StyleTransferNetwork
-from webpage import RUNTIME_FILES, fill_up, find_styles, max_pixels, page_files, runtime_files, write_page
+from webpage import CHANNEL_MULTIPLE, RUNTIME_FILES, find_styles, max_pixels, page_files, runtime_files, write_page
 from weights import load_network
 
 GRAPHS = {"style.onnx": b"style", "content.onnx": b"content"}
@@ -60,7 +61,7 @@ def test_zero_channels_change_no_picture(backbone):
     network = small_network(backbone, width=6)
     paint_within_range(network)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    filled = fill_up(network)
+    filled = fill_up(network, CHANNEL_MULTIPLE)
     assert filled.config.widths == (*(8,) * (len(network.config.widths) - 1), 3)
     content, style = torch.rand(1, 3, 37, 52), torch.rand(1, 3, 24, 40)
     with torch.inference_mode():
@@ -72,7 +73,7 @@ def test_zero_channels_change_no_picture(backbone):
 
 def test_zero_channels_keep_what_the_network_is():
     network = StyleTransferNetwork(NetworkConfig("vgg19", "avg", (5,) * 9, (*(7,) * 8, 3), "bilinear", "reflect"))
-    config = fill_up(network).config
+    config = fill_up(network, CHANNEL_MULTIPLE).config
     assert (config.pooling, config.upsampling, config.padding) == ("avg", "bilinear", "reflect")
     assert config.widths == (8,) * 17 + (3,)
 
@@ -86,7 +87,7 @@ def test_a_wider_network_paints_smaller_pictures():
 
 
 def test_page_has_all_that_it_asks_for(web, tmp_path):
-    network = fill_up(small_network())
+    network = fill_up(small_network(), CHANNEL_MULTIPLE)
     write_page(tmp_path / "page", page_files(network, "narrow", GRAPHS, sorted(STYLE_DIR.glob("*.jpg"))[:2]))
     folder = tmp_path / "page"
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

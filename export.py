@@ -23,7 +23,7 @@ from data import MAX_PIXELS, denormalize, find_split, normalize
 from graphs import ContentGraph, Graph, PairGraph, StyleGraph, fill_up, trace
 from network import StyleTransferNetwork
 from pairs import choose_pairs
-from quality import Measurement, Meter, ssim
+from quality import MIN_SIDE, Measurement, Meter, ssim
 from quantize import INTEGER_MULTIPLE, quantize
 from stylize import check_margin, load_input, open_model
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
@@ -278,9 +278,18 @@ def _load_pairs(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
     """`count` pairs, or all where there are fewer: pictures, and their numbers."""
     pairs = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
-    loaded = [{number: load_input(paths[kind][number], config, flag) for number in {pair[kind] for pair in pairs}}
+    loaded = [{number: _load_measurable(paths[kind][number], config, flag) for number in {pair[kind] for pair in pairs}}
               for kind, flag in enumerate(("content_dir", "style_dir"))]
     return [(loaded[0][content], loaded[1][style]) for content, style in pairs], pairs
+
+
+def _load_measurable(path: Path, config: ExportConfig, flag: str) -> Tensor:
+    """`load_input`, refusing a picture that is too small to be measured."""
+    picture = load_input(path, config, flag)
+    height, width = picture.shape[2:]
+    if min(height, width) < MIN_SIDE:
+        raise UserError(f"--{flag} {path}: {width} x {height} pixels; --int8 needs {MIN_SIDE} or more on each side")
+    return picture
 
 
 def quantize_files(files: dict[Path, bytes], pictures: PicturePairs, config: ExportConfig) -> dict[Path, bytes]:

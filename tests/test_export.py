@@ -377,6 +377,15 @@ def test_integers_without_vgg_weights_write_nothing(tmp_path, capsys, monkeypatc
     assert not path.exists()
 
 
+def test_pictures_too_small_to_measure_integers_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(export_module, "make_files")
+    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.onnx"
+    flags = {"mode": "export", "load_path": model, "save_path": path} | folders_of_pictures(tmp_path)
+    message = refusal(capsys, *words(flags | {"imsize": 4, "cropsize": 4}))
+    assert message.startswith(f"error: --content_dir {tmp_path / 'content'}")
+    assert message.endswith("4 x 4 pixels; --int8 needs 21 or more on each side")
+
+
 @pytest.mark.parametrize("breaks, reason", [
     (lambda content: b"no graph", "cannot be read back"),
     (lambda content: without_last_row(content), "returns (1, 3, 47, 64) in place of (1, 3, 48, 64)"),

@@ -165,7 +165,7 @@ def onnx_session(content: bytes, threads: int = 0):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # in the way of the next session
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # after a run: in the way of others
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

@@ -287,7 +287,7 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
 def half_dtype(device: torch.device) -> torch.dtype | None:
     """What matrix units of the device compute in, finely enough for pictures: float16 on GPUs of compute capability 7.0
     or newer. Other GPUs have none; those of CPUs compute in bfloat16, and a decoder in it changes pictures of the
-    models in model-store by up to 21 of 255, in float16 by up to 3."""
+    models in model-store by up to 18 of 255, in float16 by up to 2."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         return torch.float16
     return None

@@ -22,10 +22,10 @@ from torch.torch_version import TorchVersion
 from data import MAX_PIXELS, denormalize, find_split, normalize
 from graphs import ContentGraph, Graph, PairGraph, StyleGraph, fill_up, trace
 from network import StyleTransferNetwork
-from pairs import choose_pairs
-from quality import MIN_SIDE, Measurement, Meter, ssim
+from pairs import choose_pairs, load_measurable
+from quality import Measurement, Meter, ssim
 from quantize import INTEGER_MULTIPLE, quantize
-from stylize import check_margin, load_input, open_model
+from stylize import check_margin, open_model
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
@@ -278,18 +278,10 @@ def _load_pairs(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
     """`count` pairs, or all where there are fewer: pictures, and their numbers."""
     pairs = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
-    loaded = [{number: _load_measurable(paths[kind][number], config, flag) for number in {pair[kind] for pair in pairs}}
+    loaded = [{number: load_measurable(paths[kind][number], config, flag, "--int8")
+               for number in {pair[kind] for pair in pairs}}
               for kind, flag in enumerate(("content_dir", "style_dir"))]
     return [(loaded[0][content], loaded[1][style]) for content, style in pairs], pairs
-
-
-def _load_measurable(path: Path, config: ExportConfig, flag: str) -> Tensor:
-    """`load_input`, refusing a picture that is too small to be measured."""
-    picture = load_input(path, config, flag)
-    height, width = picture.shape[2:]
-    if min(height, width) < MIN_SIDE:
-        raise UserError(f"--{flag} {path}: {width} x {height} pixels; --int8 needs {MIN_SIDE} or more on each side")
-    return picture
 
 
 def quantize_files(files: dict[Path, bytes], pictures: PicturePairs, config: ExportConfig) -> dict[Path, bytes]:
@@ -305,12 +297,6 @@ def quantize_files(files: dict[Path, bytes], pictures: PicturePairs, config: Exp
                "strength": strength} for content, style in pairs]
     return {style_path: quantize(style_graph, [{"style": style} for _, style in pairs]),
             content_path: quantize(content_graph, inputs)}
-
-
-def open_meter(network: StyleTransferNetwork, config: ExportConfig) -> Meter:
-    """What measures content and style loss. Raises UserError where the VGG weights cannot be had."""
-    return Meter(("content", "style"), network.config.backbone, config.vgg_weights, "meanstd", config.seed,
-                 torch.device("cpu"))
 
 
 def compare(
@@ -352,7 +338,6 @@ def make_files(network: StyleTransferNetwork, checkpoint: dict, config: ExportCo
     if config.format == TORCH_EXPORT:
         return {path: to_torch_export(PairGraph(network, config.margin), network)}
     if config.format == PAGE:
-        network = fill_up(network, CHANNEL_MULTIPLE)
         return {path / f"{name}{ONNX}": to_onnx(graph(network, config.margin), network)
                 for name, graph in SPLIT.items()}
     if config.split:
@@ -403,15 +388,18 @@ def export(given: dict) -> int:
     make_folder(path.parent, "--save_path")
     network.requires_grad_(False)
     if config.int8:  # what cannot be had is missed before anything takes time
-        pictures, meter = PicturePairs(config), open_meter(network, config)
+        pictures = PicturePairs(config)
+        meter = Meter(("content", "style"), network.config.backbone, config.vgg_weights, "meanstd", config.seed,
+                      torch.device("cpu"))
 
-    files = make_files(network, checkpoint, config)
+    written = fill_up(network, CHANNEL_MULTIPLE) if config.format == PAGE else network
+    files = make_files(written, checkpoint, config)
     difference = check_files(list(files.values()), network, config)
     print(f"{'in float32 ' if config.int8 else ''}at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes "
           f"at most {difference:.1g} of 1 from PyTorch's pictures")
     if config.format == PAGE:
         graphs, name = {file.name: content for file, content in files.items()}, Path(config.load_path).stem
-        page = page_files(fill_up(network, CHANNEL_MULTIPLE), name, graphs, styles, config.margin)
+        page = page_files(written, name, graphs, styles, config.margin)
         write_page(path, page)
         size = sum(map(len, page.values())) / 2**20
         note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")

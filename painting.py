@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, groupby, product
 from pathlib import Path
 from threading import Lock, Semaphore
@@ -16,8 +17,8 @@ from torch import Tensor
 from control import MaskedStyle, Style, check_colors, check_mask, combine, match_colors
 from data import NotFinite, denormalize, pixels_to_pil, read_written, save_picture, to_pil
 from figures import Sheet, side_by_side
-from pairs import Pair, Pictures
-from quality import MIN_SIDE, Meter
+from pairs import Pair, Pictures, load_measurable
+from quality import Meter
 from stylize import Stylizer, UnusablePicture, load_input, load_transparency, usable
 from tiling import TiledPicture
 from utils import UserError, gather, note_of_process, progress_bar, share, usable_cores
@@ -279,16 +280,11 @@ class Painting:
     def _load(self, pictures: Pictures, number: int) -> list[Tensor]:
         """A picture, or those of a style, (1, 3, H, W), uint8, each. Raises UnusablePicture, also for one that is too
         small to be measured."""
-        config, loaded = self.config, []
+        config = self.config
         if pictures is self.styles and config.style_size is not None:
             config = replace(config, imsize=config.style_size)
-        for path in pictures.of(number):
-            loaded.append(load_input(path, config, pictures.flag))
-            height, width = loaded[-1].shape[2:]
-            if self.meter is not None and min(height, width) < MIN_SIDE:
-                raise UnusablePicture(f"--{pictures.flag} {path}: {width} x {height} pixels; "
-                                      f"--metrics needs {MIN_SIDE} or more on each side")
-        return loaded
+        load = load_input if self.meter is None else partial(load_measurable, measured_by="--metrics")
+        return [load(path, config, pictures.flag) for path in pictures.of(number)]
 
     # ------------------------------------------------------------------------------------------ outputs
 

@@ -10,8 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from data import find_measured, is_searched, refuse_within
 from figures import COMPARISON, CONTACT_SHEET
+from quality import MIN_SIDE
+from stylize import UnusablePicture, load_input
 from utils import UserError
 
 LONGEST_NAME = 180  # bytes of a picture's file name: file systems take 255, and a file in the making has a longer one
@@ -162,3 +166,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
+
+
+def load_measurable(path: Path, config, flag: str, measured_by: str) -> Tensor:
+    """`load_input` of a picture that a Meter is to see. measured_by: the flag that asks for it. Raises UnusablePicture,
+    also for one with a side below MIN_SIDE."""
+    picture = load_input(path, config, flag)
+    height, width = picture.shape[2:]
+    if min(height, width) < MIN_SIDE:
+        raise UnusablePicture(f"--{flag} {path}: {width} x {height} pixels; {measured_by} needs {MIN_SIDE} or more on "
+                              "each side")
+    return picture

@@ -44,7 +44,7 @@ def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
                 prepared, quantized, Inputs(), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=INTEGER_OPS,
                 # The mean over the pictures of each one's range: the widest of all leaves the others too few steps.
-                extra_options={"CalibMovingAverage": True, "TensorQuantOverrides": _picture_range(model)})
+                extra_options={"CalibMovingAverage": True, "TensorQuantOverrides": _picture_range(model.graph)})
             model = onnx.load(quantized)
     finally:
         logger.setLevel(level)
@@ -53,12 +53,19 @@ def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
     return model.SerializeToString()
 
 
-def _picture_range(model) -> dict:
-    """The last conv gives the picture, where there is one: its 8 bits are those of a picture file, and what they cannot
-    hold is what clipping to 0..1 takes away."""
-    if not any(value.name == "picture" for value in model.graph.output):
+def _picture_conv(graph):
+    """The conv that gives the picture, the last one; None in a graph that paints none."""
+    if not any(value.name == "picture" for value in graph.output):
+        return None
+    return [node for node in graph.node if node.op_type == "Conv"][-1]
+
+
+def _picture_range(graph) -> dict:
+    """The picture's 8 bits are those of a picture file, and what they cannot hold is what clipping to 0..1 takes
+    away."""
+    last = _picture_conv(graph)
+    if last is None:
         return {}
-    last = [node for node in model.graph.node if node.op_type == "Conv"][-1]
     return {last.output[0]: [{"scale": np.array(1 / 255, np.float32), "zero_point": np.array(0, np.uint8)}]}
 
 
@@ -77,9 +84,8 @@ def fill_up_colors(graph) -> None:
         return name
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = list(graph.node)
-    convs = [node for node in nodes if node.op_type == "Conv"]
-    first = [conv for conv in convs if tensors[conv.input[1]].dims[1] == 3]
+    nodes, last = list(graph.node), _picture_conv(graph)
+    first = [node for node in nodes if node.op_type == "Conv" and tensors[node.input[1]].dims[1] == 3]
     colors = constant("colors", *range(3), *[2] * (COLOR_CHANNELS - 3))  # the last one again
     for weight in {conv.input[1] for conv in first}:  # content and style may share it
         fill(weight, 1, COLOR_CHANNELS)
@@ -87,8 +93,7 @@ def fill_up_colors(graph) -> None:
         image, conv.input[0] = conv.input[0], f"{conv.name}_colors"
         nodes.insert(nodes.index(conv), helper.make_node("Gather", [image, colors], [conv.input[0]],
                                                          f"{conv.name}_gather", axis=1))
-    if any(value.name == "picture" for value in graph.output):
-        last = convs[-1]
+    if last is not None:
         for name in last.input[1:]:
             fill(name, 0, INTEGER_MULTIPLE)
         image, last.output[0] = last.output[0], f"{last.name}_filled"

@@ -63,7 +63,7 @@ class ConvLayer:
 def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
     """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures.
 
-    The multiply-adds add up to `count_macs(config, size)`, without a network being built.
+    The multiply-adds add up to `count_macs(config, size)`, less those of a blur pooling, without a network being built.
     """
     layout, widths = ENCODERS[config.backbone], iter(config.widths)
     layers, width_in, side, index = [], 3, size, 0

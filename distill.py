@@ -29,7 +29,7 @@ from utils import (
 )
 from weights import STUDENT_NAME, find_model_file, load_network, load_teacher, model_checkpoint
 
-FIXED = ("teacher", "load_path", "new_weights", "upsampling")  # settings that a resumed run keeps
+FIXED = ("teacher", "load_path", "new_weights", "upsampling", "pooling")  # settings that a resumed run keeps
 WARMUP_SHARE = 0.05
 HELD_OUT_PICTURES = 128
 
@@ -42,6 +42,7 @@ class DistillConfig:
     load_path: str | None = None  # the network that learns
     new_weights: bool = False
     upsampling: str | None = None  # None: as load_path says
+    pooling: str | None = None  # likewise
     content_dir: str | None = None
     style_dir: str | None = None
     save_path: str | None = None
@@ -208,7 +209,7 @@ class Distiller:
         teacher_width = self.open_teacher(network.config)
         if config.new_weights:
             initialize(network, network)
-        network.use(config.upsampling)
+        network.use(config.upsampling, pooling=config.pooling)
         self.network_config = network.config
         self.network = Student(network, teacher_width).to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), config.lr, fused=True)

@@ -14,7 +14,7 @@ from distill import DistillConfig
 from evaluate import OUTPUT_NAME, TestConfig
 from export import FORMATS, ExportConfig
 from loss import STYLE_LOSSES
-from network import BACKBONES, PADDINGS, UPSAMPLINGS
+from network import BACKBONES, PADDINGS, POOLINGS, UPSAMPLINGS
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig
 from quality import METRICS
 from train import TrainConfig
@@ -173,6 +173,8 @@ TOPICS = {
              choices=BACKBONES, none="as the model file says"),
         Flag("swap_max_pool", TRAIN + TEST + PRUNE + EXPORT, "average pooling instead of max pooling in the encoder",
              bool),
+        Flag("pooling", TRAIN + DISTILL, "how the encoder halves the size: max, as published, avg, or blur, a low-pass "
+             "filter, which makes videos calmer", choices=POOLINGS, none="as the model file says; new networks: max"),
         Flag("upsampling", TRAIN + TEST + DISTILL + EXPORT, "how the decoder doubles the size: nearest, as published, "
              "or bilinear, which avoids faint lines 8 pixels apart in smooth areas", choices=UPSAMPLINGS,
              none="as the model file says; new networks: nearest"),

@@ -27,6 +27,7 @@ _LOSS_TAPS = {
     "vgg16": {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22},
 }
 BACKBONES = tuple(ENCODERS)
+POOLINGS = ("max", "avg", "blur")
 UPSAMPLINGS = ("nearest", "bilinear")
 PADDINGS = ("zeros", "reflect")
 
@@ -39,7 +40,7 @@ def _conv_widths(layout) -> tuple[int, ...]:
 class NetworkConfig:
     """Everything that describes a style-transfer network: a pruned one only has smaller widths.
 
-    backbone: "vgg19" or "vgg16"; pooling: "max" or "avg", in the encoder.
+    backbone: "vgg19" or "vgg16"; pooling: "max", as published, "avg", or "blur" (`BlurPool2d`), in the encoder.
     encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder
     width is the bottleneck; the last decoder width is 3 (RGB). Raises ValueError when they do not fit.
     upsampling: "nearest", as published, or "bilinear", in the decoder.
@@ -57,12 +58,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.backbone not in ENCODERS:
             raise ValueError(f"backbone {self.backbone!r} is none of {', '.join(BACKBONES)}")
-        if self.pooling not in ("max", "avg"):
-            raise ValueError(f"pooling {self.pooling!r} is neither 'max' nor 'avg'")
-        if self.upsampling not in UPSAMPLINGS:
-            raise ValueError(f"upsampling {self.upsampling!r} is none of {', '.join(UPSAMPLINGS)}")
-        if self.padding not in PADDINGS:
-            raise ValueError(f"padding {self.padding!r} is none of {', '.join(PADDINGS)}")
+        for name, choices in (("pooling", POOLINGS), ("upsampling", UPSAMPLINGS), ("padding", PADDINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
         convs = len(_conv_widths(ENCODERS[self.backbone]))
         for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
             if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
@@ -108,14 +106,38 @@ class NetworkConfig:
         return 2 ** ENCODERS[self.backbone].count(POOL)
 
 
+class BlurPool2d(nn.Module):
+    """Halves the sides behind a low-pass filter, (1 3 3 1)/8 in each direction: (B, C, H, W), H and W even, to
+    (B, C, H/2, W/2).
+
+    What is too fine for the smaller grid is averaged away, and does not come back as something coarse that changes
+    when the picture moves (Zhang, "Making convolutional networks shift-invariant again", arXiv 1904.11486).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8.0
+        filters = (row[:, None] * row).expand(channels, 1, 4, 4).contiguous()
+        self.register_buffer("filters", filters, persistent=False)  # files hold what is learned
+
+    def forward(self, feature: Tensor) -> Tensor:
+        padded = F.pad(feature, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, self.filters, stride=2, groups=len(self.filters))
+
+
+def _pooling_layer(pooling: str, channels: int) -> nn.Module:
+    if pooling == "blur":
+        return BlurPool2d(channels)
+    return (nn.MaxPool2d if pooling == "max" else nn.AvgPool2d)(2, 2)
+
+
 def _encoder_layers(layout, widths: tuple[int, ...], pooling: str, padding: str = "zeros") -> nn.Sequential:
     """VGG layers numbered as in torchvision's `vgg.features`: conv, ReLU, ..., pooling."""
-    pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
     remaining = iter(widths)
     layers, width_in = [], 3
     for entry in layout:
         if entry == POOL:
-            layers.append(pool(2, 2))
+            layers.append(_pooling_layer(pooling, width_in))
         else:
             width = next(remaining)
             layers += [nn.Conv2d(width_in, width, 3, padding=1, padding_mode=padding), nn.ReLU(inplace=True)]
@@ -265,17 +287,20 @@ class StyleTransferNetwork(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def use(self, upsampling: str | None = None, padding: str | None = None) -> None:
-        """Have the decoder upsample by another of UPSAMPLINGS, or the encoder pad by another of PADDINGS, with the same
-        weights. None: as it does."""
-        changed = {"upsampling": upsampling, "padding": padding}
+    def use(self, upsampling: str | None = None, padding: str | None = None, pooling: str | None = None) -> None:
+        """Have the decoder upsample by another of UPSAMPLINGS, or the encoder pad by another of PADDINGS or pool by
+        another of POOLINGS, with the same weights. None: as it does."""
+        changed = {"upsampling": upsampling, "padding": padding, "pooling": pooling}
         self.config = replace(self.config, **{name: value for name, value in changed.items() if value is not None})
         for layer in self.decoder.layers[0]:
             if isinstance(layer, nn.Upsample):
                 layer.mode = self.config.upsampling
-        for layer in self.encoder.layers[0]:
+        for index, layer in enumerate(self.encoder.layers[0]):
             if isinstance(layer, nn.Conv2d):
                 layer.padding_mode = self.config.padding
+                weight = layer.weight
+            elif pooling is not None and not isinstance(layer, nn.ReLU):
+                self.encoder.layers[0][index] = _pooling_layer(pooling, len(weight)).to(weight)
 
     def forward(self, content: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
         """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, sides multiples of the

@@ -24,6 +24,7 @@ def encoder_halo(config: NetworkConfig) -> int:
     reach, scale = 0, 1  # pixels of the picture
     for entry in ENCODERS[config.backbone]:
         if entry == POOL:
+            reach += scale * (config.pooling == "blur")  # which looks at its neighbours
             scale *= 2
         else:
             reach += scale  # a 3 x 3 conv sees one more of its own pixels

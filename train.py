@@ -27,7 +27,7 @@ from weights import load_network, load_teacher, load_vgg, same_vgg
 
 PREVIEW_PICTURES = 4
 # Settings that a resumed run keeps.
-FIXED = ("backbone", "swap_max_pool", "load_path", "new_weights", "teacher", "upsampling", "padding",
+FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "teacher", "upsampling", "padding",
          "optimizer")
 
 
@@ -43,6 +43,7 @@ class TrainConfig(TransferConfig):
     resume: bool | str = False  # "auto": where there is a run
     backbone: str = "vgg19"
     swap_max_pool: bool = False
+    pooling: str | None = None  # None: as --load_path says, or max
     upsampling: str | None = None  # None: as --load_path says, or nearest
     padding: str | None = None  # None: as --load_path says, or zeros
     vgg_weights: str = "imagenet"
@@ -80,6 +81,8 @@ class TrainConfig(TransferConfig):
             raise UserError("--new_weights: --load_path says the network whose widths to start with")
         if self.new_weights and not all(self.learning_rates.values()):
             raise UserError("--new_weights: with --encoder_lr 0 or --decoder_lr 0 random weights would stay so")
+        if self.swap_max_pool and self.pooling not in (None, "avg"):
+            raise UserError(f"--swap_max_pool is --pooling avg, and --pooling {self.pooling} was given too")
         if self.warmup_iter + self.decay_iter > self.max_iter:
             raise UserError(f"--warmup_iter {self.warmup_iter} and --decay_iter {self.decay_iter}: together more than "
                             f"--max_iter {self.max_iter}")
@@ -136,7 +139,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
                             f"--backbone says {config.backbone}")
         if config.new_weights:
             initialize(network, network)
-    network.use(config.upsampling, config.padding)
+    network.use(config.upsampling, config.padding, config.pooling)
     config.check_target(network.config)
     teacher = load_teacher(config.teacher, network.config)[0] if config.teacher else None
     return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, teacher, origin)

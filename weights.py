@@ -233,7 +233,7 @@ def load_network(
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error
     if swap_max_pool and config.pooling != "avg":
-        raise UserError(f"--swap_max_pool: {path} was made with max pooling; leave the flag out")
+        raise UserError(f"--swap_max_pool: {path} was made with {config.pooling} pooling; leave the flag out")
     with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out
         wanted = StyleTransferNetwork(config).state_dict()
     _check_tensors(f"{flag} {path}", state_dict, wanted)

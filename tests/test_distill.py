@@ -334,16 +334,18 @@ def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
                      paint(trainer.network.encoder, trainer.network.decoder, pictures)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_student_upsamples_as_its_file_says_unless_another_is_asked_for(tmp_path):
+def test_student_upsamples_and_pools_as_its_file_says_unless_another_is_asked_for(tmp_path):
     files = settings(tmp_path)
     network = small_network()
-    network.use("bilinear")
+    network.use("bilinear", pooling="blur")
     torch.save(model_checkpoint(network), files["load_path"])
-    for changes, desired in (({}, "bilinear"), ({"upsampling": "nearest"}, "nearest")):
+    for changes, desired, pooling in (({}, "bilinear", "blur"), ({"upsampling": "nearest"}, "nearest", "blur"),
+                                      ({"pooling": "avg"}, "bilinear", "avg")):
         trainer = Distiller(DistillConfig(**files | changes), CPU)
         modes = {layer.mode for layer in trainer.network.decoder.layers if isinstance(layer, torch.nn.Upsample)}
         trainer.check(tmp_path, 1)
-        assert modes == {desired} == {load_network(tmp_path / STUDENT_NAME)[0].config.upsampling}
+        saved = load_network(tmp_path / STUDENT_NAME)[0].config
+        assert modes == {desired} == {saved.upsampling} and saved.pooling == pooling
 
 
 def test_new_weights_take_only_the_widths(tmp_path):

@@ -69,7 +69,7 @@ def test_resized_by_hand():
 
 @pytest.mark.parametrize("backbone, pooling, upsampling, padding", [
     ("vgg19", "max", "nearest", "zeros"), ("vgg16", "avg", "bilinear", "reflect"),
-    ("vgg19", "avg", "nearest", "reflect"),
+    ("vgg19", "avg", "nearest", "reflect"), ("vgg19", "blur", "bilinear", "reflect"),
 ])
 @pytest.mark.parametrize("margin", [0, 8, 64])
 @torch.inference_mode()
@@ -105,8 +105,8 @@ def test_a_trace_of_a_size_of_its_own_is_refused():
 # Name of the file: the network, and further flags.
 EXPORTS = {
     "split.onnx": (("vgg19", "max", "nearest", "zeros"), {"split": True, "margin": 16}),
-    "whole.onnx": (("vgg16", "avg", "bilinear", "reflect"), {}),
-    "program.pt2": (("vgg19", "avg", "bilinear", "zeros"), {"margin": 8}),
+    "whole.onnx": (("vgg16", "blur", "bilinear", "reflect"), {}),
+    "program.pt2": (("vgg19", "blur", "bilinear", "zeros"), {"margin": 8}),
     "weights.safetensors": (("vgg16", "max", "nearest", "reflect"), {}),
 }
 

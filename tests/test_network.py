@@ -20,6 +20,8 @@ import weights as weights_module
 from cost import count_macs, count_parameters
 from data import normalize
 from network import (
+    POOLINGS,
+    BlurPool2d,
     LossNetwork,
     NetworkConfig,
     StyleTransferNetwork,
@@ -345,7 +347,7 @@ def test_config_round_trip():
     ("change", "needed"),
     [
         ({"backbone": "resnet50"}, "resnet50"),
-        ({"pooling": "median"}, "median"),
+        ({"pooling": "median"}, "pooling 'median' is none of max, avg, blur"),
         ({"encoder_widths": (4,) * 6}, "7 whole numbers"),
         ({"decoder_widths": (*(4,) * 7, 3)}, "7 whole numbers"),
         ({"encoder_widths": (0, *(4,) * 6)}, "encoder"),
@@ -359,10 +361,51 @@ def test_config_errors(change, needed):
         replace(small_config("vgg16"), **change)
 
 
-@pytest.mark.parametrize(("pooling", "pool"), [("max", nn.MaxPool2d), ("avg", nn.AvgPool2d)])
+@pytest.mark.parametrize(("pooling", "pool"), [("max", nn.MaxPool2d), ("avg", nn.AvgPool2d), ("blur", BlurPool2d)])
 def test_pooling_of_the_encoder(pooling, pool):
-    poolings = [layer for layer in small_network(pooling=pooling).encoder.layers[0] if "Pool" in type(layer).__name__]
-    assert [type(layer) for layer in poolings] == [pool] * 3
+    """Built so, or changed with the same weights: the same layers, and the same tensors in the file."""
+    built, changed = small_network(pooling=pooling), small_network(pooling={"max": "avg"}.get(pooling, "max"))
+    changed.use(pooling=pooling)
+    for network in (built, changed):
+        poolings = [layer for layer in network.encoder.layers[0] if "Pool" in type(layer).__name__]
+        assert [type(layer) for layer in poolings] == [pool] * 3
+    assert_same_network(changed, built)
+    assert built.state_dict().keys() == small_network().state_dict().keys()
+
+
+def test_use_changes_the_pooling_where_the_network_is():
+    network = small_network().double()
+    network.use(pooling="blur")
+    assert network.encoder(torch.rand(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_blur_pool_by_hand():
+    """(1 3 3 1)/8 of the columns 2i - 1 to 2i + 2, reflected at the border; rows likewise; channels alone."""
+    row = torch.tensor([8.0, 16.0, 40.0, 0.0, 80.0, 8.0])
+    columns = torch.tensor([16 + 3 * 8 + 3 * 16 + 40, 16 + 3 * 40 + 0 + 80, 0 + 3 * 80 + 3 * 8 + 80]) / 8.0
+    feature = torch.stack([row.expand(4, 6), 2.0 * row.expand(4, 6)])[None]  # rows are alike: (1, 2, 4, 6)
+    assert_close(BlurPool2d(2)(feature), torch.stack([columns.expand(2, 3), 2.0 * columns.expand(2, 3)])[None])
+    assert_close(BlurPool2d(2)(feature.mT), torch.stack([columns.expand(2, 3), 2.0 * columns.expand(2, 3)])[None].mT)
+
+
+def test_blur_pool_leaves_out_what_the_smaller_grid_cannot_hold():
+    """A pattern of two pixels, which max pooling takes for light, is grey wherever it begins; a constant stays."""
+    pattern = torch.tensor([1.0, 0.0]).repeat(1, 1, 8, 4)
+    for moved in (pattern, pattern.roll(1, 3)):
+        assert_close(BlurPool2d(1)(moved)[..., 1:-1], torch.full((1, 1, 4, 2), 0.5))
+    assert_close(BlurPool2d(1)(torch.full((1, 1, 2, 2), 0.7)), torch.full((1, 1, 1, 1), 0.7))
+
+
+def test_features_follow_a_moved_picture_better_behind_blur_pooling():
+    """Of a picture moved by 4 pixels, half a bottleneck position, they lie between those of its neighbours."""
+    picture = nn.functional.interpolate(random_feature((1, 3, 40, 40), 3), scale_factor=4, mode="bicubic")
+    errors = {}
+    for pooling in POOLINGS:
+        encoder = small_network(pooling=pooling, width=12).encoder
+        still, moved = encoder(picture[..., :-8])[..., 2:-2], encoder(picture[..., 4:-4])[..., 2:-2]
+        between = (still[..., 1:] + still[..., :-1]) / 2
+        errors[pooling] = ((moved[..., :-1] - between).square().mean() / moved.var()).item()
+    assert errors["blur"] < 0.7 * errors["avg"] < 0.7 * errors["max"], errors
 
 
 # --------------------------------------------------------------------------------------------- model files
@@ -378,7 +421,7 @@ def assert_same_network(actual: StyleTransferNetwork, desired: StyleTransferNetw
         assert_close(actual(content, style), desired(content, style))
 
 
-@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_checkpoint_round_trip(tmp_path, backbone, pooling):
     network = small_network(backbone, pooling)
@@ -426,6 +469,8 @@ def test_pruned_file_of_the_original_implementation(tmp_path):
 def test_swap_max_pool_against_the_file_is_refused(tmp_path):
     torch.save(model_checkpoint(small_network(pooling="max")), tmp_path / "max.pth")
     torch.save(model_checkpoint(small_network(pooling="avg")), tmp_path / "avg.pth")
+    torch.save(model_checkpoint(small_network(pooling="blur")), tmp_path / "blur.pth")
+    assert "blur pooling" in user_error(load_network, tmp_path / "blur.pth", swap_max_pool=True)
     assert "--swap_max_pool" in user_error(load_network, tmp_path / "max.pth", swap_max_pool=True)
     assert load_network(tmp_path / "avg.pth", swap_max_pool=True)[0].config.pooling == "avg"
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import figures as figures_module
 from data import normalize, prepare_picture
-from network import NetworkConfig, StyleTransferNetwork
+from network import POOLINGS, NetworkConfig, StyleTransferNetwork
 from prune import (
     PruneConfig,
     Responses,
@@ -72,7 +72,7 @@ def test_cut_pieces_compute_what_the_kept_channels_computed():
     assert_close(cut.decoder(feature[:, [1, 2, 4, 5]]), network.decoder(feature), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_cut_keeps_every_layer_as_it_was(pooling):
     """Kernel, stride, padding and its mode, pooling, upsampling: only two widths change."""
     network = small_network("vgg16", pooling)

@@ -25,7 +25,7 @@ import responses as responses_module
 from cost import conv_layers, count_macs, count_parameters, least_kept
 from data import normalize, prepare_picture
 from main import main
-from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics
+from network import POOLINGS, NetworkConfig, StyleTransferNetwork, adain, channel_statistics
 from prune import PruneConfig, choose_channels, largest_pixel_difference
 from responses import LayerResponses, Responses, find_folders, measure_responses
 from selection import macs_of_widths, most_macs, select_by_magnitude, select_channels
@@ -98,7 +98,7 @@ def test_cut_of_several_layers_is_slicing_by_hand():
 
 
 @pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
-@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_cutting_dead_channels_of_all_layers_changes_no_pixel(backbone, pooling):
     network = small_network(backbone, pooling, width=8)
     dead = {name: [number % 8, (number + 3) % 8] for number, name in enumerate(convs(network.config))}

@@ -21,6 +21,7 @@ from helpers import (
     refusal,
     small_network,
     stop_after,
+    user_error,
     words,
     write_model,
     write_picture,
@@ -120,6 +121,20 @@ def test_upsampling_is_the_files_unless_another_is_asked_for(small, tmp_path):
     assert cut_bottleneck(load_network(tmp_path / "a")[0], range(3)).config.upsampling == "bilinear"
     with pytest.raises(UserError, match="--upsampling"):
         train({"save_path": str(tmp_path / "a"), "resume": True, "upsampling": "nearest", "max_iter": 3})
+
+
+def test_pooling_is_the_files_unless_another_is_asked_for(small, tmp_path):
+    train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, "pooling": "blur"})
+    train({"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2})
+    for name, more, desired in (("b", {}, "blur"), ("c", {"pooling": "max"}, "max"), ("d", {"pooling": "avg"}, "avg")):
+        train(small | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / name), "max_iter": 1} | more)
+        assert load_network(tmp_path / name)[0].config.pooling == desired
+    network = load_network(tmp_path / "a")[0]
+    assert cut_bottleneck(network, range(3)).config.pooling == network.config.pooling == "blur"
+    assert "--pooling" in user_error(train, {"save_path": str(tmp_path / "a"), "resume": True, "pooling": "max",
+                                             "max_iter": 3})
+    message = user_error(train, small | {"save_path": str(tmp_path / "e"), "swap_max_pool": True, "pooling": "blur"})
+    assert "--swap_max_pool" in message and "--pooling blur" in message and not (tmp_path / "e").exists()
 
 
 def test_new_weights_keep_the_widths_alone(tmp_path):

@@ -4,8 +4,10 @@ import json
 
 import plot_runs
 import pytest
+from measure import label_plainly
 from PIL import Image
 
+from figures import new_figure
 from utils import CHECKPOINT_NAME, save_checkpoint
 
 
@@ -59,3 +61,20 @@ def test_refusals(runs, tmp_path, capsys, change, needed):
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {needed}") and captured.err.count("\n") == 1
     assert not (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(("least", "greatest", "desired"), [
+    (0.001, 3.0, ["0.001", "0.01", "0.1", "1"]), (0.05, 0.9, ["0.06", "0.1", "0.2", "0.3", "0.4", "0.6", "1"]),
+    (2.0, 5.0, ["2", "3", "4", "5"]), (0.11, 0.19, [f"{number / 100}" for number in range(11, 20)]),
+])
+def test_labels_of_a_logarithmic_axis_neither_crowd_nor_fail(least, greatest, desired):
+    figure = new_figure(4, 3.6)
+    axes = figure.subplots()
+    axes.plot([0, 1], [least, greatest])
+    axes.set_yscale("log")
+    label_plainly(axes.yaxis)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    places = axes.yaxis.get_majorticklabels() + axes.yaxis.get_minorticklabels()
+    shown = {place.get_position()[1]: place.get_text() for place in places if place.get_text()}
+    assert [shown[value] for value in sorted(shown) if low <= value <= high] == desired

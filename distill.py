@@ -239,7 +239,7 @@ class Distiller:
         output_error = F.mse_loss(output.detach().float(), target.float())
         return loss, torch.stack([loss.detach(), output_error, loss.detach() - output_error])
 
-    def set_rates(self, iteration: int) -> None:
+    def begin(self, iteration: int) -> None:
         """Set the learning rate for the step of an iteration, counted from 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)

@@ -228,6 +228,8 @@ TOPICS = {
         Flag("channel_loss_weight", TRAIN, "weight of the channel loss, which switches channels off", amount),
         Flag("xor_loss_weight", TRAIN, "weight of the xor loss, which makes the same channels off for all pictures",
              amount),
+        Flag("shift_loss_weight", TRAIN, "weight of the shift loss, beyond the papers: a photograph moved by a few "
+             "pixels is to be painted the same, moved, which makes videos calmer; 30 is much", amount),
         Flag("teacher_weight", TRAIN, "weight of the loss that compares with --teacher", amount),
     ),
     "learning": (

@@ -105,6 +105,27 @@ def xor_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     return (sign_sum * off).sum() / (channels * pictures * (pictures - 1) / 2)
 
 
+def moved(image: Tensor, move: Tensor) -> Tensor:
+    """(B, C, H, W), moved up and to the left by `move`, (2,): rows and columns, 0 or more. The last row
+    and column are repeated."""
+    for axis, by in zip((2, 3), move):
+        places = torch.arange(image.shape[axis], device=image.device) + by
+        image = image.index_select(axis, places.clamp_max(image.shape[axis] - 1))
+    return image
+
+
+def shift_loss(output: Tensor, moved_output: Tensor, move: Tensor, stride: int) -> Tensor:
+    """Mean squared difference of the same things in what is painted of a picture and of that picture `moved` by `move`,
+    each less than `stride`: 0 when the paint follows.
+
+    output, moved_output: (B, 3, H, W), ImageNet-normalised, H and W 2 * stride or more. A border is left out, where
+    what has come into the picture and what has left it still tells.
+    """
+    border = min(3 * stride, (min(output.shape[2:]) - stride) // 4)
+    inner = (..., slice(border, -border - stride), slice(border, -border - stride))
+    return F.mse_loss(moved(output, move)[inner].float(), moved_output[inner].float())
+
+
 def nonzero_channels(norm: Tensor) -> Tensor:
     """Number of channels with any response, averaged over pictures. norm: (n, C) from `channel_norm`."""
     return (norm > 0).sum(dim=1).float().mean()

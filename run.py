@@ -50,8 +50,8 @@ class Trainer(Protocol):
     metrics: tuple[str, ...]  # that a step returns; a term before the total that holds it
     shown: tuple[str, ...]  # those beside the progress bar
 
-    def set_rates(self, iteration: int) -> None:
-        """Set the learning rates for the step of an iteration, counted from 1."""
+    def begin(self, iteration: int) -> None:
+        """Set what changes from step to step, as the learning rates, for an iteration, counted from 1."""
 
     def step(self, *batch: Tensor, all_terms: bool) -> dict[str, Tensor]:
         """One step of the optimiser. batch: (B, 3, H, W) each, uint8. Returns metrics as scalars on the device; without
@@ -258,7 +258,7 @@ class Run:
                 batch = [pictures.to(device, non_blocking=True) for pictures in batch]
                 self.iteration += 1
                 is_check = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
-                self.trainer.set_rates(self.iteration)
+                self.trainer.begin(self.iteration)
                 self.sums.add(self.trainer.step(*batch, all_terms=is_check), self.iteration)
                 self.samples_seen += config.batch_size * process_count()
                 # Asking the others costs a round trip, so at the speed of a GPU not at every iteration.

@@ -21,6 +21,7 @@ TERMS = ("content", "style", "uncorrelation", "channel", "xor")
 METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")
 OPTIMIZERS = ("adam", "muon")
 CENSUS_MEMORY = 100  # batches
+MOVES_APART = 29  # has no divisor in common with stride**2 - 1, so that every move has its turn
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TransferConfig:
     uncorrelation_loss_weight: float = 0.01
     channel_loss_weight: float = 1.0
     xor_loss_weight: float = 1.0
+    shift_loss_weight: float = 0.0
     l0_eps: float | str = losses.L0_EPS  # a number, or relative:NUMBER, see compact.Epsilon
     compact_layers: str = "bottleneck"
     compact_cost: str = "count"
@@ -73,7 +75,8 @@ class TransferConfig:
             "channel": self.channel_loss_weight,
             "xor": self.xor_loss_weight,
         }
-        return weights if self.teacher is None else weights | {"distillation": self.teacher_weight}
+        added = {"shift": self.shift_loss_weight} if self.shift_loss_weight else {}
+        return weights | added | ({} if self.teacher is None else {"distillation": self.teacher_weight})
 
     @property
     def takes_census(self) -> bool:
@@ -88,7 +91,7 @@ class TransferConfig:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of what a step returns: METRICS, and what the settings add; terms before their total."""
-        terms = () if self.teacher is None else ("distillation",)
+        terms = tuple(name for name in self.weights if name not in TERMS)
         macs = ("macs",) if self.takes_census else ()
         channel_weight = () if self.target_macs is None else ("channel_weight",)
         return (*terms, *METRICS, *macs, *channel_weight)
@@ -110,6 +113,7 @@ class Pass(NamedTuple):
     output: Tensor  # (B, 3, H, W)
     output_features: list[Tensor]  # of the loss network, shallow to deep
     targets: list[Tensor]  # likewise, of `both`
+    move: Tensor | None  # (2,), see `losses.moved`, for the shift loss
 
 
 class TransferLosses(nn.Module):
@@ -148,13 +152,13 @@ class TransferLosses(nn.Module):
         return torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def forward(
-        self, content: Tensor, style: Tensor, all_terms: bool
+        self, content: Tensor, style: Tensor, all_terms: bool, move: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of the loss for one batch (Kim & Choi, eq. 6: total = content + sum of weight * term).
 
         content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with
-        `all_terms` measured without a gradient. Returns the terms by name, and the channel norms of the
-        global batch, as in `Pass`; the encoder's end with the bottleneck's. Averaged over processes, terms and
+        `all_terms` measured without a gradient. move: as in `Pass`. Returns the terms by name, and the channel norms of
+        the global batch, as in `Pass`; the encoder's end with the bottleneck's. Averaged over processes, terms and
         gradients are those of one process with the whole batch.
         """
         pictures = len(content)
@@ -173,7 +177,7 @@ class TransferLosses(nn.Module):
         norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C)
         if decoder_features:
             norms["decoder"] = self._norms(decoder_features)  # (B * processes, C')
-        passed = Pass(both, feature, self.compact.spared(norms), output, output_features, targets)
+        passed = Pass(both, feature, self.compact.spared(norms), output, output_features, targets, move)
         terms = {name: self._term(name, passed) for name, weight in self.config.weights.items() if weight}
         if all_terms:
             with torch.no_grad():
@@ -217,8 +221,21 @@ class TransferLosses(nn.Module):
                 return self.compact.channel_loss(passed.norms)
             case "xor":
                 return self.compact.xor_loss(passed.norms)
+            case "shift":
+                moved_output = self._paint_moved(passed)
+                return losses.shift_loss(passed.output, moved_output, passed.move, self.network.config.stride)
             case "distillation":
                 return self._distillation(passed)
+
+    def _paint_moved(self, passed: Pass) -> Tensor:
+        """The output for the content pictures `losses.moved`, in the same styles."""
+        pictures = len(passed.output)
+        content = losses.moved(passed.both[:pictures], passed.move)
+        with self.autocast(content.device):
+            feature = self.network.encoder(content.contiguous(memory_format=self.formats["encoder"]))
+        aligned = adain(feature, *channel_statistics(passed.feature[pictures:]))
+        with self.autocast(content.device):
+            return self.network.decoder(aligned.contiguous(memory_format=self.formats["decoder"]))
 
     def _distillation(self, passed: Pass) -> Tensor:
         """See `losses.distillation_loss`."""
@@ -246,6 +263,12 @@ class TransferTrainer:
         self.device = device
         self.metrics, self.shown = config.metrics, config.shown
         self.vgg_origin = vgg_origin
+        self.move = None
+        if config.shift_loss_weight:
+            stride = network.config.stride
+            every = [(rows, columns) for rows in range(stride) for columns in range(stride)]
+            self.moves = torch.tensor(every[1:], device=device)
+            self.move = self.moves[0]
         self.preview_pictures: tuple[Tensor, Tensor] | None = None  # content and style for `check`, (n, 3, H, W), uint8
         self.network = network.to(device).train()
         amp_dtype, processes = autocast_dtype(config.amp, device), process_count()
@@ -293,7 +316,7 @@ class TransferTrainer:
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
-        terms, norms = self.model(normalize(content), normalize(style), all_terms)
+        terms, norms = self.model(normalize(content), normalize(style), all_terms, self.move)
         weights, progress = self.follow(norms)
         total = sum(weights[name] * terms[name] for name, weight in self.config.weights.items() if weight)
         total.backward()
@@ -307,8 +330,10 @@ class TransferTrainer:
             "channels_off_for_some": off.any(dim=0).sum().float(),
         }
 
-    def set_rates(self, iteration: int) -> None:
-        """Set the learning rates for the step of an iteration, counted from 1."""
+    def begin(self, iteration: int) -> None:
+        """Set the learning rates, and the move of the shift loss, for the step of an iteration, counted from 1."""
+        if self.move is not None:
+            self.move = self.moves[MOVES_APART * iteration % len(self.moves)]
         share = self.config.rate_share(iteration)
         for group, part in zip(self.optimizer.param_groups, self.group_parts):
             group["lr"] = self.config.learning_rates[part] * share
@@ -355,7 +380,7 @@ class TransferTrainer:
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
                             "start a new run with --load_path for that")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.set_rates(checkpoint["iteration"])  # load_state_dict put those of its run back
+        self.begin(checkpoint["iteration"])  # load_state_dict put those of its run back
         if self.losses.teacher is not None:
             self.losses.projection.load_state_dict(checkpoint["projection"])
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers

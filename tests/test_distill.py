@@ -141,7 +141,7 @@ def test_positions_take_the_folders_in_turn(monkeypatch):
 
 def step(trainer: Distiller, iteration: int, *pictures: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a run does at each iteration."""
-    trainer.set_rates(iteration)
+    trainer.begin(iteration)
     return trainer.step(*pictures)
 
 

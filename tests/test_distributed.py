@@ -55,7 +55,8 @@ with process_group(device):
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
-EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, teacher="given", max_iter=20)
+EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, teacher="given", max_iter=20,
+                   shift_loss_weight=30.0)
 # An epsilon relative to the mean over both processes' pictures.
 RELATIVE = dict(compact_layers="decoder", l0_eps="relative:0.1")
 

@@ -13,7 +13,8 @@ from transfer import TransferTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
-EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l0_eps="relative:0.1", teacher="given")
+EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l0_eps="relative:0.1", teacher="given",
+                   shift_loss_weight=30.0)
 
 
 def gpu_trainer(**settings) -> TransferTrainer:

@@ -12,7 +12,9 @@ from loss import (
     content_loss,
     gram_matrix,
     l0_norm,
+    moved,
     nonzero_channels,
+    shift_loss,
     style_loss,
     uncorrelation_loss,
     xor_loss,
@@ -258,6 +260,37 @@ def test_channels_that_are_off_stay_off():
     (channel_loss(norm) + xor_loss(norm)).backward()
     assert_close(feature.grad[:, 1], torch.zeros(2, 3, 3), rtol=0, atol=0)
     assert feature.grad[:, 0].abs().max() > 0
+
+
+def test_moved_by_hand():
+    image = torch.arange(12.0).view(1, 1, 3, 4)  # rows 0 1 2 3, 4 5 6 7 and 8 9 10 11
+    assert moved(image, torch.tensor([1, 2]))[0, 0].tolist() == [[6, 7, 7, 7], [10, 11, 11, 11], [10, 11, 11, 11]]
+    assert torch.equal(moved(image, torch.tensor([0, 0])), image)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (128, 40)])
+@pytest.mark.parametrize("move", [(0, 1), (7, 0), (7, 7)])
+def test_shift_loss_of_paint_that_follows_is_zero(size, move):
+    """Whatever the border shows, where the two pictures differ."""
+    rows, columns = move
+    scene = wave((2, 3, size[0] + 7, size[1] + 7), 0.37, 1.0)
+    still, follows = (scene[:, :, top : top + size[0], left : left + size[1]]
+                      for top, left in ((0, 0), (rows, columns)))
+    edge = torch.zeros(size)
+    edge[:2], edge[-8:], edge[:, :2], edge[:, -8:] = 1.0, 1.0, 1.0, 1.0
+    assert shift_loss(still, follows + edge, torch.tensor(move), 8) == 0
+    assert_close(shift_loss(still, follows + 0.5, torch.tensor(move), 8), torch.tensor(0.25))
+    assert shift_loss(still, still, torch.tensor(move), 8) > 0.01
+
+
+def test_shift_loss_by_hand():
+    """Of 16 x 16 pixels at a stride of 8, the inner 4 x 4 count, in three colours; one differs, in one colour, by 6."""
+    output = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    moved_output = torch.zeros(1, 3, 16, 16)
+    moved_output[0, 1, 3, 4] = 6.0
+    shift_loss(output, moved_output, torch.tensor([2, 1]), 8).backward()
+    assert_close(shift_loss(output, moved_output, torch.tensor([2, 1]), 8), torch.tensor(36.0 / 48.0))
+    assert output.grad.nonzero().tolist() == [[0, 1, 5, 5]]
 
 
 def test_nonzero_channels_counts_per_picture():

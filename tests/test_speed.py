@@ -90,9 +90,12 @@ def test_bfloat16_curves_stay_together():
 def test_compiled_step_equals_eager_step():
     """Losses and gradients, also where a check measures the terms of weight 0. (tests/test_gpu.py has every layer: on a
     CPU that compiles for minutes.)"""
-    settings = dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | {"xor_loss_weight": 0.0}
+    settings = dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON
+    settings |= {"shift_loss_weight": 30.0, "xor_loss_weight": 0.0}
     eager, compiled = (make_trainer(compile=compile, **settings) for compile in (False, True))
     for number, all_terms in enumerate((False, True, False)):
+        for trainer in (eager, compiled):
+            trainer.begin(number + 1)
         desired, actual = (trainer.step(*batch(number), all_terms=all_terms) for trainer in (eager, compiled))
         assert desired.keys() == actual.keys()
         for name, value in desired.items():

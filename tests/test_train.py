@@ -46,7 +46,7 @@ from weights import load_network
 @pytest.mark.parametrize("check_iter", [1, 4])
 def test_resumed_run_equals_uninterrupted_run(small, tmp_path, check_iter):
     """3 + 3 iterations give the losses and weights of 6, also when a check spans the interruption."""
-    settings = small | {"check_iter": check_iter}
+    settings = small | {"check_iter": check_iter, "shift_loss_weight": 30.0}
     train(settings | {"save_path": str(tmp_path / "whole"), "max_iter": 6})
     train(settings | {"save_path": str(tmp_path / "halves"), "max_iter": 3, "num_workers": 1})
     train({"save_path": str(tmp_path / "halves"), "resume": True, "max_iter": 6})
@@ -208,11 +208,12 @@ def test_compile_without_a_compiler_is_one_line(small, tmp_path, monkeypatch, ca
     """The step is cut short to its first loss: what is compiled does not matter where nothing can be."""
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(transfer_module.TransferLosses, "forward",
-                        lambda self, content, style, all_terms: ({"content": content.sin().sum()}, {}))
-    line = refusal(capsys, "--mode", "train", *words(small | {"save_path": tmp_path, "max_iter": 1, "compile": True}))
+                        lambda self, content, style, all_terms, move: ({"content": content.sin().sum()}, {}))
+    with inductor.patch({"cpp.cxx": ("/no/compiler",)}):
+        line = refusal(capsys, "--mode", "train",
+                       *words(small | {"save_path": tmp_path, "max_iter": 1, "compile": True}))
     assert "error: --compile: torch.compile failed" in line and "/no/compiler" in line
 
 
@@ -254,7 +255,7 @@ def test_run_learns_at_the_rates_of_its_iterations(small, tmp_path):
     assert rates == pytest.approx([0.25 * 5e-5, 0.25 * 1e-3])
     scheduled = make_trainer(small_network(), warmup_iter=4)
     plain = make_trainer(small_network(), encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)
-    scheduled.set_rates(1)
+    scheduled.begin(1)
     for trainer in (scheduled, plain):
         trainer.step(*random_batch())
     for actual, desired in zip(scheduled.network.parameters(), plain.network.parameters()):
@@ -302,6 +303,47 @@ def test_step_matches_the_definition():
     for (name, actual), wanted in zip(trainer.network.named_parameters(), plain.network.parameters()):
         error = (actual.grad - wanted.grad).norm() / wanted.grad.norm()
         assert error < 1e-4, (name, error)
+
+
+def test_shift_loss_of_the_step():
+    """Against two separate passes: a photograph, and the same moved, in the style of the same pictures."""
+    trainer, plain = (make_trainer(shift_loss_weight=30.0, encoder_lr=rate) for rate in (5e-5, 0.0))
+    for frozen in (trainer, plain):  # a frozen encoder is the loss network
+        frozen.begin(3)
+    content, style = random_batch(32)
+    step = trainer.step(content, style)
+    network = make_trainer().network
+    rows, columns = trainer.move.tolist()
+    code = network.style_code(normalize(style))
+    outputs = [network.stylize(normalize(picture), code)
+               for picture in (content, losses.moved(content, trainer.move))]
+    inner = (..., slice(6, 18), slice(6, 18))  # of 32 x 32 pixels, a quarter of 24 at each border, and a stride
+    desired = (outputs[0][..., rows:, columns:][inner] - outputs[1][inner]).square().mean()
+    assert desired > 0
+    for actual in (step, plain.step(content, style)):
+        assert_close(actual["shift"], desired, rtol=1e-4, atol=0)
+    without = make_trainer().step(content, style)
+    assert "shift" not in without
+    assert_close(step["total"], without["total"] + 30.0 * desired, rtol=1e-4, atol=0)
+
+
+def test_shift_loss_takes_every_move_in_turn():
+    trainer = make_trainer(small_network(), shift_loss_weight=1.0)
+    moves = []
+    for iteration in range(1, 64):
+        trainer.begin(iteration)
+        moves.append(tuple(trainer.move.tolist()))
+    assert set(moves) == {(rows, columns) for rows in range(8) for columns in range(8)} - {(0, 0)}
+
+
+def test_shift_loss_makes_paint_follow():
+    """A few dozen steps on one batch."""
+    trainer = make_trainer(small_network(), shift_loss_weight=1000.0)
+    steps = []
+    for iteration in range(1, 64):
+        trainer.begin(iteration)
+        steps.append(trainer.step(*random_batch())["shift"].item())
+    assert sum(steps[-10:]) < 0.5 * sum(steps[:10])
 
 
 def test_weight_zero_is_logged_but_gives_no_gradient():

@@ -176,10 +176,10 @@ narrow() {
         --report_size 32 --prune_nums 0 --save_path "$out/$1_cut"
     [ -e "$marks/$1_cut.done" ] || exit 1
     learn "$1_student" 1 $student_iterations 0 --mode distill --teacher "$out/baseline" --load_path "$out/$1_cut" \
-        --new_weights "${student_crops[@]}" --lr 3e-3
+        --new_weights --pooling blur "${student_crops[@]}" --lr 3e-3
     learn "$1" "$5" $iterations 50 --mode train --vgg_weights "$VGG" --load_path "$out/$1_student" "${crops[@]}" \
         --lr "$4" --optimizer muon --warmup_iter $warmup --style_loss_weight 100 --uncorrelation_loss_weight 0 \
-        --channel_loss_weight 0 --xor_loss_weight 0 --wb_mode disabled $FLAGS
+        --channel_loss_weight 0 --xor_loss_weight 0 --shift_loss_weight 15 --wb_mode disabled $FLAGS
 }
 
 trap '"$py" benchmarks/report.py "$out"' EXIT

@@ -1,7 +1,7 @@
 """What a network costs: parameters, multiply-adds, time."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -19,11 +19,11 @@ def count_macs(config: NetworkConfig, size: int) -> int:
     """Multiply-adds of stylising one pair of `size` x `size` pictures (content and style through the encoder,
     one through the decoder), by torch's own FLOP counter; nothing is computed.
 
-    Of the layers as they are defined, so that figures compare with published ones: `upsampled_conv` does
-    the same in fewer.
+    Of the convs as they are defined, so that figures compare with published ones, and as all budgets of multiply-adds
+    count them: `upsampled_conv` does the same in fewer, poolings count for none.
     """
     with torch.device("meta"):
-        network = StyleTransferNetwork(config)
+        network = StyleTransferNetwork(replace(config, pooling="max"))  # the counter sees none but a blur
         image = torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.encoder(image)
@@ -63,7 +63,7 @@ class ConvLayer:
 def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
     """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures.
 
-    The multiply-adds add up to `count_macs(config, size)`, less those of a blur pooling, without a network being built.
+    The multiply-adds add up to `count_macs(config, size)`, without a network being built.
     """
     layout, widths = ENCODERS[config.backbone], iter(config.widths)
     layers, width_in, side, index = [], 3, size, 0

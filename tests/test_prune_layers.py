@@ -58,10 +58,12 @@ PAIRS = [(random_picture(0, (37, 21)), random_picture(1, (24, 32))),
 
 @pytest.mark.parametrize("size", [64, 72, 100])
 @pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
-def test_layers_are_the_networks_convs_and_their_macs_add_up(backbone, size):
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_layers_are_the_networks_convs_and_their_macs_add_up(backbone, pooling, size):
+    """Whatever stands between the convs, so that no budget of multiply-adds is missed by what a pooling takes."""
     widths = {"vgg19": [3, 5, 4, 7, 6, 2, 9, 8, 5, 7, 1, 4, 6, 3, 8, 5, 2, 3],
               "vgg16": [3, 5, 4, 7, 6, 2, 9, 8, 5, 7, 1, 4, 6, 3]}[backbone]
-    config = small_config(backbone).with_widths(widths)
+    config = small_config(backbone, pooling).with_widths(widths)
     network = StyleTransferNetwork(config)
     layers = conv_layers(config, size)
     assert [f"{layer.name}.weight" for layer in layers] == [name for name in network.state_dict() if "weight" in name]

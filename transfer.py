@@ -235,7 +235,7 @@ class TransferLosses(nn.Module):
             feature = self.network.encoder(content.contiguous(memory_format=self.formats["encoder"]))
         aligned = adain(feature, *channel_statistics(passed.feature[pictures:]))
         with self.autocast(content.device):
-            return self.network.decoder(aligned.contiguous(memory_format=self.formats["decoder"]))
+            return self._decode(aligned)[-1]
 
     def _distillation(self, passed: Pass) -> Tensor:
         """See `losses.distillation_loss`."""

@@ -32,15 +32,15 @@ demo: $(VENV)/.requirements
 test: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --dist worksteal tests
 
-web/node_modules/.made: web/package.json
-	npm install --prefix web --no-package-lock --no-audit --no-fund --loglevel error
+exporting/page/node_modules/.made: exporting/page/package.json
+	npm install --prefix exporting/page --no-package-lock --no-audit --no-fund --loglevel error
 	@touch $@
 
-test-browser: $(VENV)/.requirements-dev web/node_modules/.made
-	PYTHON=$(abspath $(RUN)) node --test web/test/page.test.mjs
+test-browser: $(VENV)/.requirements-dev exporting/page/node_modules/.made
+	PYTHON=$(abspath $(RUN)) node --test exporting/page/test/page.test.mjs
 
 lint: $(VENV)/.requirements-dev
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf $(VENV) web/node_modules demo
+	rm -rf $(VENV) exporting/page/node_modules demo

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from data import MAX_PIXELS, FailedPictures, normalize, open_folder, open_triples, split_holdout
 from loss import distillation_loss, painted_loss
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
-from run import Checked, Run, is_finished, open_config
-from runfolder import CheckpointFolder, WandbRun
-from sampling import CropConfig, MixedPictures, PaintedTriples, PicturesByPosition, check_failures, collate
+from training.loop import Checked, Run, is_finished, open_config
+from training.run_folder import CheckpointFolder, WandbRun
+from training.sampling import CropConfig, MixedPictures, PaintedTriples, PicturesByPosition, check_failures, collate
 from utils import (
     UserError,
     allow_tf32,

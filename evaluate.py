@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-from control import check_styles
-from cost import count_parameters
 from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
-from figures import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
-from painting import Model, Painting, Skipped
-from pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
-from quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
-from stylize import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, decode_in_half, open_mask, open_model
+from network import count_parameters
+from painting.control import check_styles
+from painting.many import Model, Painting, Skipped
+from painting.pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
+from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
+from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, decode_in_half, open_mask, open_model
+from painting.video import makes_video, stylize_video
 from utils import (
     UserError,
     allow_tf32,
@@ -33,7 +34,6 @@ from utils import (
     resolve_device,
     write_text_atomically,
 )
-from video import makes_video, stylize_video
 from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture

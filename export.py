@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from data import MAX_PIXELS, denormalize, find_split, normalize
-from graphs import ContentGraph, Graph, PairGraph, StyleGraph, fill_up, trace
+from exporting.graphs import ContentGraph, Graph, PairGraph, StyleGraph, fill_up, trace
+from exporting.integers import INTEGER_MULTIPLE, quantize
+from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from network import StyleTransferNetwork
-from pairs import choose_pairs, load_measurable
-from quality import Measurement, Meter, ssim
-from quantize import INTEGER_MULTIPLE, quantize
-from stylize import check_margin, open_model
+from painting.pairs import choose_pairs, load_measurable
+from painting.quality import Measurement, Meter, ssim
+from painting.stylizer import check_margin, open_model
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
-from webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
 
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
@@ -402,7 +402,8 @@ def export(given: dict) -> int:
         page = page_files(written, name, graphs, styles, config.margin)
         write_page(path, page)
         size = sum(map(len, page.values())) / 2**20
-        note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: python web/serve.py {path}")
+        note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: "
+             f"python exporting/page/serve.py {path}")
         return 0
     if config.int8:
         filled = make_files(fill_up(network, INTEGER_MULTIPLE), checkpoint, config)

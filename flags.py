@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from compact import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
-from control import PRESERVED
 from data import TRIPLE
 from distill import DistillConfig
 from evaluate import OUTPUT_NAME, TestConfig
 from export import FORMATS, ExportConfig
 from loss import STYLE_LOSSES
 from network import BACKBONES, PADDINGS, POOLINGS, UPSAMPLINGS
+from painting.control import PRESERVED
+from painting.quality import METRICS
 from prune import PRUNE_RANKS, PRUNED_LAYERS, PruneConfig
-from quality import METRICS
 from train import TrainConfig
-from transfer import OPTIMIZERS
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, Epsilon
+from training.step import OPTIMIZERS
 from weights import VGG_SOURCES
 
 ROOT = Path(__file__).parent

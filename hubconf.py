@@ -1,6 +1,6 @@
 """`torch.hub.load(repository, "compact")`: the models of model-store/, each as a `Stylizer`."""
 
-from stylize import Stylizer
+from painting.stylizer import Stylizer
 from weights import MODEL_STORE
 
 dependencies = ["torch", "torchvision", "PIL", "numpy", "tqdm"]

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost import bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
 from data import MAX_PIXELS, denormalize, normalize
-from figures import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
-from network import StyleTransferNetwork
-from responses import Responses, find_folders, measure_responses
-from selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
-from stylize import DEMO_CONTENT, DEMO_STYLE, check_margin, load_input, open_model
-from surgery import cut_bottleneck, cut_channels
+from network import StyleTransferNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, check_margin, load_input, open_model
+from pruning.plots import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
+from pruning.responses import Responses, find_folders, measure_responses
+from pruning.selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
+from pruning.surgery import cut_bottleneck, cut_channels
 from utils import (
     UserError,
     allow_tf32,

@@ -4,13 +4,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from compact import COMPACT_LAYERS, range_of_macs
 from data import MAX_PIXELS, open_folder, split_holdout
 from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
-from run import Run, is_finished, open_config
-from runfolder import CheckpointFolder, WandbRun
-from sampling import CropConfig, PictureCache, TrainingPictures, check_failures, collate
-from transfer import TransferConfig, TransferTrainer
+from training.compaction import COMPACT_LAYERS, range_of_macs
+from training.loop import Run, is_finished, open_config
+from training.run_folder import CheckpointFolder, WandbRun
+from training.sampling import CropConfig, PictureCache, TrainingPictures, check_failures, collate
+from training.step import TransferConfig, TransferTrainer
 from utils import (
     UserError,
     allow_tf32,

@@ -10,8 +10,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from cost import conv_layers
-from network import BACKBONES, LossNetwork, NetworkConfig, StyleTransferNetwork
+from network import BACKBONES, LossNetwork, NetworkConfig, StyleTransferNetwork, conv_layers
 from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
 
 MODEL_STORE = Path(__file__).parent / "model-store"

@@ -20,7 +20,7 @@ from measure import print_json, spread, versions, write_pictures
 
 from data import denormalize, normalize, prepare_picture, to_pil
 from evaluate import test
-from figures import contact_sheet
+from painting.sheets import contact_sheet
 from utils import UserError, allow_tf32, resolve_device
 from weights import COMPACT_MODEL, load_network
 

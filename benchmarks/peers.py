@@ -31,7 +31,6 @@ from measure import print_json, spread, versions
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from cost import count_macs, count_parameters
 from data import (
     TRIPLE,
     PictureError,
@@ -44,11 +43,12 @@ from data import (
     to_pil,
 )
 from evaluate import TestConfig, model_names
-from figures import COMPARED_ROWS, comparison_sheet
 from flags import amount, count, count_or_zero, share
-from pairs import choose_pairs
-from quality import INTERVAL, METRICS, Measurement, Meter
-from stylize import Stylizer
+from network import count_macs, count_parameters
+from painting.pairs import choose_pairs
+from painting.quality import INTERVAL, METRICS, Measurement, Meter
+from painting.sheets import COMPARED_ROWS, comparison_sheet
+from painting.stylizer import Stylizer
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically
 from weights import find_model_file
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from measure import label_plainly, print_json
 
 from evaluate import model_names
-from figures import new_figure
+from pruning.plots import new_figure
 from utils import CHECKPOINT_NAME, UserError, load_checkpoint, make_folder
 
 PANELS = ("channels off", "content", "style")

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from measure import label_plainly, print_json, spread, versions
 
-from cost import count_macs, count_parameters, time_pairs
-from figures import new_figure
-from network import StyleTransferNetwork
-from quality import mean_and_margin
+from network import StyleTransferNetwork, count_macs, count_parameters, time_pairs
+from painting.quality import mean_and_margin
+from pruning.plots import new_figure
 from utils import UserError, make_folder, resolve_device
 from weights import load_network
 

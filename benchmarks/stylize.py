@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 from measure import peak_memory, print_json, spread, versions
 
-from cost import count_macs, count_parameters
-from network import BACKBONES, NetworkConfig, StyleTransferNetwork
-from stylize import Stylizer
-from tiling import TILES, least_tile, memory_needed
+from network import BACKBONES, NetworkConfig, StyleTransferNetwork, count_macs, count_parameters
+from painting.stylizer import Stylizer
+from painting.tiling import TILES, least_tile, memory_needed
 from utils import UserError, free_memory, resolve_device, time_in_turns
 from weights import load_network
 

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import find_pictures
 from network import NetworkConfig, build_from_vgg
-from sampling import PictureCache, TrainingPictures, training_batches
 from train import TrainConfig
-from transfer import TransferTrainer
+from training.sampling import PictureCache, TrainingPictures, training_batches
+from training.step import TransferTrainer
 from utils import UserError, autocast_dtype, keep_freed_memory, resolve_device, seed_everything, time_in_turns
 from weights import load_vgg
 

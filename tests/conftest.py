@@ -1,4 +1,4 @@
-"""Before any test: the modules and the benchmarks on the path, and the fixtures that several files use."""
+"""Before any test: the modules and the scripts on the path, and the fixtures that several files use."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: both have a stylize.py
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "model-store")]
 
 from helpers import REFERENCE, SMALL_TRAINING, small_network, write_model, write_noise  # noqa: E402
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import run as run_module
 from data import PictureError, load_picture
 from main import main
 from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network
 from train import TrainConfig
-from transfer import TransferTrainer
+from training import loop as run_module
+from training.step import TransferTrainer
 from utils import UserError, save_checkpoint
 from weights import load_vgg, model_checkpoint
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import run  # noqa: E402
 from main import main  # noqa: E402
+from training import loop as run  # noqa: E402
 
 
 class ReportingSums(run.MetricSums):

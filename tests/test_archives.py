@@ -30,9 +30,9 @@ import data
 from data import find_pictures, is_searched, load_picture, look_through, open_folder, split_holdout
 from main import main
 from prune import PruneConfig, _compared_pairs
-from responses import Responses
-from sampling import CropConfig, PictureCache, TrainingPictures, training_batches
+from pruning.responses import Responses
 from train import train
+from training.sampling import CropConfig, PictureCache, TrainingPictures, training_batches
 from weights import load_network
 
 CROP = CropConfig(imsize=20, cropsize=16, centered=False, max_pixels=10**8)
@@ -399,12 +399,12 @@ def test_cache_knows_a_member_by_its_place_and_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.zip").symlink_to("photos.zip")
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.load_resized", None)  # nothing is decoded again
+        patch.setattr("training.sampling.load_resized", None)  # nothing is decoded again
         assert cache.open(Path("photos.zip/a.png"), 16).tobytes() == first["a"]
         assert cache.open(Path("link.zip/b.png"), 16).tobytes() == first["b"]
     write_archive(archive, a=picture_bytes(3), b=picture_bytes(2), c=picture_bytes(4))
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.load_resized", None)
+        patch.setattr("training.sampling.load_resized", None)
         assert cache.open(archive / "b.png", 16).tobytes() == first["b"]
     write_picture(tmp_path / "same.png", (20, 16))
     assert cache.open(archive / "a.png", 16).tobytes() not in first.values()

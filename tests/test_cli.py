@@ -17,7 +17,7 @@ import main as command_line
 from data import denormalize, find_pictures, normalize, prepare_picture, split_holdout, to_pil
 from main import main
 from network import NetworkConfig, StyleTransferNetwork
-from stylize import DEMO_CONTENT, DEMO_STYLE
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE
 from utils import UserError, save_checkpoint
 from weights import COMPACT_MODEL, load_network, model_checkpoint
 

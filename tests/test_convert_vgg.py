@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import convert_vgg
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from helpers import user_error
 from PIL import Image
 
-import convert_vgg
 from data import find_pictures, normalize, pil_to_tensor, prepare_picture
 from network import LossNetwork
 from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, load_vgg

@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import refused, user_error, write_map, write_picture
+from helpers import ROOT, refused, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
-import sampling
 from data import (
     FailedPictures,
     PictureError,
@@ -26,7 +25,8 @@ from data import (
     save_picture,
     to_pil,
 )
-from sampling import CropConfig, PictureCache, TrainingPictures, check_failures, training_batches
+from training import sampling
+from training.sampling import CropConfig, PictureCache, TrainingPictures, check_failures, training_batches
 
 PILLOW_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # pixels, Pillow's own default; twice that is an error there
 MANY = 10**9
@@ -657,8 +657,9 @@ def test_kill_while_writing_leaves_nothing_that_is_read(tmp_path, monkeypatch):
     cache.folder.mkdir()
     script = f"""
 import sys, os
-sys.path.insert(0, {str(sampling.__file__).rsplit(os.sep, 1)[0]!r})
-import numpy as np, sampling
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+from training import sampling
 def half(handle, array):
     handle.write(b"half a pic"); handle.flush(); os.kill(os.getpid(), 9)
 np.save = half

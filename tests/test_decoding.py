@@ -30,7 +30,7 @@ from data import (
     prepare_picture,
 )
 from metadata import srgb_conversion
-from sampling import PictureCache
+from training.sampling import PictureCache
 
 MANY = 10**9
 

@@ -18,11 +18,11 @@ from helpers import ROOT, read_metrics, refusal, user_error, words
 from torch.testing import assert_close
 
 import data
-import sampling
 from evaluate import test as stylise
-from runfolder import LOCK_NAME, CheckpointFolder
-from sampling import _Batch, collate, training_batches
 from train import train
+from training import sampling
+from training.run_folder import LOCK_NAME, CheckpointFolder
+from training.sampling import _Batch, collate, training_batches
 from utils import usable_cores, worker_count
 from weights import BUNDLED_VGG19, same_vgg
 

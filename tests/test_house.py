@@ -1,4 +1,4 @@
-"""The house of DESIGN.md: every module stands in a row, and imports only from the rows below."""
+"""The house: every module stands in a row, and imports only from the rows below."""
 
 import ast
 
@@ -7,41 +7,54 @@ from helpers import ROOT
 
 # Lowest first; a module of one row may not import another of the same.
 ROWS = (
-    ("utils", "metadata", "archives"),
-    ("runfolder", "loss", "data", "network", "muon", "smoothing"),
-    ("cost", "sampling"),
-    ("weights", "compact", "graphs", "quantize", "tiling", "control"),
-    ("quality", "responses", "surgery", "stylize"),
-    ("selection", "figures", "webpage"),
-    ("run", "pairs"),
-    ("transfer", "painting", "video"),
-    ("train", "distill", "evaluate", "prune", "export", "convert_vgg"),  # the modes, and a script that stands alone
+    ("utils", "metadata", "archives", "loss"),
+    ("network", "data"),
+    ("weights",),
+    # The wings, each module above those that it uses.
+    ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "painting.smoothing",
+     "painting.tiling", "painting.control", "painting.quality", "painting.sheets", "pruning.surgery",
+     "exporting.graphs", "exporting.integers"),
+    ("training.loop", "painting.stylizer"),
+    ("painting", "training.step"),
+    ("painting.pairs", "pruning.responses", "exporting.webpage"),
+    ("painting.many", "painting.video", "pruning.selection", "pruning.plots"),
+    ("train", "distill", "evaluate", "prune", "export"),  # the modes
     ("flags", "hubconf"),  # a script of torch.hub
     ("main",),
 )
-ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
-MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+WINGS = ("training", "painting", "pruning", "exporting")
+MAY_USE = {"training": (), "painting": (), "pruning": ("painting",), "exporting": ("painting",)}  # beside themselves
+ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row} | {wing: 0 for wing in WINGS
+                                                                                  if wing != "painting"}
+
+
+def name_of(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for folder in (ROOT, *(ROOT / wing for wing in WINGS))
+           for path in sorted(folder.glob("*.py")) if path.name != "serve.py"}
 
 
 def imported(source: str) -> set[str]:
-    """The top-level names of every import in the source, wherever it stands."""
+    """The modules of every import in the source, wherever it stands; of `from a import b` both a and a.b."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import: the modules are flat"
-            found.add(node.module.split(".")[0])
+            assert node.level == 0, "a relative import: modules are named in full"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
 def test_imports_are_found_wherever_they_stand():
     source = "import a.b, c as d\nfrom e.f import g\ndef h():\n    from i import j\n    import k\n"
-    assert imported(source) == {"a", "c", "e", "i", "k"}
+    assert imported(source) == {"a.b", "c", "e.f", "e.f.g", "i", "i.j", "k"}
 
 
 def test_every_module_stands_in_one_row():
-    assert sum(len(row) for row in ROWS) == len(ROW_OF)
+    assert sum(len(row) for row in ROWS) + len(WINGS) - 1 == len(ROW_OF)
     assert MODULES.keys() == ROW_OF.keys()
 
 
@@ -50,3 +63,10 @@ def test_imports_go_strictly_down(module):
     own = imported(MODULES[module].read_text()) & MODULES.keys()
     upwards = [other for other in sorted(own) if ROW_OF[other] >= ROW_OF[module]]
     assert not upwards, f"{module}.py imports {', '.join(upwards)}, which stand no lower"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_wings_use_only_the_wings_that_they_may(wing):
+    used = {other.split(".")[0] for module, path in MODULES.items() if module.split(".")[0] == wing
+            for other in imported(path.read_text()) & MODULES.keys()}
+    assert not used & set(WINGS) - {wing, *MAY_USE[wing]}

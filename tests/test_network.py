@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 import network as network_module
 import weights as weights_module
-from cost import count_macs, count_parameters
 from data import normalize
 from network import (
     POOLINGS,
@@ -28,9 +27,11 @@ from network import (
     adain,
     build_from_vgg,
     channel_statistics,
+    count_macs,
+    count_parameters,
     upsampled_conv,
 )
-from surgery import cut_bottleneck
+from pruning.surgery import cut_bottleneck
 from weights import conv_indices, find_model_file, load_network, load_vgg, model_checkpoint
 
 BACKBONES = ("vgg19", "vgg16")

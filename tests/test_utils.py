@@ -11,7 +11,7 @@ import torch
 from helpers import CPU, read_metrics, user_error
 from torch.testing import assert_close
 
-from runfolder import CheckpointFolder, MetricFile, wandb_key_is_configured
+from training.run_folder import CheckpointFolder, MetricFile, wandb_key_is_configured
 from utils import (
     autocast_dtype,
     catch_stop_signals,

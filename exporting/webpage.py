@@ -1,0 +1,138 @@
+"""A page that paints in the browser: a folder for any static web server, with a network and some styles in it."""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from data import center_crop, denormalize, find_pictures, load_resized, normalize, prepare_picture
+from network import StyleTransferNetwork
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, usable
+from utils import UserError, make_folder
+
+ROOT = Path(__file__).parent.parent
+WEB = ROOT / "exporting" / "page"
+STYLES = DEMO_STYLE.parent
+SOURCES = ROOT / "imgs" / "SOURCES.tsv"  # of the bundled pictures, with their licences
+MAX_STYLES = 48
+THUMBNAIL = 160  # pixels a side
+
+OWN_FILES = ("index.html", "page.css", "page.js", "painter.js")
+RUNTIME = "onnxruntime-web"
+# The first two are for WebGPU, the others, which are smaller, for the processor: a browser loads one pair.
+RUNTIME_FILES = ("ort.jspi.bundle.min.mjs", "ort-wasm-simd-threaded.jspi.wasm",
+                 "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+# WebGPU's convolution of onnxruntime-web 1.30 is wrong where the channels that come in are no multiple of this (but 3).
+CHANNEL_MULTIPLE = 4  # see graphs.fill_up
+
+CHECK_SIZE = (20, 28)  # height and width of the picture that every browser has to paint rightly first
+MEMORY = 2**30  # bytes that painting may take in a browser, on a telephone, too
+LARGEST_LAYERS = 4  # at a picture's full size that the runtime holds at once: in, padded, out, and one to spare
+
+
+def max_pixels(network: StyleTransferNetwork) -> int:
+    """How large a picture a browser paints within MEMORY: its widest layers at full size decide."""
+    config = network.config
+    widest = max(*config.encoder_widths[:2], *config.decoder_widths[-3:])
+    return MEMORY // (LARGEST_LAYERS * 4 * widest)
+
+
+@torch.inference_mode()
+def check_picture(network: StyleTransferNetwork, margin: int) -> dict:
+    """A pattern that painter.js makes, too, painted in its own style: (3, H, W) as a list, 0..255."""
+    height, width = CHECK_SIZE
+    pattern = normalize((torch.arange(3 * height * width) * 37 % 256).reshape(1, 3, height, width))
+    painted = denormalize(network.stylize(pattern, network.style_code(pattern, margin), margin=margin))
+    return {"width": width, "height": height, "picture": (255 * painted).round().int().flatten().tolist()}
+
+
+def find_styles(folder: str | None, output: Path) -> list[Path]:
+    """The pictures of `--style_dir`, by default the bundled ones. Raises UserError for more than fit on a page, and as
+    `find_pictures` does."""
+    folder = STYLES if folder is None else Path(folder)
+    paths = find_pictures(folder, "--style_dir", output)
+    if len(paths) > MAX_STYLES:
+        raise UserError(f"--style_dir {folder}: {len(paths)} pictures, at most {MAX_STYLES} styles fit on a page")
+    return paths
+
+
+@torch.inference_mode()
+def describe_style(network: StyleTransferNetwork, path: Path, margin: int) -> tuple[dict, bytes]:
+    """A style's name and statistics, and a thumbnail of it as a JPEG file. Raises UnusablePicture."""
+    with usable(path, "style_dir"):
+        mean, std = network.style_code(normalize(prepare_picture(path)), margin)
+        thumbnail = center_crop(load_resized(path, THUMBNAIL), THUMBNAIL)
+    name = path.stem.replace("_", " ")
+    encoded = io.BytesIO()
+    thumbnail.save(encoded, "JPEG", quality=85)
+    statistics = {key: [float(f"{value:.9g}") for value in values.flatten().tolist()]  # 9 digits hold a float32
+                  for key, values in (("mean", mean), ("std", std))}
+    return {"name": name[:1].upper() + name[1:], **statistics}, encoded.getvalue()
+
+
+def runtime_files() -> dict[str, bytes]:
+    """The files of onnxruntime-web that the page needs. Raises UserError where they are not installed, or of another
+    version than exporting/page/package.json says."""
+    package = WEB / "node_modules" / RUNTIME
+    wanted = json.loads((WEB / "package.json").read_text())["dependencies"][RUNTIME]
+    try:
+        found = json.loads((package / "package.json").read_text())["version"]
+        files = {name: (package / "dist" / name).read_bytes() for name in RUNTIME_FILES}
+    except (OSError, ValueError, KeyError):
+        found = "none"
+    if found != wanted:
+        raise UserError(f"--save_path: a page needs {RUNTIME} {wanted}, in {package} is {found}; with Node.js: "
+                        f"npm install --omit dev --prefix {WEB}")
+    return files
+
+
+def page_files(
+    network: StyleTransferNetwork, name: str, graphs: Mapping[str, bytes], styles: Sequence[Path], margin: int = 0
+) -> dict[str, bytes]:
+    """The content of every file of the page, by its name in the folder.
+
+    network: of the widths of the graphs; graphs: "style.onnx" and "content.onnx"; name: what the page calls it.
+    Raises UserError for a style that cannot be read, and as `runtime_files` does.
+    """
+    files = {each: (WEB / each).read_bytes() for each in OWN_FILES} | runtime_files() | dict(graphs)
+    files["photograph.jpg"] = DEMO_CONTENT.read_bytes()
+    has_sources = STYLES in {path.parent for path in styles}
+    if has_sources:
+        files[SOURCES.name] = SOURCES.read_bytes()
+    described = []
+    for number, path in enumerate(styles):
+        description, files[f"styles/{number}.jpg"] = describe_style(network, path, margin)
+        described.append(description)
+    settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network),
+                "hasSources": has_sources, "check": check_picture(network, margin), "styles": described}
+    files["page.json"] = json.dumps(settings).encode()
+    return files
+
+
+def check_page_folder(path: Path) -> None:
+    """Raises UserError where a page cannot be written to the folder `path`, because something is there."""
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--save_path {path}: the folder is not empty; name a new one, or empty it")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--save_path {path}: a file is in the way, a folder is needed")
+
+
+def write_page(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files to the folder `path`, or none: they are written beside it first."""
+    path = Path(os.path.abspath(path))
+    check_page_folder(path)
+    make_folder(path.parent, "--save_path")
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        for name, content in files.items():
+            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).write_bytes(content)
+        beside.chmod(0o755)  # for a web server; mkdtemp's are private
+        beside.replace(path)  # which may be there, and empty
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,326 @@
+"""Picture in, picture out."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import (
+    PictureError,
+    denormalize,
+    from_pil,
+    load_alpha,
+    normalize,
+    picture_source,
+    pixels_to_pil,
+    prepare_picture,
+    to_pil,
+)
+from network import UPSAMPLINGS, StyleTransferNetwork, align
+from painting.control import (
+    PRESERVED,
+    MaskedStyle,
+    Style,
+    check_colors,
+    check_styles,
+    combine,
+    keep_colors,
+    match_colors,
+)
+from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
+from utils import UserError, free_memory, lacks_memory, note
+from weights import load_network
+
+ROOT = Path(__file__).parent.parent
+DEMO_CONTENT = ROOT / "imgs" / "content" / "brandenburg_gate.jpg"
+DEMO_STYLE = ROOT / "imgs" / "style" / "starry_night.jpg"
+MOST_CHANGE = 3  # of 255: by how much half precision may change a picture
+PROBE_SIDE = 256  # pixels: shorter side of the pair that this is measured on
+SPARED = 0.8  # share of the free memory that a picture painted in one piece may take
+
+
+def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tuple[StyleTransferNetwork, dict]:
+    """`load_network`, refusing a network of another backbone than asked for."""
+    network, checkpoint = load_network(Path(load_path), swap_max_pool)
+    if backbone is not None and backbone != network.config.backbone:
+        raise UserError(f"--backbone {backbone}: {load_path} is a {network.config.backbone} network "
+                        f"with {network.config.bottleneck_width} bottleneck channels")
+    return network, checkpoint
+
+
+class UnusablePicture(UserError):
+    """A picture that cannot be read, or that there is too little memory for; the message names its flag and path."""
+
+
+@contextmanager
+def usable(path: Path, flag: str):
+    """Within the block, what is wrong with the picture at `path` is raised as an UnusablePicture."""
+    try:
+        yield
+    except PictureError as error:
+        reason = too_large(path) if isinstance(error.__cause__, MemoryError) else error
+        raise UnusablePicture(f"--{flag} {reason}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise UnusablePicture(f"--{flag} {too_large(path)}") from error
+
+
+def load_input(path: Path, config, flag: str) -> Tensor:
+    """One picture as (1, 3, H, W), uint8. Raises UnusablePicture when it cannot be used."""
+    with usable(path, flag):
+        return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
+
+
+def load_transparency(path: Path, config, flag: str) -> Image.Image | None:
+    """The alpha of a picture, mode L, as large as `load_input` has it; None without one. Raises UnusablePicture."""
+    with usable(path, flag):
+        return load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
+
+
+def too_large(path: Path) -> str:
+    """What to say of a picture that there is too little memory for."""
+    try:
+        with Image.open(picture_source(Path(path))) as picture:  # reads no pixel
+            size = f"{picture.width} x {picture.height} pixels are"
+    except Exception:  # whatever Pillow's decoders raise: the size is an extra
+        size = "it is"
+    return f"{path}: {size} too much for the memory; a smaller --imsize or --cropsize, or a smaller copy of it, helps"
+
+
+def check_margin(margin: int) -> None:
+    """Raises UserError, naming the flag, for a margin in pixels that the poolings do not divide."""
+    if margin % 8:
+        raise UserError(f"--margin {margin}: a multiple of 8 is needed, or 0")
+
+
+class Stylizer:
+    """Paints pictures of any size by one network.
+
+        Stylizer("model-store/compact.pth").stylize("photo.jpg", "painting.jpg", strength=0.5).save("painted.png")
+
+    A picture is a path, a Pillow picture, or pixels of type uint8: an array (H, W, 3), or a tensor (1, 3, H, W).
+    """
+
+    def __init__(
+        self, model: str | Path | StyleTransferNetwork, *, device: str | torch.device | None = None,
+        upsampling: str | None = None, margin: int = 0, tile: int | None = None,
+    ) -> None:
+        """model: a model file, the folder of a run or a pruning, or a network.
+
+        device: None is the GPU where there is one, for a network where it is. upsampling, margin: see
+        `StyleTransferNetwork.use` and `.stylize`. tile: see `TiledPicture`; None paints in tiles where the whole
+        picture would not fit the free memory.
+        Raises UserError when the model cannot be loaded or a setting does not fit it.
+        """
+        check_margin(margin)
+        if isinstance(model, StyleTransferNetwork):
+            self.network, device = model, device or next(model.parameters()).device
+        else:
+            self.network, _ = load_network(Path(model))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.network.to(self.device, memory_format=torch.channels_last)
+        if upsampling not in (None, *UPSAMPLINGS):
+            raise UserError(f"--upsampling {upsampling}: one of {', '.join(UPSAMPLINGS)} is needed")
+        self.network.use(upsampling)
+        if tile is not None and tile < least_tile(self.network.config):
+            raise UserError(f"--tile {tile}: {least_tile(self.network.config)} pixels or more are needed")
+        self.margin, self.tile = margin, tile
+        self._told = set()  # sizes of pictures of which `_tile_for` has said that they are painted in tiles
+
+    @torch.inference_mode()
+    def encode_style(self, picture) -> Style:
+        """All that painting takes from a style picture."""
+        (statistics,) = self.open(picture, "style").statistics()
+        return Style(*statistics)
+
+    @torch.inference_mode()
+    def content_statistics(self, content: Tensor | TiledPicture) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a content picture's bottleneck, (B, C, 1, 1) each. content: see `paint`."""
+        (statistics,) = self.open(content, "content").statistics()
+        return statistics
+
+    @torch.inference_mode()
+    def paint(
+        self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
+        content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
+    ) -> Tensor:
+        """content: (B, 3, H, W), uint8, any size and device, or what `open` made of it, which is encoded only once.
+
+        strength: from 0, the decoder's copy of the content, to 1, the full style. content_statistics: what to align by
+        in place of the content's own, not for a MaskedStyle. keeps_colors: see `control.keep_colors`.
+        Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device. Raises UserError for a mask of
+        another aspect.
+        """
+        content = self.open(content, "content")
+        painted = torch.empty(content.pixels.shape, device=self.device)
+        for rows, columns, tile in self._painted(content, style, strength, content_statistics, keeps_colors):
+            painted[:, :, rows, columns] = tile
+        return painted
+
+    @torch.inference_mode()
+    def paint_picture(
+        self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
+        keeps_colors: bool = False,
+    ) -> Image.Image:
+        """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises NotFinite."""
+        content = self.open(content, "content")
+        painted = Image.new("RGB", content.pixels.shape[:1:-1])
+        for rows, columns, tile in self._painted(content, style, strength, keeps_colors=keeps_colors):
+            painted.paste(to_pil(denormalize(tile)), (columns.start, rows.start))
+        return painted
+
+    @torch.inference_mode()
+    def stylize(
+        self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
+        preserve_color: str | None = None, style_size: int | None = None,
+    ) -> Image.Image:
+        """Returns the painted picture, of exactly the content's size.
+
+        content: a picture (see the class). style: a picture, or as `encode_style` gives it; a list of them with
+        style_weights, see `control.mix`, or of two with mask.
+        strength: see `paint`. mask: a picture of the content's aspect, white where the first style is painted, black
+        where the second is. preserve_color: luma paints the lightness alone, see `control.keep_colors`, histogram in
+        styles that have the content's colours first, see `control.match_colors`. style_size: what the shorter sides of
+        the styles are resized to, pixels: the scale of their strokes.
+        Raises UserError when a picture cannot be used or is not painted with finite values, or when the settings do not
+        fit each other.
+        """
+        if preserve_color not in (None, *PRESERVED):
+            raise UserError(f"--preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
+        content = self.open(content, "content")
+        if preserve_color is not None:
+            check_colors(content.pixels, preserve_color)
+        styles = style if isinstance(style, (list, tuple)) else [style]
+        check_styles(len(styles), style_weights, mask)
+        colors_of = content.pixels if preserve_color == "histogram" else None
+        code = combine([self._style(each, style_size, colors_of) for each in styles], style_weights,
+                       None if mask is None else open_mask(mask))
+        return self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
+
+    def open(self, picture, name: str = "content") -> TiledPicture:
+        """A picture on its way through the network. name: of the argument, for errors."""
+        if isinstance(picture, TiledPicture):
+            return picture
+        pixels = _pixels(picture, name)
+        return TiledPicture(self.network, pixels, self.margin, self.tile or self._tile_for(pixels))
+
+    def _tile_for(self, pixels: Tensor) -> int | None:
+        """The tile to paint a picture in: None where there is memory for the whole. Says so where there is not."""
+        needed, free = memory_needed(self.network.config, pixels.numel() // 3), free_memory(self.device)
+        if free is None or needed < SPARED * free:
+            return None
+        tile = next((each for each in TILES if memory_needed(self.network.config, each * each) < 0.5 * free), TILES[-1])
+        if pixels.shape not in self._told:
+            self._told.add(pixels.shape)
+            height, width = pixels.shape[2:]
+            note(f"{width} x {height} pixels would take about {needed / 2**30:.1f} GiB in one piece, "
+                 f"{free / 2**30:.1f} GiB are free: painted in tiles of {tile} pixels (--tile)")
+        return tile
+
+    def _style(self, style, size: int | None, colors_of: Tensor | None) -> Style:
+        """One style of `stylize`; colors_of: the pixels whose colours it gets first."""
+        if isinstance(style, Style):
+            if size is not None or colors_of is not None:
+                raise UserError(f"{'--style_size' if size else '--preserve_color histogram'}: a style that is encoded "
+                                "already cannot be changed; a picture is needed")
+            return style
+        pixels = _pixels(style, "style", size)
+        return self.encode_style(pixels if colors_of is None else match_colors(pixels, colors_of))
+
+    def _painted(
+        self, content: TiledPicture, style: Style | MaskedStyle, strength: float,
+        content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Every tile of `content` painted, see `TiledPicture.paint`."""
+        regions = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
+        weights = [weight for _, weight in regions]
+        if content_statistics is None:
+            statistics = content.statistics() if len(regions) == 1 else content.statistics(weights)
+        elif len(regions) == 1:
+            statistics = [content_statistics]
+        else:
+            raise ValueError("content statistics are of the whole picture, a mask's are of its regions")
+
+        def align_regions(feature: Tensor, rows: range, columns: range) -> Tensor:
+            parts = (align(feature, *of_content, each.mean, each.std, strength)
+                     for (each, _), of_content in zip(regions, statistics))
+            if len(regions) == 1:
+                return next(parts)
+            return sum(part * cut(weight, rows, columns) for part, weight in zip(parts, weights))
+
+        for rows, columns, tile in content.paint(align_regions):
+            if keeps_colors:
+                shown = content.pixels[:, :, rows, columns].to(self.device)
+                tile = normalize(255.0 * keep_colors(shown.float() / 255.0, denormalize(tile)))
+            yield rows, columns, tile
+
+
+def open_mask(picture) -> Image.Image:
+    """A picture of any kind, see `Stylizer`, or an array (H, W), as a mask: mode L."""
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 2 and picture.size:
+        return Image.fromarray(picture)
+    return pixels_to_pil(_pixels(picture, "mask")).convert("L")
+
+
+def _pixels(picture, name: str, size: int | None = None) -> Tensor:
+    """A picture of any kind as (B, 3, H, W), uint8; with `size`, resized so that its shorter side has this many pixels.
+    name: of the argument. Raises UserError when it is none."""
+    if isinstance(picture, (str, Path)):
+        with usable(Path(picture), name):
+            return prepare_picture(Path(picture), size)
+    if size is not None:
+        image = pixels_to_pil(_pixels(picture, name))
+        scale = size / min(image.size)
+        return from_pil(image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC))
+    if isinstance(picture, Image.Image):
+        try:
+            return from_pil(picture)
+        except PictureError as error:
+            raise UserError(f"{name}: {error}") from error
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
+    if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 4 and picture.shape[1] == 3:
+        if picture.numel():
+            return picture
+    got = type(picture).__name__
+    if isinstance(picture, (np.ndarray, Tensor)):
+        got = f"{got} of shape {tuple(picture.shape)} and type {str(picture.dtype).removeprefix('torch.')}"
+    raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
+                    "(H, W, 3) or a tensor (1, 3, H, W)")
+
+
+def half_dtype(device: torch.device) -> torch.dtype | None:
+    """What matrix units of the device compute in, finely enough for pictures: float16 on GPUs of compute capability 7.0
+    or newer. Other GPUs have none; those of CPUs compute in bfloat16, and a decoder in it changes pictures of the
+    models in model-store by up to 18 of 255, in float16 by up to 2."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16
+    return None
+
+
+def decode_in_half(stylizer: Stylizer, name: str) -> None:
+    """`--amp auto`: compute the decoder in `half_dtype`, where there is one, and where that changes the picture of the
+    bundled pair by at most MOST_CHANGE; says where it does not. name: of the model.
+
+    The encoder and the statistics stay in float32: AdaIN divides by the content's deviation, which makes an encoder's
+    rounding in channels that hardly respond as large as what the style's channels do.
+    """
+    dtype = half_dtype(stylizer.device)
+    if dtype is None:
+        return
+    content, style = (prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE))
+    opened, code = stylizer.open(content), stylizer.encode_style(style)
+    pictures = []
+    for precision in (None, dtype):
+        stylizer.network.decoder.precision = precision
+        pictures.append((denormalize(stylizer.paint(opened, code)) * 255.0).round())
+    change = (pictures[0] - pictures[1]).abs().max().item()
+    if not change <= MOST_CHANGE:  # or it is not a number
+        stylizer.network.decoder.precision = None
+        note(f"--amp auto: {name} stays in float32: in {str(dtype).removeprefix('torch.')} a picture changes by "
+             f"{change:g} of 255")

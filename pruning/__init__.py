@@ -1,0 +1,4 @@
+"""Pruning: how channels respond to pictures, which of them to cut, the cut itself, plots of it.
+
+What only `--mode prune` needs lives here; it may use `painting`.
+"""

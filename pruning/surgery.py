@@ -1,0 +1,76 @@
+"""Surgery: a new network without some of the channels of any of its convs."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from network import ConvLayer, StyleTransferNetwork, bottleneck_conv, conv_layers
+from utils import UserError
+
+
+def cut_channels(
+    network: StyleTransferNetwork,
+    cuts: Mapping[str, Iterable[int]],
+    constants: Mapping[str, Mapping[int, float]] | None = None,
+) -> StyleTransferNetwork:
+    """A new network without the given channels of the given convs; `network` stays as it is.
+
+    cuts: channel indices by conv, named as in the state dict without `.weight`. Their filters go, and the next
+    conv loses the inputs they fed; AdaIN treats channels one by one, so the bottleneck's others are untouched.
+    constants: values after the ReLU, by conv and channel, that take the place of cut channels: the next conv's
+    bias gets what they fed it. That equals a constant channel where the next conv pads by reflection: after the
+    bottleneck (AdaIN makes of a channel that is the same constant for content and style that constant again), in the
+    decoder, and in an encoder that pads by reflection. Zero padding makes it differ along the border.
+    Raises UserError for a conv that is not there or gives the picture, an index that is not there or twice the
+    same, a constant of a channel that stays, or when no channel of a conv would be left.
+    """
+    layers = conv_layers(network.config, size=0)
+    cuts = {name: [int(channel) for channel in channels] for name, channels in cuts.items()}
+    constants = constants or {}
+    kept = _check_cuts(layers, cuts)
+    for name, values in constants.items():
+        staying = sorted(set(values) - set(cuts.get(name, ())))
+        if staying:
+            raise UserError(f"channel {staying[0]} of {name} has a constant, but is not cut")
+
+    cut = StyleTransferNetwork(network.config.with_widths([len(kept[layer.name]) for layer in layers]))
+    state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    for layer, following in zip(layers, [*layers[1:], None]):
+        weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+        indices = torch.tensor(kept[layer.name], device=state[weight].device)
+        state[weight], state[bias] = state[weight][indices], state[bias][indices]
+        if following is None:
+            break
+        weight, bias = f"{following.name}.weight", f"{following.name}.bias"
+        for channel, value in constants.get(layer.name, {}).items():
+            state[bias] += value * state[weight][:, channel].sum(dim=(1, 2))
+        state[weight] = state[weight][:, indices]
+    cut.load_state_dict(state)
+    cut.train(network.training)
+    return cut.to(indices.device, memory_format=torch.channels_last)
+
+
+def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> StyleTransferNetwork:
+    """`cut_channels` of the bottleneck, the encoder's last conv."""
+    return cut_channels(network, {bottleneck_conv(network.config): channels})
+
+
+def _check_cuts(layers: list[ConvLayer], cuts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The channels that stay, by conv. Raises UserError for cuts that cannot be made."""
+    cuttable = {layer.name: layer for layer in layers if layer.kind != "output"}
+    for name in cuts:
+        if name not in cuttable:
+            raise UserError(f"{name}: no conv with channels to cut; those are {', '.join(cuttable)}")
+    kept = {layer.name: list(range(layer.width)) for layer in layers}
+    for name, channels in cuts.items():
+        width = cuttable[name].width
+        place = "the bottleneck" if cuttable[name].kind == "bottleneck" else name
+        unknown = [channel for channel in channels if not 0 <= channel < width]
+        if unknown:
+            raise UserError(f"channel {unknown[0]}: {place} has {width} channels, 0 to {width - 1}")
+        if len(set(channels)) != len(channels):
+            raise UserError(f"channel {max(channels, key=channels.count)} is named more than once")
+        if len(channels) >= width:
+            raise UserError(f"{len(channels)} channels to cut: {place} has {width}, at most {width - 1} can go")
+        kept[name] = sorted(set(range(width)) - set(channels))
+    return kept

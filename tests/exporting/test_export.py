@@ -1,0 +1,486 @@
+"""Export mode: every format paints this toolkit's pictures at any size, a broken file never stays."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import ROOT, read_pixels, refusal, small_config, small_network, user_error, words, write_model, write_noise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from torch.torch_version import TorchVersion
+
+import export as export_module
+from data import denormalize, normalize
+from export import ExportConfig
+from exporting.graphs import ContentGraph, PairGraph, StyleGraph, resized, trace
+from main import main
+from network import StyleTransferNetwork
+from weights import load_network
+
+SIZES = ((1, 1), (7, 30), (33, 49), (40, 24))  # height, width
+OTHER_SIZES = ((41, 18), (3, 3), (24, 40), (50, 9))
+
+
+def exporting_network(backbone="vgg19", pooling="max", upsampling="nearest", padding="zeros", seed=0):
+    """Narrow, of uneven widths as after pruning, and its pictures are within range."""
+    config = small_config(backbone, pooling)
+    widths = [4 + number % 3 for number in range(len(config.widths) - 1)]
+    network = StyleTransferNetwork(config.with_widths([*widths, 3]))
+    network.load_state_dict(_weights(network, seed))
+    network.use(upsampling, padding)
+    return network.eval().requires_grad_(False)
+
+
+def _weights(network, seed) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        scale = (2.0 / tensor[0].numel()) ** 0.5 if tensor.dim() == 4 else 0.1
+        state[name] = torch.randn(tensor.shape, generator=generator) * scale
+    last = list(state)[-2]
+    state[last] *= 4.0
+    return state
+
+
+def picture(seed: int, size, batch: int = 1) -> torch.Tensor:
+    """(batch, 3, *size), uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, *size), generator=generator, dtype=torch.uint8)
+
+
+def desired_picture(network, content, style, strength, margin):
+    code = network.style_code(normalize(style), margin)
+    return denormalize(network.stylize(normalize(content), code, strength, margin))
+
+
+def test_resized_by_hand():
+    """Repeats the last row and column, or cuts; each side for itself, and nothing where it fits."""
+    image = torch.arange(6.0).view(1, 1, 2, 3)  # rows 0 1 2 and 3 4 5
+    assert resized(image, 3, 2)[0, 0].tolist() == [[0, 1], [3, 4], [3, 4]]
+    assert resized(image, 1, 5)[0, 0].tolist() == [[0, 1, 2, 2, 2]]
+    assert torch.equal(resized(image, 2, 3), image)
+
+
+@pytest.mark.parametrize("backbone, pooling, upsampling, padding", [
+    ("vgg19", "max", "nearest", "zeros"), ("vgg16", "avg", "bilinear", "reflect"),
+    ("vgg19", "avg", "nearest", "reflect"), ("vgg19", "blur", "bilinear", "reflect"),
+])
+@pytest.mark.parametrize("margin", [0, 8, 64])
+@torch.inference_mode()
+def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, padding, margin):
+    network = exporting_network(backbone, pooling, upsampling, padding)
+    graphs = (StyleGraph, ContentGraph, PairGraph)
+    style_graph, content_graph, pair = (graph(network, margin).eval() for graph in graphs)
+    for number, (size, style_size) in enumerate(zip(SIZES, OTHER_SIZES)):
+        content, style = picture(1, size, 1 + number % 2), picture(2, style_size, 1 + number % 2)
+        desired = desired_picture(network, content, style, 0.3, margin)
+        strength = torch.tensor([0.3])
+        code = style_graph(style / 255)
+        assert_close(code, network.style_code(normalize(style), margin))
+        assert_close(content_graph(content / 255, *code, strength), desired)
+        assert_close(pair(content / 255, style / 255, strength), desired)
+
+
+def test_a_trace_of_a_size_of_its_own_is_refused():
+    """The trap: padding by a decision on the size seen while tracing, which torch.export must not take in silence."""
+    class Decided(PairGraph):
+        def encode(self, image):
+            return self.encoder(self.network[0].pad((image - self.rgb_mean) / self.rgb_std))
+
+    network = exporting_network()
+    graph = Decided(network)
+    graph.network = [network]
+    with pytest.raises(Exception, match="height"):
+        trace(graph)
+
+
+# ------------------------------------------------------------------------------------------- files that paint
+
+# Name of the file: the network, and further flags.
+EXPORTS = {
+    "split.onnx": (("vgg19", "max", "nearest", "zeros"), {"split": True, "margin": 16}),
+    "whole.onnx": (("vgg16", "blur", "bilinear", "reflect"), {}),
+    "program.pt2": (("vgg19", "blur", "bilinear", "zeros"), {"margin": 8}),
+    "weights.safetensors": (("vgg16", "max", "nearest", "reflect"), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A folder with all of EXPORTS, each by the command line, and what it was made from as NAME.pth."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name, (settings, flags) in EXPORTS.items():
+        model = write_model(folder / f"{name}.pth", exporting_network(*settings), vgg_weights="random", iteration=7)
+        assert main(words({"mode": "export", "load_path": model, "save_path": folder / "files" / name} | flags)) == 0
+    return folder
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def painter(folder: Path, name: str):
+    """From content, style (B, 3, H, W), 0..1, and strength to the picture, as a user of the file would."""
+    path = folder / name
+    if name == "split.onnx":
+        style_graph, content_graph = (session(path.with_suffix(f".{part}.onnx")) for part in ("style", "content"))
+
+        def paint(content, style, strength):
+            mean, std = style_graph.run(["mean", "std"], {"style": style.numpy()})
+            return content_graph.run(["picture"], {"content": content.numpy(), "mean": mean, "std": std,
+                                                   "strength": np.array([strength], np.float32)})[0]
+    elif path.suffix == ".onnx":
+        whole = session(path)
+
+        def paint(content, style, strength):
+            return whole.run(["picture"], {"content": content.numpy(), "style": style.numpy(),
+                                           "strength": np.array([strength], np.float32)})[0]
+    else:
+        program = torch.export.load(path).module()
+
+        def paint(content, style, strength):
+            return program(content, style, torch.tensor([strength])).numpy()
+
+    return paint
+
+
+@pytest.mark.parametrize("name", [name for name in EXPORTS if not name.endswith(".safetensors")])
+@torch.inference_mode()
+def test_files_paint_the_networks_pictures_at_any_size(exported, name):
+    network, _ = load_network(exported / f"{name}.pth")
+    margin = EXPORTS[name][1].get("margin", 0)
+    paint = painter(exported / "files", name)
+    for number, (size, style_size) in enumerate(zip(SIZES, OTHER_SIZES)):
+        content, style = (picture(each, sides, 1 + 2 * (number % 2)) for each, sides in ((3, size), (4, style_size)))
+        for strength in (1.0, 0.25):
+            desired = desired_picture(network, content, style, strength, margin).numpy()
+            actual = paint(content / 255, style / 255, strength)
+            assert actual.dtype == np.float32 and actual.shape == desired.shape
+            assert 0.1 < ((desired > 0) & (desired < 1)).mean()  # or clipping would hide what differs
+            np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-4)
+    assert {path.name for path in (exported / "files").iterdir()} == {
+        "split.style.onnx", "split.content.onnx", *EXPORTS} - {"split.onnx"}
+
+
+@pytest.mark.parametrize("name, inputs, outputs", [
+    ("split.style.onnx", {"style": ["batch", 3, "style_height", "style_width"]}, {"mean": 4, "std": 4}),
+    ("split.content.onnx", {"content": ["batch", 3, "height", "width"], "mean": ["batch", 6, 1, 1],
+                            "std": ["batch", 6, 1, 1], "strength": [1]}, {"picture": 4}),
+    ("whole.onnx", {"content": ["batch", 3, "height", "width"], "style": ["batch", 3, "style_height", "style_width"],
+                    "strength": [1]}, {"picture": 4}),
+])
+def test_onnx_files_say_what_they_take_and_are(exported, name, inputs, outputs):
+    model = onnx.load(exported / "files" / name, load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    for desired, values in ((inputs, model.graph.input), (outputs, model.graph.output)):
+        shapes = {value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+                  for value in values}
+        actual = {key: len(shape) if isinstance(desired[key], int) else shape for key, shape in shapes.items()}
+        assert actual == desired
+        assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in values)
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    source = "split.onnx.pth" if name.startswith("split") else f"{name}.pth"
+    assert json.loads(about["config"]) == load_network(exported / source)[0].config.to_dict()
+    assert about["margin"] == ("16" if name.startswith("split") else "0")
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+
+
+def test_safetensors_file_holds_the_whole_model(exported):
+    path = exported / "files" / "weights.safetensors"
+    desired, checkpoint = load_network(exported / "weights.safetensors.pth")
+    actual, stored = load_network(path)
+    assert actual.config == desired.config and not actual.training
+    assert (stored["vgg_weights"], stored["iteration"]) == (checkpoint["vgg_weights"], checkpoint["iteration"])
+    for tensors in (actual.state_dict(), load_file(path)):
+        assert_close(tensors, desired.state_dict(), rtol=0, atol=0)
+
+
+def test_every_mode_reads_a_safetensors_file(exported, small, tmp_path):
+    """Test mode paints the pixels of the file that it was made from; the other modes go on from it."""
+    network = small_network(width=8)
+    source = write_model(tmp_path / "source.pth", network)
+    file = tmp_path / "model.safetensors"
+    assert main(words({"mode": "export", "load_path": source, "save_path": file})) == 0
+    content, style = (write_noise(tmp_path / f"{number}.png", (21, 30), number) for number in range(2))
+    for path in (source, file):
+        assert main(words({"mode": "test", "gpu_no": -1, "load_path": path, "content": content, "style": style,
+                           "save_path": path.with_suffix(f"{path.suffix}.png")})) == 0
+    assert (read_pixels(tmp_path / "source.pth.png") == read_pixels(tmp_path / "model.safetensors.png")).all()
+    folders = {"content_dir": small["content_dir"], "style_dir": small["style_dir"], "gpu_no": -1, "imsize": 20,
+               "cropsize": 16}
+    assert main(words({"mode": "train"} | small | {"load_path": file, "max_iter": 1,
+                                                   "save_path": tmp_path / "run"})) == 0
+    assert main(words({"mode": "prune", "load_path": file, "report_size": 32, "latency_runs": 1, "prune_num": 1,
+                       "prune_nums": 0, "save_path": tmp_path / "pruned"} | folders)) == 0
+    assert main(words({"mode": "distill", "load_path": file, "teacher": file, "max_iter": 1, "holdout": 0,
+                       "batch_size": 2, "num_workers": 0, "save_path": tmp_path / "student"} | folders |
+                      {"imsize": 32, "cropsize": 32})) == 0
+    assert main(words({"mode": "export", "load_path": file, "save_path": tmp_path / "again.safetensors"})) == 0
+    with safe_open(tmp_path / "again.safetensors", "pt") as again, safe_open(file, "pt") as first:
+        assert again.metadata() == first.metadata() and set(again.keys()) == set(first.keys())
+        assert all(torch.equal(again.get_tensor(name), first.get_tensor(name)) for name in first.keys())
+
+
+def test_safetensors_files_of_others(tmp_path):
+    """A bare state_dict is read; other metadata, other tensors and no safetensors at all get one line."""
+    network = small_network()
+    state = network.state_dict()
+    save_file(state, tmp_path / "bare.safetensors")
+    assert load_network(tmp_path / "bare.safetensors")[0].config == network.config
+    save_file(state, tmp_path / "odd.safetensors", {"config": "no JSON"})
+    save_file(state, tmp_path / "list.safetensors", {"config": "[1]"})
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("text")
+    for name, reason in (("odd", "JSON"), ("list", "no style-transfer network"), ("other", "0 encoder convs"),
+                         ("text", "not a safetensors file"), ("none", "no such file")):
+        message = user_error(load_network, tmp_path / f"{name}.safetensors")
+        assert message.startswith(f"--load_path {tmp_path / name}.safetensors") and reason in message
+
+
+# --------------------------------------------------------------------------------------------------- check
+
+
+def test_check_passes_the_network_itself():
+    network = exporting_network()
+    assert export_module.largest_difference(export_module.network_painter(network, 8), network, 8, "") == 0.0
+
+
+def without_remainder(picture):
+    """What a padding fixed while tracing leaves of it."""
+    return picture[:, :, : picture.shape[2] // 8 * 8, : picture.shape[3] // 8 * 8]
+
+
+def fail_at(picture):
+    raise RuntimeError("first line\nsecond line")
+
+
+@pytest.mark.parametrize("breaks, side, reason", [
+    (without_remainder, 61, "returns (2, 3, 56, 80) in place of (2, 3, 61, 83) for a content of 61 x 83 and a style of "
+     "40 x 40 pixels, batch 2, strength 1; nothing"),
+    (lambda picture: picture + 0.0021, 5, "differs from PyTorch by 0.0021 of 1 for a content of 5 x 9 and a style of "
+     "40 x 40 pixels, batch 1, strength 1, at most 0.001 is allowed; nothing"),
+    (lambda picture: picture * float("nan"), 24, "differs from PyTorch by nan of 1 for a content of 24 x 107"),
+    (fail_at, 24, "fails for a content of 24 x 107 and a style of 40 x 40 pixels, batch 2, strength 1 (first line)"),
+])
+def test_check_says_at_which_size_a_file_is_wrong(breaks, side, reason):
+    network = exporting_network()
+    own = export_module.network_painter(network)
+
+    def paint(content, style, strength):
+        painted = own(content, style, strength)
+        return breaks(painted) if content.shape[2] == side else painted
+
+    message = user_error(export_module.largest_difference, paint, network, 0, "--save_path x.onnx")
+    assert message.startswith("--save_path x.onnx: the exported file ") and reason in message
+    assert message.endswith("; nothing was written")
+
+
+@pytest.mark.parametrize("name, flags", [("graph.pt2", {}), ("graph.onnx", {}), ("graph.onnx", {"split": True})])
+def test_a_file_that_cannot_be_read_back_does_not_stay(tmp_path, capsys, monkeypatch, name, flags):
+    network = exporting_network()
+    model, path = write_model(tmp_path / "model.pth", network), tmp_path / "files" / name
+    monkeypatch.setattr(export_module, "to_onnx", lambda graph, network: b"no graph")
+    monkeypatch.setattr(export_module, "to_torch_export", lambda graph, network: b"no program")
+    message = refusal(capsys, *words({"mode": "export", "load_path": model, "save_path": path} | flags))
+    assert f"--save_path {path}: the exported file cannot be read back" in message
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_a_program_of_another_network_does_not_stay(tmp_path, capsys, monkeypatch):
+    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.pt2"
+    path.write_bytes(b"what was there before")
+    right = export_module.PairGraph
+
+    def wrong(network, margin):
+        graph = right(network, margin)
+        graph.rgb_mean += 0.01
+        return graph
+
+    monkeypatch.setattr(export_module, "PairGraph", wrong)
+    message = refusal(capsys, *words({"mode": "export", "load_path": model, "save_path": path}))
+    assert "differs from PyTorch by" in message and "content of 48 x 64 and a style of 40 x 40" in message
+    assert path.read_bytes() == b"what was there before"
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pth", "graph.pt2"}
+
+
+# ---------------------------------------------------------------------------------------------- integers
+
+
+def folders_of_pictures(folder: Path) -> dict:
+    """Flags of --int8 for small pictures, about half of which are held out."""
+    for number in range(6):
+        for kind in ("content", "style"):
+            write_noise(folder / kind / f"{number}.png", (40, 50), number)
+    return {"int8": True, "content_dir": folder / "content", "style_dir": folder / "style", "holdout": 0.5,
+            "imsize": 34, "cropsize": 34, "pairs": 2, "vgg_weights": "random"}
+
+
+@pytest.mark.parametrize("name", ["split.onnx", "whole.onnx"])
+def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch, name):
+    """The float32 files are those of the fixture, so that they need not be made again."""
+    names = [f"split.{part}.onnx" for part in ("style", "content")] if name == "split.onnx" else [name]
+    float_files = {tmp_path / each: (exported / "files" / each).read_bytes() for each in names}
+    widths = []
+
+    def make_files(network, checkpoint, config):
+        widths.append(network.config.widths)
+        return dict(float_files)
+
+    monkeypatch.setattr(export_module, "make_files", make_files)
+    flags = {"mode": "export", "load_path": exported / f"{name}.pth", "save_path": tmp_path / name}
+    pictures = folders_of_pictures(tmp_path)
+    assert main(words(flags | EXPORTS[name][1] | pictures)) == 0
+    report = capsys.readouterr().out
+    assert "int8 - float32" in report and "2 pairs of 2 content and 2 style pictures" in report
+    assert "a pair, content of 34 x 34, 2 threads: float32" in report and "SSIM" in report
+    content, style = picture(5, (33, 50)), picture(6, (9, 70))
+    actual, desired = (painter(folder, name)(content / 255, style / 255, 0.7)
+                       for folder in (tmp_path, exported / "files"))
+    assert actual.shape == desired.shape
+    difference = np.abs(actual - desired)
+    assert 1e-4 < difference.mean() < 0.2 * desired.std()  # rounded, and to the same picture
+    assert 0.05 < desired.std()  # a plain picture would show nothing
+    assert np.abs(actual * 255 - (actual * 255).round()).max() < 1e-3  # as a picture file has it
+    own, filled = widths
+    assert filled == (*(-(-width // 16) * 16 for width in own[:-1]), 3)
+    for path in float_files:
+        graph = onnx.load(path).graph
+        shapes = {tensor.name: tensor.dims for tensor in graph.initializer if len(tensor.dims) == 4}
+        assert not any(shape[1] == 3 for shape in shapes.values())  # what takes colours takes four channels
+        if path.name != "split.style.onnx":
+            assert [shape[0] for shape in shapes.values()].count(16) == 1  # what gives the picture; others are narrower
+        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        made_by = {output: node for node in graph.node for output in node.output}
+        for conv in (node for node in graph.node if node.op_type == "Conv"):
+            weight, source = made_by[conv.input[1]], made_by[conv.input[0]]
+            assert weight.op_type == source.op_type == "DequantizeLinear"
+            assert kinds[weight.input[0]] == onnx.TensorProto.INT8 and kinds[source.input[2]] == onnx.TensorProto.UINT8
+        pads = [node for node in graph.node if node.op_type == "Pad"]
+        assert all(made_by[node.input[0]].op_type in ("QuantizeLinear", "Pad") for node in pads if "8" not in node.name)
+
+
+def test_integers_without_vgg_weights_write_nothing(tmp_path, capsys, monkeypatch):
+    """They are missed before the graph is made."""
+    monkeypatch.delattr(export_module, "make_files")
+    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.onnx"
+    flags = {"mode": "export", "load_path": model, "save_path": path} | folders_of_pictures(tmp_path)
+    message = refusal(capsys, *words(flags | {"vgg_weights": tmp_path / "none.pth"}))
+    assert message.startswith(f"error: --vgg_weights {tmp_path / 'none.pth'}: ")
+    assert not path.exists()
+
+
+def test_pictures_too_small_to_measure_integers_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(export_module, "make_files")
+    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.onnx"
+    flags = {"mode": "export", "load_path": model, "save_path": path} | folders_of_pictures(tmp_path)
+    message = refusal(capsys, *words(flags | {"imsize": 4, "cropsize": 4}))
+    assert message.startswith(f"error: --content_dir {tmp_path / 'content'}")
+    assert message.endswith("4 x 4 pixels; --int8 needs 21 or more on each side")
+
+
+@pytest.mark.parametrize("breaks, reason", [
+    (lambda content: b"no graph", "cannot be read back"),
+    (lambda content: without_last_row(content), "returns (1, 3, 47, 64) in place of (1, 3, 48, 64)"),
+])
+def test_integers_that_paint_no_such_picture_do_not_stay(exported, tmp_path, capsys, monkeypatch, breaks, reason):
+    path = tmp_path / "whole.onnx"
+    files = {path: (exported / "files" / path.name).read_bytes()}
+    monkeypatch.setattr(export_module, "make_files", lambda network, checkpoint, config: dict(files))
+    monkeypatch.setattr(export_module, "quantize", lambda content, inputs: breaks(content))
+    flags = {"mode": "export", "load_path": exported / "whole.onnx.pth", "save_path": path}
+    message = refusal(capsys, *words(flags | EXPORTS[path.name][1] | folders_of_pictures(tmp_path)))
+    assert f"--save_path {path}: the exported file {reason}" in message and message.endswith("; nothing was written")
+    assert not path.exists()
+
+
+def without_last_row(content: bytes) -> bytes:
+    """The ONNX file with a Slice behind its picture."""
+    model = onnx.load_model_from_string(content)
+    output = model.graph.output[0]
+    for node in model.graph.node:
+        node.output[:] = ["whole" if name == output.name else name for name in node.output]
+    for name, value in (("first", 0), ("last", -1), ("axis", 2)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), name))
+    model.graph.node.append(onnx.helper.make_node("Slice", ["whole", "first", "last", "axis"], [output.name]))
+    del model.graph.value_info[:]
+    for dimension in output.type.tensor_type.shape.dim[2:]:
+        dimension.Clear()
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"save_path": "x.pt2"}, "--int8: only .onnx files are quantised"),
+    ({"content_dir": None}, "--int8: --content_dir is needed"),
+    ({"holdout": 0.0}, "--int8 with --holdout 0"),
+])
+def test_settings_of_integers_that_do_not_fit(settings, reason):
+    given = {"load_path": "m.pth", "save_path": "x.onnx", "int8": True, "content_dir": "c", "style_dir": "s"}
+    assert user_error(ExportConfig(**given | settings).check).startswith(reason)
+
+
+# --------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"save_path": "x.tflite"}, "--save_path x.tflite: a name that ends in .onnx, .pt2 or .safetensors is needed"),
+    ({"save_path": "folder"}, "--save_path folder: a name that ends in"),
+    ({"save_path": "x.pt2", "split": True}, "--split: only .onnx files are split"),
+    ({"save_path": "x.onnx", "margin": 12}, "--margin 12: a multiple of 8"),
+    ({"save_path": "x.safetensors", "margin": 8}, "--margin 8: a .safetensors file holds weights"),
+])
+def test_settings_that_do_not_fit(settings, reason):
+    assert user_error(ExportConfig(load_path="model.pth", **settings).check).startswith(reason)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_package_is_named(tmp_path, capsys, monkeypatch, package):
+    """Only .onnx files need it."""
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    flags = {"mode": "export", "load_path": write_model(tmp_path / "model.pth", small_network())}
+    message = refusal(capsys, *words(flags | {"save_path": tmp_path / "new" / "model.onnx"}))
+    assert package in message and "pip install -r requirements-export.txt" in message
+    assert not (tmp_path / "new").exists()
+    assert main(words(flags | {"save_path": tmp_path / "model.safetensors"})) == 0
+
+
+def test_old_packages_are_named(tmp_path, capsys, monkeypatch):
+    """What ONNX files need beside torch, and torch itself, for both kinds of graphs."""
+    model = write_model(tmp_path / "model.pth", small_network())
+    onnx_flags, program_flags = ({"mode": "export", "load_path": model, "save_path": tmp_path / "new" / name}
+                                 for name in ("model.onnx", "model.pt2"))
+    monkeypatch.setattr(onnx, "__version__", "1.9.0")
+    assert "got onnx 1.9.0, 1.18 or newer is needed" in refusal(capsys, *words(onnx_flags))
+    export_module.need_packages(".pt2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cpu"))
+    for flags in (onnx_flags, program_flags):
+        assert "need torch 2.9 or newer, this is 2.8.0+cpu" in refusal(capsys, *words(flags))
+    assert not (tmp_path / "new").exists()
+
+
+def test_requirements_are_those_that_are_checked():
+    lines = (ROOT / "requirements-export.txt").read_text().splitlines()
+    assert {line for line in lines if not line.startswith("#")} == {
+        f"{name}>={oldest}" for name, oldest in export_module.ONNX_PACKAGES.items()}
+
+
+def test_paths_that_cannot_be_written(tmp_path, capsys):
+    model = write_model(tmp_path / "model.pth", small_network())
+    weights = tmp_path / "model.safetensors"
+    assert main(words({"mode": "export", "load_path": model, "save_path": weights})) == 0
+    (tmp_path / "taken.pt2").mkdir()
+    for load_path, save_path, reason in (
+        (model, tmp_path / "taken.pt2", "is a folder"),
+        (model, tmp_path / "model.pth" / "model.safetensors", "a file is in the way"),
+        (weights, weights, "would overwrite the model"),
+        (tmp_path / "none.pth", tmp_path / "x.safetensors", "no such file"),
+    ):
+        assert reason in refusal(capsys, "--mode", "export", "--load_path", load_path, "--save_path", save_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.safetensors", "taken.pt2"}

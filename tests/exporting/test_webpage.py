@@ -1,0 +1,255 @@
+"""The folder that `--mode export` writes for the browser. What the page does in one: exporting/page/test/."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    STYLE_DIR,
+    paint_within_range,
+    refusal,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+)
+from PIL import Image
+
+from data import denormalize, normalize, prepare_picture
+from exporting import webpage
+from exporting.graphs import fill_up
+from exporting.webpage import (
+    CHANNEL_MULTIPLE,
+    RUNTIME_FILES,
+    find_styles,
+    max_pixels,
+    page_files,
+    runtime_files,
+    write_page,
+)
+from main import main
+from network import NetworkConfig, StyleTransferNetwork
+from weights import load_network
+
+GRAPHS = {"style.onnx": b"style", "content.onnx": b"content"}
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch) -> Path:
+    """A copy of exporting/page/ with a runtime of the right version whose files hold their own names."""
+    folder = tmp_path / "web"
+    package = folder / "node_modules" / "onnxruntime-web"
+    (package / "dist").mkdir(parents=True)
+    for name in (*webpage.OWN_FILES, "package.json"):
+        (folder / name).write_bytes((ROOT / "exporting" / "page" / name).read_bytes())
+    for name in RUNTIME_FILES:
+        (package / "dist" / name).write_text(name)
+    wanted = json.loads((folder / "package.json").read_text())["dependencies"]["onnxruntime-web"]
+    (package / "package.json").write_text(json.dumps({"version": wanted}))
+    monkeypatch.setattr(webpage, "WEB", folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return write_model(tmp_path / "narrow.pth", small_network())
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+@pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
+def test_zero_channels_change_no_picture(backbone):
+    network = small_network(backbone, width=6)
+    paint_within_range(network)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    filled = fill_up(network, CHANNEL_MULTIPLE)
+    assert filled.config.widths == (*(8,) * (len(network.config.widths) - 1), 3)
+    content, style = torch.rand(1, 3, 37, 52), torch.rand(1, 3, 24, 40)
+    with torch.inference_mode():
+        desired = network.stylize(content, network.style_code(style), 0.7)
+        actual = filled.stylize(content, filled.style_code(style), 0.7)
+    torch.testing.assert_close(actual, desired, rtol=0, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_zero_channels_keep_what_the_network_is():
+    network = StyleTransferNetwork(NetworkConfig("vgg19", "avg", (5,) * 9, (*(7,) * 8, 3), "bilinear", "reflect"))
+    config = fill_up(network, CHANNEL_MULTIPLE).config
+    assert (config.pooling, config.upsampling, config.padding) == ("avg", "bilinear", "reflect")
+    assert config.widths == (8,) * 17 + (3,)
+
+
+def test_a_wider_network_paints_smaller_pictures():
+    wide, narrow = (max_pixels(small_network(width=width)) for width in (16, 4))
+    assert narrow // 4 == wide
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def test_page_has_all_that_it_asks_for(web, tmp_path):
+    network = fill_up(small_network(), CHANNEL_MULTIPLE)
+    write_page(tmp_path / "page", page_files(network, "narrow", GRAPHS, sorted(STYLE_DIR.glob("*.jpg"))[:2]))
+    folder = tmp_path / "page"
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    sources = "".join((folder / name).read_text() for name in ("index.html", "page.js", "painter.js"))
+    asked = set(re.findall(r"""(?:src|href)="([\w./]+)"|(?:fetch|import|Worker|open)\("([\w./]+)""", sources))
+    named = {(first or second).removeprefix("./") for first, second in asked}
+    assert {"page.css", "page.js", "painter.js", "style.onnx", "page.json", "ort.wasm.bundle.min.mjs"} <= named
+    assert named <= written
+    loaded_by_the_runtime = {name for name in RUNTIME_FILES if name.endswith(".wasm")}
+    assert written == named | loaded_by_the_runtime | {"index.html", "styles/0.jpg", "styles/1.jpg"}
+    assert (folder / "content.onnx").read_bytes() == b"content"
+    assert folder.stat().st_mode & 0o755 == 0o755  # a server reads it
+
+
+def test_every_element_that_the_script_asks_for_is_in_the_page():
+    page, script = ((ROOT / "exporting" / "page" / name).read_text() for name in ("index.html", "page.js"))
+    asked = set(re.findall(r'\bat\("([\w-]+)"\)', script))
+    assert len(asked) > 15
+    assert asked <= set(re.findall(r'\bid="([\w-]+)"', page))
+
+
+def test_statistics_are_those_of_the_network(web):
+    network = small_network()
+    paths = sorted(STYLE_DIR.glob("*.jpg"))[:2]
+    settings = json.loads(page_files(network, "narrow", GRAPHS, paths, margin=16)["page.json"])
+    assert [style["name"] for style in settings["styles"]] == ["Cafe terrace", "Calla"]
+    assert settings["network"] == "narrow"
+    assert settings["hasSources"]
+    for path, style in zip(paths, settings["styles"]):
+        with torch.inference_mode():
+            desired = network.style_code(normalize(prepare_picture(path)), 16)
+        for key, values in zip(("mean", "std"), desired):
+            assert np.array_equal(np.array(style[key], np.float32), values.flatten().numpy())
+
+
+def test_browser_is_checked_with_what_pytorch_paints(web):
+    network = small_network()
+    paint_within_range(network)
+    check = json.loads(page_files(network, "narrow", GRAPHS, [])["page.json"])["check"]
+    width, height = check["width"], check["height"]
+    pattern = [(place * 37) % 256 / 255 for place in range(3 * height * width)]  # as in exporting/page/painter.js
+    picture = normalize(torch.tensor(pattern).mul(255).round().byte().reshape(1, 3, height, width))
+    with torch.inference_mode():
+        desired = denormalize(network.stylize(picture, network.style_code(picture))) * 255
+    assert "((place * 37) % 256) / 255" in (ROOT / "exporting" / "page" / "painter.js").read_text()
+    assert np.abs(np.array(check["picture"]) - desired.flatten().numpy()).max() <= 0.5 + 1e-3
+    assert np.ptp(check["picture"]) > 20
+
+
+def test_thumbnails_are_small_squares(web, tmp_path):
+    style = write_noise(tmp_path / "styles" / "wide_one.png", (60, 300), 0)
+    files = page_files(small_network(), "narrow", GRAPHS, [style])
+    (tmp_path / "thumbnail.jpg").write_bytes(files["styles/0.jpg"])
+    with Image.open(tmp_path / "thumbnail.jpg") as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", (160, 160))
+    settings = json.loads(files["page.json"])
+    assert settings["styles"][0]["name"] == "Wide one"
+    assert not settings["hasSources"] and "SOURCES.tsv" not in files
+
+
+# ----------------------------------------------------------------------------------------------- refusals
+
+
+def test_too_many_styles_and_broken_ones_are_refused(web, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    message = user_error(page_files, small_network(), "narrow", GRAPHS, [tmp_path / "broken.png"])
+    assert message.startswith(f"--style_dir {tmp_path / 'broken.png'}: not a readable picture")
+    many = tmp_path / "many"
+    for number in range(49):
+        write_noise(many / f"{number}.png", (1, 1), number)
+    assert user_error(find_styles, str(many), tmp_path / "page") == (
+        f"--style_dir {many}: 49 pictures, at most 48 styles fit on a page")
+    (many / "0.png").unlink()
+    assert len(find_styles(str(many), tmp_path / "page")) == 48
+    assert [path.parent for path in find_styles(None, tmp_path / "page")] == [STYLE_DIR] * 8
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda package: (package / "package.json").unlink(),
+    lambda package: (package / "package.json").write_text('{"version": "1.0.0"}'),
+    lambda package: (package / "dist" / RUNTIME_FILES[1]).unlink(),
+], ids=["missing", "another version", "a file is missing"])
+def test_page_needs_its_runtime(spoil, web, model, tmp_path, capsys):
+    assert set(runtime_files()) == set(RUNTIME_FILES)
+    spoil(web / "node_modules" / "onnxruntime-web")
+    line = refusal(capsys, "--mode", "export", "--load_path", model, "--save_path", f"{tmp_path / 'page'}/")
+    assert "a page needs onnxruntime-web 1." in line and f"npm install --omit dev --prefix {web}" in line
+    assert not (tmp_path / "page").exists()
+
+
+def test_what_is_there_is_never_overwritten(web, model, tmp_path, capsys):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("mine")
+    for name in ("page", "page/"):
+        line = refusal(capsys, "--mode", "export", "--load_path", model, "--save_path", f"{tmp_path}/{name}")
+        assert "the folder is not empty" in line
+    assert [path.read_text() for path in (tmp_path / "page").iterdir()] == ["mine"]
+    line = refusal(capsys, "--mode", "export", "--load_path", model, "--save_path", f"{model}/")
+    assert "a file is in the way" in line
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def fill_the_disk(path, content):
+        if path.name == "b":
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, content)
+
+    (tmp_path / "page").mkdir()  # empty: as good as none
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill_the_disk)
+        with pytest.raises(OSError):
+            write_page(tmp_path / "page", {"a": b"1", "b": b"2"})
+    assert [*tmp_path.iterdir()] == [tmp_path / "page"] and not [*(tmp_path / "page").iterdir()]
+    write_page(tmp_path / "page", {"a": b"1", "b/c": b"2"})
+    assert (tmp_path / "page" / "b" / "c").read_bytes() == b"2"
+
+
+def test_only_a_page_has_styles(capsys):
+    line = refusal(capsys, "--mode", "export", "--load_path", "x.pth", "--save_path", "x.onnx", "--style_dir", "y")
+    assert "--style_dir: only a page has styles" in line
+
+
+# ---------------------------------------------------------------------------------------------- whole pages
+
+
+def test_export_mode_writes_a_page(web, model, tmp_path, capsys):
+    write_noise(tmp_path / "styles" / "own.png", (30, 40), 1)
+    folder = tmp_path / "new" / "page"
+    flags = {"mode": "export", "load_path": model, "save_path": f"{folder}/", "style_dir": tmp_path / "styles"}
+    assert main(words(flags)) == 0
+    assert "at most " in capsys.readouterr().out
+    settings = json.loads((folder / "page.json").read_text())
+    (style,) = settings["styles"]
+    assert (settings["network"], style["name"]) == ("narrow", "Own")
+    content = prepare_picture(write_noise(tmp_path / "content.png", (37, 50), 2))
+    session = onnxruntime.InferenceSession(str(folder / "content.onnx"))
+    mean, std = (np.array(style[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
+    (actual,) = session.run(None, {"content": content.numpy() / np.float32(255), "mean": mean, "std": std,
+                                   "strength": np.ones(1, np.float32)})
+    network, _ = load_network(model)
+    with torch.inference_mode():
+        code = network.style_code(normalize(prepare_picture(tmp_path / "styles" / "own.png")))
+        desired = denormalize(network.stylize(normalize(content), code))
+    assert np.abs(actual - desired.numpy()).max() <= 1e-3
+    assert np.ptp(actual) > 0.1
+
+
+# ------------------------------------------------------------------------------------------- the packages
+
+
+def test_packages_are_pinned_and_no_lock_file_names_a_registry():
+    package = json.loads((ROOT / "exporting" / "page" / "package.json").read_text())
+    for name, version in (package["dependencies"] | package["devDependencies"]).items():
+        assert re.fullmatch(r"\d+\.\d+\.\d+", version), name
+    assert "package-lock.json" in (ROOT / ".gitignore").read_text()

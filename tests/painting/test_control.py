@@ -1,0 +1,394 @@
+"""What a picture is painted in: mixed styles, masks, the content's colours, the size of the strokes."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import picture_network, random_picture, read_pixels, refusal, user_error, words, write_model, write_noise
+from PIL import Image
+from torch.testing import assert_close
+
+from data import denormalize, to_pil
+from main import main
+from network import align
+from painting import video
+from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
+from painting.stylizer import Stylizer
+from painting.tiling import _Moments
+
+CONTENT, *STYLES = (random_picture(seed, size) for seed, size in enumerate([(56, 75), (40, 50), (33, 61)]))
+
+
+@pytest.fixture(scope="module")
+def stylizer() -> Stylizer:
+    return Stylizer(picture_network())
+
+
+@pytest.fixture(scope="module")
+def codes(stylizer) -> list[Style]:
+    return [stylizer.encode_style(each) for each in STYLES]
+
+
+def mask_of(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def smooth_picture(seed: int, low: int = 60, high: int = 190, size=(40, 48)) -> torch.Tensor:
+    """Colours that are correlated, far from 0 and 255."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(3, 3, generator=generator)
+    colours = torch.einsum("ij,bjhw->bihw", matrix, torch.rand(1, 3, *size, generator=generator))
+    colours = (colours - colours.amin((2, 3), keepdim=True)) / (colours.amax((2, 3), keepdim=True)
+                                                                - colours.amin((2, 3), keepdim=True))
+    return (low + (high - low) * colours).round().byte()
+
+
+# ------------------------------------------------------------------------------------------------- mixing
+
+
+def test_weights_of_one_style_alone_are_that_style(stylizer, codes):
+    for weights, alone in (((1, 0), 0), ((0, 0.2), 1)):
+        mixed = mix(codes, weights)
+        assert torch.equal(mixed.mean, codes[alone].mean) and torch.equal(mixed.std, codes[alone].std)
+    actual = stylizer.stylize(CONTENT, STYLES, style_weights=(3, 0))
+    assert actual.tobytes() == stylizer.stylize(CONTENT, STYLES[0]).tobytes()
+
+
+@torch.inference_mode()
+def test_mixed_styles_are_mixed_features(stylizer, codes):
+    """As Huang & Belongie interpolate: the features aligned to each, in shares, decoded. Weights need not sum to 1."""
+    content = stylizer.open(CONTENT)
+    (statistics,) = content.statistics()
+    first, second = (align(content.kept, *statistics, code.mean, code.std) for code in codes)
+    desired = stylizer.network.decoder(0.75 * first + 0.25 * second)[:, :, :56, :75]
+    assert_close(stylizer.paint(CONTENT, mix(codes, (6, 2))), desired, rtol=1e-4, atol=1e-5)
+    painted = stylizer.stylize(CONTENT, STYLES, style_weights=(6, 2))
+    assert np.abs(np.asarray(painted, int) - np.asarray(to_pil(denormalize(desired)), int)).max() <= 1
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (0, 0), (-1, 2), (float("nan"), 1), (float("inf"), 1), ()])
+def test_weights_that_do_not_fit_are_refused(stylizer, weights):
+    assert "--style_weights" in user_error(stylizer.stylize, CONTENT, STYLES, style_weights=weights)
+
+
+# -------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("level, alone", [(255, 0), (0, 1)])
+@pytest.mark.parametrize("size", [(56, 75), (112, 150)])
+def test_a_mask_of_one_colour_is_one_style(stylizer, codes, level, alone, size):
+    mask = np.full(size, level, np.uint8)
+    assert (stylizer.stylize(CONTENT, STYLES, mask=mask).tobytes()
+            == stylizer.stylize(CONTENT, STYLES[alone]).tobytes())
+    masked = MaskedStyle(*codes, mask_of(mask))
+    assert torch.equal(stylizer.paint(CONTENT, masked), stylizer.paint(CONTENT, codes[alone]))
+
+
+@torch.inference_mode()
+def test_each_region_has_the_statistics_of_its_style(stylizer, codes):
+    """A hard mask along the bottleneck's grid: each side's aligned features have its style's mean and deviation."""
+    mask = np.zeros((56, 75))
+    mask[:, :32] = 255
+    decoded = []
+    content = stylizer.open(CONTENT)
+    masked = MaskedStyle(*codes, mask_of(mask))
+    hook = stylizer.network.decoder.register_forward_pre_hook(lambda _, inputs: decoded.extend(inputs))
+    stylizer.paint(content, masked)
+    hook.remove()
+    (aligned,) = decoded
+    assert aligned.shape[2:] == (7, 10)
+    for feature, own, code in zip((aligned[..., :4], aligned[..., 4:]), (content.kept[..., :4], content.kept[..., 4:]),
+                                  codes):
+        varied = own.std((2, 3), keepdim=True) > 1e-2  # where all is one value, there is nothing to stretch
+        assert varied.sum() >= 3
+        assert_close(feature.mean((2, 3), keepdim=True)[varied], code.mean[varied], rtol=1e-3, atol=1e-3)
+        assert_close(feature.std((2, 3), keepdim=True)[varied], code.std[varied], rtol=1e-2, atol=1e-3)
+
+
+def test_a_grey_mask_lies_between(stylizer, codes):
+    """Half grey everywhere: both regions are the whole picture, so it is an equal mixture."""
+    half = MaskedStyle(*codes, mask_of(np.full((56, 75), 51)))  # 51 / 255 = 0.2
+    assert_close(stylizer.paint(CONTENT, half), stylizer.paint(CONTENT, mix(codes, (0.2, 0.8))), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_on_the_grid_are_means_of_the_mask(codes):
+    mask = np.zeros((20, 8), np.uint8)
+    mask[:8, :2] = 204  # of 8 x 8 pixels a quarter at 0.8
+    mask[16:, :] = 255  # the last position has 4 rows in the picture
+    (_, white), (_, black) = MaskedStyle(*codes, mask_of(mask)).regions((20, 8), 8)
+    assert_close(white[0, 0], torch.tensor([[0.2, 0.2], [0.0, 0.0], [1.0, 1.0]]), rtol=0, atol=1e-6)
+    assert_close(white + black, torch.ones(1, 1, 3, 2))
+
+
+def test_weighted_statistics_by_hand():
+    """Whole weights are repeated observations' mean; zeros are left out, as if they had not been there."""
+    feature = torch.tensor([1.0, 5.0, 7.0, 100.0]).reshape(1, 1, 2, 2)
+    moments = _Moments()
+    moments.add(feature, torch.tensor([[1.0, 1.0], [1.0, 0.0]])[None, None])
+    mean, std = moments.result()
+    assert_close((mean.item(), std.item()), (13 / 3, torch.tensor([1.0, 5.0, 7.0]).std().item()), rtol=1e-6, atol=0)
+    moments = _Moments()
+    moments.add(feature, torch.tensor([[3.0, 1.0], [0.0, 0.0]])[None, None])
+    mean, std = moments.result()
+    # mean (3 * 1 + 5) / 4; deviations 3 * 1 + 9 = 12, over 4 - (9 + 1) / 4
+    assert_close((mean.item(), std.item()), (2.0, (12 / 1.5) ** 0.5), rtol=1e-6, atol=0)
+
+
+def test_masks_that_do_not_fit_are_refused(stylizer, codes, tmp_path):
+    line = user_error(stylizer.stylize, CONTENT, STYLES, mask=np.zeros((75, 56), np.uint8))
+    assert "--mask: 56 x 75 pixels" in line and "75 x 56" in line
+    assert "--mask: got 1 style;" in user_error(stylizer.stylize, CONTENT, STYLES[0], mask=np.zeros((56, 75), np.uint8))
+    assert "--mask: got 3 styles" in user_error(stylizer.stylize, CONTENT, [*STYLES, STYLES[0]], mask=CONTENT)
+    assert "--style_weights, too" in user_error(stylizer.stylize, CONTENT, STYLES, mask=CONTENT, style_weights=(1, 1))
+    assert "missing.png" in user_error(stylizer.stylize, CONTENT, STYLES, mask=tmp_path / "missing.png")
+    assert "got 2 styles" in user_error(stylizer.stylize, CONTENT, STYLES)
+    mask = MaskedStyle(*codes, mask_of(np.eye(56, 75) * 255))
+    with pytest.raises(ValueError, match="regions"):
+        stylizer.paint(CONTENT, mask, content_statistics=stylizer.content_statistics(CONTENT))
+
+
+def test_mask_files_and_pictures_are_the_same_mask(stylizer, tmp_path):
+    values = np.zeros((56, 75), np.uint8)
+    values[20:, 30:] = 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    desired = stylizer.stylize(CONTENT, STYLES, mask=values).tobytes()
+    for mask in (tmp_path / "mask.png", Image.open(tmp_path / "mask.png"), np.repeat(values[..., None], 3, axis=2)):
+        assert stylizer.stylize(CONTENT, STYLES, mask=mask).tobytes() == desired
+
+
+# ------------------------------------------------------------------------------------------------ colours
+
+
+def chroma(picture: torch.Tensor) -> torch.Tensor:
+    """Cb and Cr (ITU-R BT.601, full range), (B, 2, H, W)."""
+    red, green, blue = picture.unbind(1)
+    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    return torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], dim=1)
+
+
+def luma(picture: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("c,bchw->bhw", picture.new_tensor(LUMA), picture)
+
+
+def test_luma_keeps_chroma_and_takes_lightness():
+    content, painted = (random_picture(seed, (50, 60)).double() / 255.0 for seed in range(2))
+    result = keep_colors(content, painted)
+    assert result.min() >= 0.0 and result.max() <= 1.0
+    assert_close(luma(result), luma(painted), rtol=0, atol=1e-6)
+    unbounded = content + (luma(painted) - luma(content))[:, None]
+    fits = ((unbounded >= 0.0) & (unbounded <= 1.0)).all(1, keepdim=True)
+    assert 0.2 < fits.double().mean() < 0.9
+    kept, wanted = chroma(result), chroma(content)
+    assert_close(kept.where(fits, wanted), wanted, rtol=0, atol=1e-6)
+    # Elsewhere it is shorter, in the same direction, and one channel is at its limit.
+    assert_close(kept[:, 0] * wanted[:, 1], kept[:, 1] * wanted[:, 0], rtol=0, atol=1e-6)
+    assert (kept.norm(dim=1) <= wanted.norm(dim=1) + 1e-6).all()
+    at_limit = torch.minimum(result.amin(1, keepdim=True), 1.0 - result.amax(1, keepdim=True)) < 1e-6
+    assert (fits | at_limit).all()
+
+
+def test_luma_of_a_painted_picture(stylizer):
+    content = smooth_picture(0, 100, 150)
+    plain, kept = (stylizer.stylize(content, STYLES[0], preserve_color=each) for each in (None, "luma"))
+    plain, kept = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None].double() for each in (plain, kept))
+    assert (luma(plain) - luma(kept)).abs().max() <= 1.0
+    inside = ((kept > 0) & (kept < 255)).all(1, keepdim=True)
+    assert inside.double().mean() > 0.5
+    difference = (chroma(kept) - chroma(content.double())).abs()
+    assert (difference * inside).max() <= 1.0 < (chroma(plain) - chroma(content.double())).abs().max()
+    painted = denormalize(stylizer.paint(content, stylizer.encode_style(STYLES[0]), keeps_colors=True))
+    assert np.abs(np.asarray(to_pil(painted), int) - kept[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_histogram_gives_the_style_the_colour_statistics_of_the_content():
+    style, content = smooth_picture(1), smooth_picture(2, 90, 160, (30, 70))
+    matched = match_colors(style, content)
+    assert matched.shape == style.shape and matched.dtype == torch.uint8
+    for actual, desired in zip(*(moments(picture) for picture in (matched, content))):
+        assert_close(actual, desired, rtol=0.01, atol=1.0)
+    assert (moments(style)[1] - moments(content)[1]).abs().max() > 50
+    # Matched to itself, nothing changes: A is the unit matrix.
+    assert (match_colors(style, style).int() - style.int()).abs().max() <= 1
+
+
+def moments(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    colours = picture[0].flatten(1).double()
+    return colours.mean(1), torch.cov(colours, correction=0)
+
+
+def test_a_grey_style_stays_without_the_variation_it_lacks():
+    """Along grey it gets the content's; no noise is stretched to colours."""
+    grey = random_picture(0, (30, 30))[:, :1].expand(1, 3, 30, 30)
+    matched = match_colors(grey, smooth_picture(2))
+    values = torch.linalg.eigvalsh(moments(matched)[1])
+    assert values[2] > 50 and values[1] < 1.0
+
+
+def test_histogram_paints_in_the_matched_style(stylizer):
+    content = smooth_picture(0)
+    desired = stylizer.stylize(content, match_colors(STYLES[0], content))
+    assert stylizer.stylize(content, STYLES[0], preserve_color="histogram").tobytes() == desired.tobytes()
+    assert desired.tobytes() != stylizer.stylize(content, STYLES[0]).tobytes()
+    code = stylizer.encode_style(STYLES[0])
+    assert "--preserve_color histogram" in user_error(stylizer.stylize, content, code, preserve_color="histogram")
+
+
+@pytest.mark.parametrize("preserved", ["luma", "histogram"])
+def test_colours_of_a_grey_picture_are_refused(stylizer, preserved):
+    grey = CONTENT[:, :1].repeat(1, 3, 1, 1)
+    assert "the content picture is grey" in user_error(stylizer.stylize, grey, STYLES[0], preserve_color=preserved)
+    assert "--preserve_color hue" in user_error(stylizer.stylize, CONTENT, STYLES[0], preserve_color="hue")
+
+
+# ------------------------------------------------------------------------------------------ size, and tiles
+
+
+def test_style_size_resizes_the_style_alone(stylizer, tmp_path):
+    path = write_noise(tmp_path / "style.png", (48, 64), 3)
+    with Image.open(path) as picture:
+        small = picture.resize((32, 24), Image.Resampling.BICUBIC)
+        desired = stylizer.stylize(CONTENT, small)
+        assert stylizer.stylize(CONTENT, picture, style_size=24).tobytes() == desired.tobytes()
+    assert desired.size == (75, 56)
+    assert stylizer.stylize(CONTENT, path, style_size=24).tobytes() == desired.tobytes()
+    assert "--style_size" in user_error(stylizer.stylize, CONTENT, stylizer.encode_style(small), style_size=24)
+
+
+@pytest.mark.parametrize("settings", [
+    {"mask": np.linspace(0, 255, 110 * 123).reshape(110, 123).astype(np.uint8)},
+    {"style_weights": (0.4, 0.6), "preserve_color": "luma", "strength": 0.7},
+    {"mask": np.eye(110, 123, dtype=np.uint8) * 255, "preserve_color": "histogram"},
+])
+@pytest.mark.parametrize("limit", [0, 2**40])
+def test_every_control_is_the_same_in_tiles(stylizer, settings, limit, monkeypatch):
+    monkeypatch.setattr("painting.tiling.KEPT_FEATURES", limit)
+    content = random_picture(0, (110, 123))
+    tiled = Stylizer(stylizer.network, tile=104)
+    assert len(tiled.open(content).tiles) > 4
+    whole, pieces = (np.asarray(each.stylize(content, STYLES, **settings), int) for each in (stylizer, tiled))
+    assert np.abs(whole - pieces).max() <= 1 and (whole == pieces).mean() > 0.999
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def flags(stylizer, tmp_path) -> dict:
+    """One content, two styles."""
+    styles = [tmp_path / f"s{number}.png" for number in range(2)]
+    for number, path in enumerate(styles):
+        to_pil(smooth_picture(number, size=(30 + number, 41)) / 255.0).save(path)
+    return {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", stylizer.network),
+            "content": write_noise(tmp_path / "c.png", (40, 56), 7), "style": styles, "save_path": tmp_path / "out.png"}
+
+
+def painted_by(flags: dict) -> np.ndarray:
+    assert main(words(flags)) == 0
+    return read_pixels(flags["save_path"])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("style_weights", (0.7, 0.3)), ("mask", None), ("preserve_color", "luma"), ("preserve_color", "histogram"),
+    ("style_size", 24),
+])
+def test_each_flag_paints_what_the_class_does(stylizer, flags, tmp_path, name, value):
+    if name == "mask":
+        value = tmp_path / "mask.png"
+        Image.fromarray(np.linspace(0, 255, 20 * 28).reshape(20, 28).astype(np.uint8)).save(value)
+    if name not in ("style_weights", "mask"):
+        flags["style"] = flags["style"][0]
+    desired = np.asarray(stylizer.stylize(flags["content"], flags["style"], strength=0.8, **{name: value}), int)
+    actual = painted_by(flags | {name: value, "style_strength": 0.8})
+    assert np.array_equal(actual, desired)
+    first = flags["style"][0] if isinstance(flags["style"], list) else flags["style"]
+    assert not np.array_equal(actual, painted_by(flags | {"style": first, "style_strength": 0.8}))
+
+
+def test_weights_and_masks_of_one_style_alone(flags, tmp_path):
+    Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
+    alone = painted_by(flags | {"style": flags["style"][0]})
+    for more in ({"style_weights": (1, 0)}, {"mask": tmp_path / "white.png"}):
+        assert np.array_equal(painted_by(flags | more), alone)
+
+
+def test_joined_styles_are_one_for_many_contents(flags, tmp_path):
+    """Their pictures are named by both, and stand in one column of the sheet."""
+    contents = [flags["content"], write_noise(tmp_path / "d.png", (40, 56), 8)]
+    flags |= {"content": contents, "style_weights": (1, 3), "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "d_s0+s1.png", "contact_sheet.png"}
+    single = painted_by(flags | {"content": contents[1], "save_path": tmp_path / "one.png"})
+    assert np.array_equal(single, read_pixels(tmp_path / "out" / "d_s0+s1.png"))
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 3 * 256)
+
+
+def test_histogram_takes_each_contents_own_colours(flags, tmp_path):
+    contents = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, path in enumerate(contents):
+        to_pil(smooth_picture(number) / 255.0).save(path)
+    flags |= {"style": flags["style"][0], "preserve_color": "histogram"}
+    assert main(words(flags | {"content": contents, "save_path": tmp_path / "both"})) == 0
+    for path in contents:
+        alone = painted_by(flags | {"content": path})
+        assert np.array_equal(read_pixels(tmp_path / "both" / f"{path.stem}_s0.png"), alone)
+
+
+def test_luma_is_what_is_measured(flags, tmp_path, capsys):
+    flags |= {"style": flags["style"][0], "metrics": "ssim", "save_path": tmp_path / "out"}
+    values = []
+    for more in ({}, {"preserve_color": "luma"}):
+        assert main(words(flags | more)) == 0
+        values.append(capsys.readouterr().out)
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("change, needed", [
+    ({"style_weights": 0.7}, "--style_weights 0.7: 1 for 2 styles"),
+    ({"style_weights": (0, 0)}, "--style_weights 0 0: numbers of 0 or more"),
+    ({"style_weights": (1, -1)}, "got -1"),
+    ({"style_weights": (1, 1), "metrics": "ssim"}, "--metrics compares with one style picture"),
+    ({"style_weights": (1, 1), "mask": "MASK"}, "--mask: got --style_weights, too"),
+    ({"mask": "MASK", "style": "STYLE"}, "--mask: got 1 style;"),
+    ({"mask": "MASK", "cropsize": 24}, "--cropsize cuts the content alone"),
+    ({"mask": "TALL"}, "--mask: 40 x 56 pixels, the content picture has 56 x 40"),
+    ({"mask": "none.png"}, "none.png: no such file"),
+    ({"mask": ""}, "--mask is empty"),
+    ({"preserve_color": "luma", "content": "GREY", "style": "STYLE"}, "luma: the content picture is grey"),
+    ({"preserve_color": "hue"}, "hue"),
+    ({"style_size": 0}, "got 0"),
+    ({"tile": 71, "style": "STYLE"}, "--tile 71: 72 pixels or more"),
+])
+def test_what_does_not_fit_is_refused_in_one_line(flags, tmp_path, capsys, change, needed):
+    Image.new("L", (56, 40), 128).save(tmp_path / "mask.png")
+    Image.new("L", (40, 56), 128).save(tmp_path / "tall.png")
+    Image.new("RGB", (56, 40), (9, 9, 9)).save(tmp_path / "grey.png")
+    names = {"MASK": tmp_path / "mask.png", "TALL": tmp_path / "tall.png", "GREY": tmp_path / "grey.png",
+             "STYLE": flags["style"][0]}
+    change = {flag: names.get(value, value) if isinstance(value, str) else value for flag, value in change.items()}
+    assert needed in refusal(capsys, *words(flags | change))
+    assert not flags["save_path"].exists()
+
+
+def test_contents_that_do_not_fit_are_skipped_among_others(flags, tmp_path, capsys):
+    Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
+    other = write_noise(tmp_path / "other.png", (56, 40), 3)
+    flags |= {"content": [flags["content"], other], "mask": tmp_path / "white.png", "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "contact_sheet.png"}
+    assert f"skipped --content {other}: --mask: 56 x 40 pixels" in capsys.readouterr().err
+
+
+def test_the_mask_is_not_overwritten(flags, tmp_path, capsys):
+    Image.new("L", (56, 40), 255).save(tmp_path / "mask.png")
+    line = refusal(capsys, *words(flags | {"mask": tmp_path / "mask.png", "save_path": tmp_path / "mask.png"}))
+    assert "would overwrite --mask" in line
+
+
+def test_frames_of_a_video_keep_their_colours_in_a_style_of_its_size(stylizer, flags, tmp_path, monkeypatch):
+    painters = []
+    monkeypatch.setattr(video, "paint_video", lambda clip, target, paint, *more: painters.append(paint) or 1)
+    style = flags["style"][0]
+    flags |= {"content": flags["content"].parent, "style": style, "save_path": tmp_path / "out.mp4"}
+    assert main(words(flags | {"preserve_color": "luma", "style_size": 24, "tile": 96})) == 0
+    frame = CONTENT[0].permute(1, 2, 0).numpy()
+    desired = stylizer.stylize(frame, style, preserve_color="luma", style_size=24)
+    assert np.array_equal(painters[0](frame), np.asarray(desired))

@@ -1,0 +1,502 @@
+"""What test mode writes: where it may, under which names, with which alpha, and what it does when it cannot."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    random_picture,
+    read_pixels,
+    refusal,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+    write_picture,
+)
+from PIL import Image
+
+import data
+import evaluate
+from data import OUTPUT_FORMATS, TRIPLE, save_picture
+from evaluate import TestConfig
+from main import main
+from painting import stylizer as stylize
+from painting.pairs import distinct
+from painting.stylizer import Stylizer
+
+
+@pytest.fixture
+def flags(tmp_path) -> dict:
+    """One content with one style by a narrow network, in a folder of their own."""
+    return {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", small_network()),
+            "content": write_noise(tmp_path / "photo.png", (24, 32), 1),
+            "style": write_noise(tmp_path / "paint.png", (24, 32), 2), "save_path": tmp_path / "out.png"}
+
+
+def snapshot(folder: Path) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(capsys, flags: dict, folder: Path) -> str:
+    """The refusal, which must leave every file as it was."""
+    before = snapshot(folder)
+    line = refusal(capsys, *words(flags))
+    assert snapshot(folder) == before
+    return line
+
+
+# ------------------------------------------------------------------------------------------- suffixes
+
+
+@pytest.mark.parametrize("name", ["out.pgn", "out.gif", "out.jp2", "out.avif", "out.JPGE", "out.pdf", "a.b.heic",
+                                  "new/out.svg", "out.tga", "out.jxl", "out.jpg2", "out.png ", ".png"])
+@pytest.mark.parametrize("several", [False, True])
+def test_suffixes_that_are_not_written_are_refused(flags, tmp_path, capsys, name, several):
+    if several:
+        write_noise(tmp_path / "photos" / "a.png", (16, 16), 0)
+        flags |= {"content": tmp_path / "photos"}
+    line = refused(capsys, flags | {"save_path": tmp_path / name}, tmp_path)
+    assert line.startswith(f"error: --save_path {tmp_path / name}") and all(suffix in line for suffix in OUTPUT_FORMATS)
+
+
+@pytest.mark.parametrize("name", ["out", "runs/v1.0", "out.2024", "out.gif/", "out.png/", "my.photographs", "a.2x/b"])
+def test_folders_are_named_by_no_suffix_or_by_a_slash(flags, tmp_path, name):
+    assert main(words(flags | {"save_path": f"{tmp_path}/{name}"})) == 0
+    assert os.listdir(tmp_path / name) == ["photo_paint.png"]
+
+
+@pytest.mark.parametrize("name", ["out.gif", "out.png", "run.old"])
+def test_a_folder_that_exists_is_a_folder(flags, tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert main(words(flags | {"save_path": tmp_path / name})) == 0
+    assert os.listdir(tmp_path / name) == ["photo_paint.png"]
+
+
+@pytest.mark.parametrize("suffix", [*OUTPUT_FORMATS, ".PNG", ".Jpg"])
+def test_every_listed_suffix_is_a_file(suffix):
+    assert TestConfig(save_path=f"/no/such/a{suffix}").writes_a_file
+
+
+# ------------------------------------------------------------------------------- outputs that are inputs
+
+
+@pytest.mark.parametrize("flag", ["content", "style"])
+@pytest.mark.parametrize("way", ["the path", "relative", "link", "hard link", "through a folder link", "dots"])
+def test_output_that_is_an_input_is_refused(flags, tmp_path, capsys, monkeypatch, flag, way):
+    picture = flags[flag]
+    monkeypatch.chdir(tmp_path)
+    output = {"the path": picture, "relative": picture.name, "link": tmp_path / "link.png",
+              "hard link": tmp_path / "hard.png", "through a folder link": tmp_path / "here" / picture.name,
+              "dots": tmp_path / ".." / tmp_path.name / picture.name}[way]
+    if way == "link":
+        output.symlink_to(picture)
+    if way == "hard link":
+        output.hardlink_to(picture)
+    if way == "through a folder link":
+        output.parent.symlink_to(tmp_path, target_is_directory=True)
+    line = refusal(capsys, *words(flags | {"save_path": output}))
+    assert "would overwrite" in line and f"--{flag} {picture}" in line
+    assert np.array_equal(read_pixels(picture), random_picture({"content": 1, "style": 2}[flag], (24, 32))[0]
+                          .permute(1, 2, 0).numpy())
+
+
+def test_model_file_default_output_and_pictures_of_a_folder_are_not_overwritten(flags, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model.png"  # whatever it is called
+    model.write_bytes(flags["load_path"].read_bytes())
+    assert "--load_path" in refused(capsys, flags | {"load_path": model, "save_path": model}, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    del flags["save_path"]
+    write_noise(tmp_path / "stylised.png", (16, 16), 3)
+    assert "--content" in refused(capsys, flags | {"content": "stylised.png"}, tmp_path)
+    # A style picture named as the output will be.
+    write_noise(tmp_path / "work" / "photo_paint.png", (16, 16), 3)
+    write_noise(tmp_path / "more" / "photo.png", (16, 16), 3)
+    write_noise(tmp_path / "more" / "other.png", (16, 16), 3)
+    single = flags | {"content": tmp_path / "work" / "photo_paint.png", "style": tmp_path / "paint.png"}
+    (tmp_path / "work" / "photo_paint_paint.png").symlink_to(tmp_path / "paint.png")
+    assert "--style" in refused(capsys, single | {"save_path": tmp_path / "work"}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["content", "style"])
+@pytest.mark.parametrize("where", ["", "out", "deep/er/out", "link to it", "link in it"])
+def test_output_folder_within_a_searched_folder_is_refused(flags, tmp_path, capsys, kind, where):
+    folder = tmp_path / "pictures"
+    write_noise(folder / "a.png", (16, 16), 0)
+    output = folder / where
+    if where == "link to it":
+        output = tmp_path / "link"
+        output.symlink_to(folder, target_is_directory=True)
+        output = output / "out"
+    if where == "link in it":  # what an earlier call wrote is found through the link
+        output = tmp_path / "elsewhere"
+        write_noise(output / "old.png", (16, 16), 0)
+        (folder / "link").symlink_to(output, target_is_directory=True)
+    line = refused(capsys, flags | {kind: folder, "save_path": output}, tmp_path)
+    assert "--save_path" in line and f"--{kind} {folder}" in line and "name a folder outside" in line
+
+
+@pytest.mark.parametrize("kind", ["content", "style"])
+@pytest.mark.parametrize("where", ["", "deep/er/run", "link to it", "in what a link leads to"])
+@pytest.mark.parametrize("mode", ["train", "distill", "prune"])
+def test_no_mode_writes_into_a_folder_that_it_searches(flags, tmp_path, capsys, mode, kind, where):
+    folder, other = tmp_path / "pictures", tmp_path / "others"
+    for number in range(2):
+        write_noise(folder / f"{number}.png", (16, 16), number)
+        write_noise(other / f"{number}.png", (16, 16), number)
+    output = folder / where
+    if where == "link to it":
+        output = tmp_path / "link"
+        output.symlink_to(folder, target_is_directory=True)
+    if where == "in what a link leads to":
+        write_noise(tmp_path / "elsewhere" / "old.png", (16, 16), 0)
+        (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        output = tmp_path / "elsewhere" / "run"
+    model = flags["load_path"]
+    directories = {"content_dir": other, "style_dir": other} | {f"{kind}_dir": folder}
+    more = {"teacher": model} if mode == "distill" else {}
+    line = refused(capsys, {"mode": mode, "gpu_no": -1, "load_path": model, "save_path": output} | directories | more,
+                   tmp_path)
+    assert line.startswith(f"error: --save_path {output}: belongs to --{kind}_dir {folder}, which is searched")
+
+
+@pytest.mark.parametrize("part", TRIPLE)
+def test_distilling_writes_into_no_folder_of_painted_pictures(flags, tmp_path, capsys, part):
+    for each in TRIPLE:
+        write_noise(tmp_path / "painted" / each / "a.png", (16, 16), 0)
+    line = refused(capsys, {"mode": "distill", "gpu_no": -1, "load_path": flags["load_path"], "teacher": tmp_path /
+                            "painted", "save_path": tmp_path / "painted" / part / "run"}, tmp_path)
+    assert f"belongs to --teacher {tmp_path / 'painted' / part}, which is searched" in line
+
+
+def test_output_folder_beside_or_around_the_pictures_is_fine(flags, tmp_path):
+    write_noise(tmp_path / "work" / "photos" / "a.png", (16, 16), 0)
+    for output in (tmp_path / "work", tmp_path / "work" / "photos2"):
+        for _ in range(2):
+            assert main(words(flags | {"content": tmp_path / "work" / "photos", "save_path": output})) == 0
+            assert {path.name for path in output.glob("*.png")} == {"a_paint.png", "contact_sheet.png"}
+    (tmp_path / "work" / "one.png").write_bytes(flags["content"].read_bytes())  # one picture is no searched folder
+    assert main(words(flags | {"content": tmp_path / "work" / "one.png", "save_path": tmp_path / "work"})) == 0
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize("contents, styles", [
+    (["a/b.png", "a-b.png"], ["s.png"]),
+    (["a.png", "a.jpg", "a-jpg.png"], ["s.png"]),
+    (["a_b.png", "a.png"], ["c.png", "b_c.png"]),  # a_b + c, a + b_c
+    (["A.png", "a.png", "b.png"], ["S.png", "s.png"]),
+    (["contact.png", "b.png"], ["sheet.png"]),  # the name of the contact sheet
+    (["a/b/c.png", "a/b-c.png", "a-b/c.png", "a-b-c.png"], ["s.png"]),
+    (["a.png", "a-1.png", "A.png"], ["s.png"]),
+    (["\u00e9.png", "e\u0301.png"], ["s.png"]),  # one name, written in two ways
+    ([f"{'x' * 120}{number}.png" for number in range(2)], [f"{'y' * 120}{number}.png" for number in range(2)]),
+])
+def test_outputs_of_different_inputs_never_collide(flags, tmp_path, contents, styles):
+    for kind, names in (("content", contents), ("style", styles)):
+        for number, name in enumerate(names):
+            write_noise(tmp_path / kind / name, (8 + number, 16), number)
+    assert main(words(flags | {"content": tmp_path / "content", "style": tmp_path / "style",
+                               "save_path": tmp_path / "out"})) == 0
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert "contact_sheet.png" in written and len(written) == len(contents) * len(styles) + 1
+    assert len({name.casefold() for name in written}) == len(written)
+    heights = sorted(Image.open(tmp_path / "out" / name).height for name in written if name != "contact_sheet.png")
+    assert heights == sorted([8 + number for number in range(len(contents))] * len(styles))
+
+
+def test_distinct_names_change_only_where_they_must():
+    assert distinct(["a", "b"]) == ["a", "b"]
+    assert distinct(["a", "A", "a-1"]) == ["a-2", "A-3", "a-1"]
+    assert distinct(["a", "b"], taken=["B"]) == ["a", "b-1"]
+
+
+# ---------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_a_picture_that_is_not_finite_is_never_written(flags, tmp_path, capsys, several, value):
+    network = small_network()
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight.fill_(value)
+    write_model(flags["load_path"], network)
+    if several:
+        write_noise(tmp_path / "photos" / "photo.png", (24, 32), 1)
+        flags |= {"content": tmp_path / "photos", "save_path": tmp_path / "out"}
+    line = refusal(capsys, *words(flags))
+    assert "not finite" in line and all(name in line for name in ("model.pth", "photo.png", "paint.png"))
+    assert not list(tmp_path.glob("out*/*")) and not (tmp_path / "out.png").exists()
+
+
+def test_a_grid_of_pictures_that_are_not_finite_is_never_written(flags, tmp_path, capsys):
+    network = small_network()
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight.fill_(3e38)
+    write_model(flags["load_path"], network)
+    line = refusal(capsys, "--mode", "prune", "--gpu_no", -1, "--load_path", flags["load_path"], "--content_dir",
+                   ROOT / "imgs" / "content", "--style_dir", ROOT / "imgs" / "style", "--imsize", 16, "--cropsize", 16,
+                   "--report_size", 16, "--latency_runs", 1, "--prune_nums", 0, "--save_path", tmp_path / "out")
+    assert "not finite" in line
+    assert not (tmp_path / "out" / "prune_grid.png").exists() and not (tmp_path / "out" / "pruned.pth").exists()
+
+
+# ----------------------------------------------------------------------------------------------- alpha
+
+
+def cut_out(path: Path, size: tuple[int, int]) -> Path:
+    """Transparent on its left half, half transparent in the last row; size is (width, height)."""
+    picture = Image.fromarray(random_picture(1, size[::-1])[0].permute(1, 2, 0).numpy()).convert("RGBA")
+    alpha = np.full(size[::-1], 255, np.uint8)
+    alpha[:, : size[0] // 2] = 0
+    alpha[-1] = 128
+    picture.putalpha(Image.fromarray(alpha))
+    picture.save(path, lossless=True)
+    return path
+
+
+@pytest.mark.parametrize("name, mode", [("o.png", "RGBA"), ("o.webp", "RGBA"), ("o.tif", "RGBA"), ("o.jpg", "RGB"),
+                                        ("o.bmp", "RGB")])
+@pytest.mark.parametrize("source", ["cut.png", "cut.webp"])
+def test_alpha_of_the_content_is_put_back(flags, tmp_path, name, mode, source):
+    content = cut_out(tmp_path / source, (32, 24))
+    assert main(words(flags | {"content": content, "save_path": tmp_path / name})) == 0
+    with Image.open(tmp_path / name) as picture:
+        assert picture.mode == mode and picture.size == (32, 24)
+        if mode == "RGBA":
+            assert np.array_equal(np.asarray(picture.getchannel("A")), np.asarray(Image.open(content).getchannel("A")))
+
+
+def test_alpha_goes_with_the_geometry_and_into_folders(flags, tmp_path):
+    (tmp_path / "photos").mkdir()
+    cut_out(tmp_path / "photos" / "cut.png", (64, 32))
+    write_noise(tmp_path / "photos" / "plain.png", (24, 32), 1)
+    assert main(words(flags | {"content": tmp_path / "photos", "imsize": 16, "cropsize": 16,
+                               "save_path": tmp_path / "out"})) == 0
+    with Image.open(tmp_path / "out" / "cut_paint.png") as picture:
+        alpha = np.asarray(picture.getchannel("A"))
+        assert picture.size == (16, 16) and (alpha[:14, :6] == 0).all() and (alpha[:14, 10:] == 255).all()
+    assert Image.open(tmp_path / "out" / "plain_paint.png").mode == "RGB"
+
+
+def test_alpha_of_the_style_changes_nothing(flags, tmp_path):
+    assert main(words(flags | {"style": cut_out(tmp_path / "cut.png", (32, 24))})) == 0
+    assert Image.open(tmp_path / "out.png").mode == "RGB"
+
+
+# ------------------------------------------------------------------------------------ bad files in folders
+
+
+def damaged(path: Path, how: str) -> Path:
+    whole = write_noise(path.with_name(f"whole_{path.stem}.png"), (24, 32), 3)
+    whole = whole.rename(path).read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"no picture"}[how])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["content", "style"])
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+def test_a_bad_file_of_a_folder_is_skipped_and_named_again_at_the_end(flags, tmp_path, capsys, kind, how):
+    for number in range(3):
+        write_noise(tmp_path / "many" / f"p{number}.png", (24, 32), number)
+    bad = damaged(tmp_path / "many" / "p1.jpg", how)
+    flags |= {kind: tmp_path / "many", "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 1
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {f"{name}_paint.png" if kind == "content" else f"photo_{name}.png" for name in ("p0", "p1-png", "p2")}
+    assert written == names | {"contact_sheet.png"}
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"skipped --{kind} {bad}: ") for line in lines)
+    end = next(number for number, line in enumerate(lines) if line.startswith("could not be used: 1 picture"))
+    assert lines[end].endswith("left out: 1 pair") and lines[end + 1].startswith(f"  --{kind} {bad}: ")
+    capsys.readouterr()
+    assert str(bad) in refusal(capsys, *words(flags | {kind: bad, "save_path": tmp_path / "single"}))
+    assert not (tmp_path / "single").exists()
+
+
+def test_folders_with_nothing_usable_are_refused(flags, tmp_path, capsys):
+    for number in range(2):
+        damaged(tmp_path / "many" / f"p{number}.jpg", "text")
+    line = refused(capsys, flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"}, tmp_path)
+    assert f"--content {tmp_path / 'many'}: none of 2 pictures" in line
+
+
+@pytest.mark.parametrize("drawn", [None, 4])
+def test_metrics_leave_the_pairs_of_a_skipped_picture_out_and_count_them(flags, tmp_path, drawn):
+    for kind, count in (("content", 4), ("style", 2)):
+        for number in range(count):
+            write_noise(tmp_path / kind / f"{kind[0]}{number}.png", (24, 32), number)
+    damaged(tmp_path / "content" / "c1.jpg", "cut").rename(tmp_path / "content" / "c1.png")
+    write_picture(tmp_path / "content" / "c3.png", (20, 20))  # too small for --metrics
+    flags |= {"content": tmp_path / "content", "style": tmp_path / "style", "save_path": tmp_path / "out",
+              "metrics": "ssim"} | ({"pairs": drawn} if drawn else {})
+    assert main(words(flags)) == 1
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    pairs = [(Path(pair["content"]).stem, Path(pair["style"]).stem) for pair in report["pairs"]]
+    assert {content for content, _ in pairs} == {"c0", "c2"} and len(pairs) == (2 if drawn else 4)
+    assert report["pairs_left_out"] == (2 if drawn else 4) and len(report["skipped"]) == 2
+    assert "c1.png" in report["skipped"][0] and "20 x 20" in report["skipped"][1]
+    for content, style in pairs:
+        assert (tmp_path / "out" / f"{content}_{style}.png").exists()
+
+
+def test_a_picture_that_goes_away_meanwhile_is_skipped(flags, tmp_path, monkeypatch):
+    for number in range(3):
+        write_noise(tmp_path / "many" / f"p{number}.png", (24, 32), number)
+    original = evaluate._open_meter
+
+    def remove(*arguments):
+        (tmp_path / "many" / "p2.png").unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate, "_open_meter", remove)
+    assert main(words(flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"})) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"p0_paint.png", "p1_paint.png", "contact_sheet.png"}
+
+
+# ----------------------------------------------------------------------------------- other names of folders
+
+
+@pytest.mark.parametrize("names", [("content_dir", "style_dir"), ("content", "style_dir"), ("content_dir", "style")])
+def test_content_dir_and_style_dir_mean_content_and_style(flags, tmp_path, names):
+    for kind in ("photos", "paintings"):
+        for number in range(2):
+            write_noise(tmp_path / kind / f"{kind[1]}{number}.png", (16, 24), number)
+    del flags["content"], flags["style"]
+    flags |= {names[0]: tmp_path / "photos", names[1]: tmp_path / "paintings", "save_path": tmp_path / "out"}
+    assert main(words(flags)) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "contact_sheet.png", *(f"h{content}_a{style}.png" for content in range(2) for style in range(2))}
+
+
+@pytest.mark.parametrize("kind", ["content", "style"])
+def test_both_names_at_once_are_refused(flags, tmp_path, capsys, kind):
+    line = refused(capsys, flags | {f"{kind}_dir": tmp_path}, tmp_path)
+    assert f"--{kind}" in line and f"--{kind}_dir" in line
+
+
+@pytest.mark.parametrize("given, needed", [("/no/such", "--content_dir /no/such: no such file"), ("", "is empty")])
+def test_content_dir_is_named_in_errors(flags, tmp_path, capsys, given, needed):
+    del flags["content"]
+    assert needed in refused(capsys, flags | {"content_dir": given}, tmp_path)
+
+
+# ---------------------------------------------------------------------------------- strength 0, and its words
+
+
+def test_strength_zero_is_the_decoders_copy_of_the_content(flags, tmp_path):
+    pictures = []
+    for number, style in enumerate((flags["style"], flags["content"])):
+        output = tmp_path / f"{number}.png"
+        assert main(words(flags | {"style": style, "style_strength": 0, "save_path": output})) == 0
+        pictures.append(read_pixels(output))
+    assert np.array_equal(*pictures)  # whatever the style
+    assert np.abs(pictures[0] - read_pixels(flags["content"])).mean() > 5  # a copy through the network
+    help_text = subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode", "test", "--help"], capture_output=True,
+                               text=True).stdout
+    about = " ".join(help_text[help_text.index("--style_strength"):].split())[:250]
+    assert "not the content itself" in about
+
+
+# ----------------------------------------------------------------------------- full disks, and too little memory
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp"])
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    message = user_error(save_picture, Image.new("RGB", (12, 8)), tmp_path / name)
+    assert message == f"{tmp_path / name}: the picture (12 x 8) cannot be written (No space left on device)"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.webp"])
+def test_a_file_that_the_disk_does_not_take_is_one_line(flags, tmp_path, name):
+    """A true failing write, in a process that may write files of 40 bytes only."""
+    run = ("import resource, sys; from main import main; "
+           "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40)); sys.exit(main(sys.argv[1:]))")
+    result = subprocess.run([sys.executable, "-c", run, *words(flags | {"save_path": tmp_path / name})],
+                            capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert lines == [f"error: {tmp_path / name}: the picture (32 x 24) cannot be written (File too large)"]
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_metrics_that_cannot_be_written_are_one_line_and_shown_all_the_same(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "write_text_atomically", full_disk)
+    code = main(words(flags | {"metrics": "ssim", "save_path": tmp_path / "out"}))
+    captured = capsys.readouterr()
+    assert code == 2 and "SSIM" in captured.out
+    assert f"error: {tmp_path / 'out' / 'metrics.json'}: cannot be written (No space left on device)" in captured.err
+
+
+def short_of_memory(kind: str):
+    def fail(*_, **__):
+        match kind:
+            case "numpy":
+                raise MemoryError
+            case "torch":
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            case "gpu":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+    return fail
+
+
+@pytest.mark.parametrize("where", ["decoding", "stylising"])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "gpu"])
+def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_path, capsys, monkeypatch, where, kind):
+    module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (Stylizer, "paint_picture")}[where]
+    monkeypatch.setattr(module, name, short_of_memory(kind))
+    line = refusal(capsys, *words(flags))
+    assert f"--content {flags['content']}: 32 x 24 pixels" in line and "--imsize" in line and "--cropsize" in line
+
+
+def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch):
+    for name, size in (("a", (16, 16)), ("big", (64, 64)), ("c", (16, 16))):
+        write_noise(tmp_path / "many" / f"{name}.png", size, 0)
+    original = Stylizer.paint_picture
+
+    def fail_for_large(self, content, *more, **settings):
+        if content.pixels.shape[2] > 32:
+            raise MemoryError
+        return original(self, content, *more, **settings)
+
+    monkeypatch.setattr(Stylizer, "paint_picture", fail_for_large)
+    assert main(words(flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"})) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_paint.png", "c_paint.png", "contact_sheet.png"}
+    assert "big.png: 64 x 64 pixels are too much" in capsys.readouterr().err
+
+
+def test_a_huge_picture_is_one_line_with_its_size(flags, tmp_path):
+    """A true one, in a process that may take 1 GB more of address space than torch has taken."""
+    huge = tmp_path / "huge.png"
+    Image.new("L", (22_000, 20_000)).save(huge, compress_level=1)
+    run = ("import resource, sys; from main import main; "
+           "pages = int(open('/proc/self/statm').read().split()[0]) + (1 << 30) // resource.getpagesize(); "
+           "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2); "
+           "sys.exit(main(sys.argv[1:]))")
+    result = subprocess.run([sys.executable, "-c", run, *words(flags | {"content": huge})], capture_output=True,
+                            text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert result.returncode == 2 and len(lines) == 1, result.stderr
+    assert str(huge) in lines[0] and "22000 x 20000 pixels" in lines[0] and "--imsize" in lines[0]
+
+
+def test_alpha_is_written_only_where_there_is_one(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        save_picture(Image.new("RGB", (12, 8)), tmp_path / name, None)
+        assert Image.open(tmp_path / name).mode == "RGB"
+    assert {kind for kind in data.ALPHA_FORMATS} <= set(OUTPUT_FORMATS.values())

@@ -1,0 +1,387 @@
+"""Many pairs: lists of pictures, several strengths, one decoding each, what is there already, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CONTENT_DIR,
+    CPU,
+    ROOT,
+    STYLE_DIR,
+    picture_network,
+    read_pixels,
+    refusal,
+    words,
+    write_map,
+    write_model,
+    write_noise,
+)
+from PIL import Image
+
+import network
+from data import read_written, save_picture
+from main import main
+from painting import many as painting
+from painting import stylizer as stylize
+from painting.many import PIXELS_AT_ONCE, Workers
+from painting.stylizer import Stylizer
+
+
+@pytest.fixture
+def flags(tmp_path) -> dict:
+    """Two contents and two styles in folders, painted by a narrow network whose pictures are not black and white."""
+    network = picture_network()
+    for kind in ("content", "style"):
+        for number in range(2):
+            write_noise(tmp_path / f"{kind}s" / f"{kind[0]}{number}.png", (24, 32), 2 * number + (kind == "style"))
+    return {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", network),
+            "content": tmp_path / "contents", "style": tmp_path / "styles", "save_path": tmp_path / "out"}
+
+
+def written(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def pairs_of(contents: str, styles: str) -> set[str]:
+    return {f"{content}_{style}.png" for content in contents.split() for style in styles.split()}
+
+
+# -------------------------------------------------------------------------------------------------- lists
+
+
+@pytest.mark.parametrize("names", [("content", "style"), ("content_dir", "style_dir")])
+def test_several_paths_are_a_list_each_with_each(flags, tmp_path, names):
+    """Files and folders mixed; a picture that is named twice counts once."""
+    del flags["content"], flags["style"]
+    single = write_noise(tmp_path / "more" / "photo.png", (16, 16), 9)
+    flags |= {names[0]: [single, tmp_path / "contents", tmp_path / "contents" / "c1.png"],
+              names[1]: [tmp_path / "styles" / "s1.png", tmp_path / "styles" / "s0.png"]}
+    assert main(words(flags)) == 0
+    assert written(tmp_path / "out") == pairs_of("photo c0 c1", "s0 s1") | {"contact_sheet.png"}
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (3 * 256, 4 * 256)
+    flags |= {names[0]: single, names[1]: tmp_path / "styles" / "s1.png", "save_path": tmp_path / "one.png"}
+    assert main(words(flags)) == 0
+    assert np.array_equal(read_pixels(tmp_path / "one.png"), read_pixels(tmp_path / "out" / "photo_s1.png"))
+
+
+def test_equal_names_of_a_list_get_pictures_of_their_own(flags, tmp_path):
+    paths = [write_noise(tmp_path / folder / "a.png", (8 + number, 16), number)
+             for number, folder in enumerate(("x", "y"))]
+    assert main(words(flags | {"content": paths, "style": tmp_path / "styles" / "s0.png"})) == 0
+    assert written(tmp_path / "out") == {"a-png-1_s0.png", "a-png-2_s0.png", "contact_sheet.png"}
+    heights = {Image.open(tmp_path / "out" / f"a-png-{number}_s0.png").height for number in (1, 2)}
+    assert heights == {8, 9}
+
+
+def test_a_bad_picture_of_a_list_is_skipped_and_a_list_of_bad_ones_refused(flags, tmp_path, capsys):
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no picture")
+    single = {"style": tmp_path / "styles" / "s0.png"}
+    assert main(words(flags | single | {"content": [tmp_path / "contents" / "c0.png", bad]})) == 1
+    assert written(tmp_path / "out") == {"c0_s0.png", "contact_sheet.png"}
+    assert f"skipped --content {bad}: " in capsys.readouterr().err
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 2 * 256)  # no empty row
+    line = refusal(capsys, *words(flags | single | {"content": [bad, tmp_path / "none.png"],
+                                                    "save_path": tmp_path / "no"}))
+    assert f"--content {bad} {tmp_path / 'none.png'}: none of 2 pictures can be used" in line
+    assert not (tmp_path / "no").exists()
+
+
+def test_outputs_among_a_list_and_other_modes_are_refused(flags, tmp_path, capsys):
+    contents = [tmp_path / "contents" / f"c{number}.png" for number in range(2)]
+    one_style = {"style": tmp_path / "styles" / "s0.png"}
+    assert "would overwrite" in refusal(capsys, *words(flags | one_style | {
+        "content": [*contents, write_noise(tmp_path / "out" / "c0_s0.png", (8, 8), 0)]}))
+    assert "one file cannot hold" in refusal(capsys, *words(flags | one_style | {
+        "content": contents, "save_path": tmp_path / "a.png"}))
+    assert "--content is empty" in refusal(capsys, *words(flags | {"content": [*contents, ""]}))
+    # Beside single pictures a folder may be written to.
+    assert main(words(flags | one_style | {"content": contents, "save_path": tmp_path / "contents"})) == 0
+    assert "prune mode takes one, not 2" in refusal(capsys, "--mode", "prune", "--style_strength", 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------- strengths
+
+
+def test_a_list_of_strengths_equals_single_calls(flags, tmp_path):
+    flags |= {"content": tmp_path / "contents" / "c0.png", "style": tmp_path / "styles" / "s0.png"}
+    strengths = ["0", "0.25", "0.5", "1"]
+    assert main(words(flags | {"style_strength": strengths})) == 0
+    assert written(tmp_path / "out") == {*(f"c0_s0_{strength}.png" for strength in strengths), "comparison.png"}
+    pictures = []
+    for strength in strengths:
+        assert main(words(flags | {"style_strength": strength, "save_path": tmp_path / "one.png"})) == 0
+        pictures.append(read_pixels(tmp_path / "one.png"))
+        assert np.array_equal(pictures[-1], read_pixels(tmp_path / "out" / f"c0_s0_{strength}.png"))
+    assert all(np.abs(first - second).max() > 1 for first, second in zip(pictures, pictures[1:]))
+    sheet = Image.open(tmp_path / "out" / "comparison.png")
+    assert sheet.size == (6 * 256, 32 + 256)  # content, style, and the strengths in order
+    middles = [sheet.getpixel((column * 256 + 128, 32 + 128)) for column in range(2, 6)]
+    assert middles == [tuple(picture[12, 16]) for picture in pictures]
+
+
+def test_metrics_have_a_row_for_each_strength(flags, tmp_path, capsys):
+    flags |= {"metrics": "ssim"}
+    assert main(words(flags | {"style_strength": [0, 1]})) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[0] for row in rows[1:4]] == ["model at 0", "model at 1", "model at 1 - model at 0"]
+    several = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert several["settings"]["style_strength"] == [0.0, 1.0]
+    for number, strength in enumerate((0.0, 1.0)):
+        assert main(words(flags | {"style_strength": strength, "save_path": tmp_path / "single"})) == 0
+        single = json.loads((tmp_path / "single" / "metrics.json").read_text())
+        assert single["settings"]["style_strength"] == strength == several["models"][number]["style_strength"]
+        assert several["models"][number]["metrics"] == single["models"][0]["metrics"]
+
+
+@pytest.mark.parametrize("given, needed", [([0.5, 1, 0.5], "--style_strength 0.5: given 2 times"), ([0, 2], "got 2")])
+def test_bad_strengths_are_refused(flags, capsys, given, needed):
+    assert needed in refusal(capsys, *words(flags | {"style_strength": given}))
+
+
+# ----------------------------------------------------------------------------------------- once, and at once
+
+
+def test_each_picture_is_decoded_and_encoded_once(flags, tmp_path, monkeypatch):
+    (tmp_path / "contents" / "z.jpg").write_text("no picture")  # a bad one is tried again, for lack of memory perhaps
+    decoded, encoded = Counter(), Counter()
+    prepare, statistics = stylize.prepare_picture, stylize.TiledPicture.statistics
+
+    def count_decoding(path, *more):
+        decoded[path.name] += 1
+        return prepare(path, *more)
+
+    def count_encoding(self, *more):
+        encoded[self.pixels.data_ptr()] += self._statistics is None
+        return statistics(self, *more)
+
+    monkeypatch.setattr(stylize, "prepare_picture", count_decoding)
+    monkeypatch.setattr(stylize.TiledPicture, "statistics", count_encoding)
+    held = []  # so that no two pictures are at one address
+    load = painting.load_input
+    monkeypatch.setattr(painting, "load_input", lambda *arguments: held.append(load(*arguments)) or held[-1])
+    assert main(words(flags)) == 1
+    assert decoded == {"c0.png": 1, "c1.png": 1, "s0.png": 1, "s1.png": 1, "z.jpg": 2}
+    assert sorted(encoded.values()) == [1] * 4
+
+
+def test_pictures_do_not_depend_on_their_company(flags, tmp_path):
+    """Of different sizes and with a large margin, in any number of threads: at most 1 of 255 from one by one."""
+    for number, size in enumerate(((40, 24), (17, 50))):
+        write_noise(tmp_path / "contents" / f"d{number}.png", size, 10 + number)
+    flags |= {"margin": 8}
+    assert main(words(flags)) == 0
+    for content in "c0 c1 d0 d1".split():
+        one = flags | {"content": tmp_path / "contents" / f"{content}.png", "style": tmp_path / "styles" / "s1.png",
+                       "save_path": tmp_path / "one.png"}
+        assert main(words(one)) == 0
+        difference = read_pixels(tmp_path / "one.png") - read_pixels(tmp_path / "out" / f"{content}_s1.png")
+        assert np.abs(difference).max() <= 1
+
+
+def test_decoding_computing_and_writing_overlap(flags, tmp_path, monkeypatch):
+    """A picture is written only once the network is at another."""
+    monkeypatch.setattr(painting, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    met = threading.Barrier(2, timeout=20)
+    save, paint, painted = painting.save_picture, Stylizer.paint_picture, []
+
+    def wait_and_save(picture, path, alpha):
+        if path.name == "c0_s0.png":
+            met.wait()
+        save(picture, path, alpha)
+
+    def wait_and_paint(self, *arguments, **settings):
+        painted.append(None)
+        if len(painted) == 2:
+            met.wait()
+        return paint(self, *arguments, **settings)
+
+    monkeypatch.setattr(painting, "save_picture", wait_and_save)
+    monkeypatch.setattr(Stylizer, "paint_picture", wait_and_paint)
+    assert main(words(flags | {"style": tmp_path / "styles" / "s0.png"})) == 0
+
+
+def test_workers_share_the_cores_by_size_and_by_number(monkeypatch):
+    monkeypatch.setattr(painting, "usable_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    with Workers(CPU) as workers:
+        assert workers.count == workers.slots == 4
+        for expected, pixels, desired in ((100, 10, 1), (2, 10, 2), (1, 10, 4), (100, PIXELS_AT_ONCE // 2, 2),
+                                          (100, 3 * PIXELS_AT_ONCE, 4), (100, None, 4)):
+            workers.expected = expected
+            with workers.computing(pixels):
+                assert asked.pop() == desired
+        running, most = [], []
+
+        def compute(pixels):
+            with workers.computing(pixels):
+                running.append(pixels)
+                most.append(sum(running))
+                time.sleep(0.005)
+                running.remove(pixels)
+
+        for work in [workers.start(compute, PIXELS_AT_ONCE // 2) for _ in range(20)]:
+            work.result()
+        assert max(most) <= PIXELS_AT_ONCE
+
+
+def test_contents_are_not_held_in_memory(flags, tmp_path, monkeypatch):
+    """Of 30 contents at most a few are at hand at a time."""
+    for number in range(30):
+        write_noise(tmp_path / "contents" / f"m{number}.png", (8, 8), number)
+    monkeypatch.setattr(painting, "usable_cores", lambda: 2)
+    alive, most = [0], [0]
+
+    class Counted(painting._Content):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+
+        def __del__(self):
+            alive[0] -= 1
+
+    monkeypatch.setattr(painting, "_Content", Counted)
+    assert main(words(flags)) == 0
+    assert alive[0] == 0 and 2 <= most[0] <= 8
+
+
+# ---------------------------------------------------------------------------------------- what is there already
+
+
+def test_what_is_there_and_whole_is_not_painted_again(flags, tmp_path, capsys):
+    assert main(words(flags)) == 0
+    out = tmp_path / "out"
+    desired = {path.name: path.read_bytes() for path in out.iterdir()}
+    marked = write_map(out / "c0_s0.png", (32, 24)).read_bytes()
+    (out / "c0_s1.png").write_bytes(desired["c0_s1.png"][:-30])
+    (out / "c1_s0.png").unlink()
+    (out / "contact_sheet.png").unlink()
+    capsys.readouterr()
+    assert main(words(flags | {"skip_existing": True})) == 0
+    assert "wrote 2 pictures (2 were there already), contact_sheet.png" in capsys.readouterr().err
+    assert (out / "c0_s0.png").read_bytes() == marked
+    for name in ("c0_s1.png", "c1_s0.png", "c1_s1.png"):
+        assert (out / name).read_bytes() == desired[name]
+    sheet = Image.open(out / "contact_sheet.png")  # shows what is there, whoever painted it
+    assert sheet.size == (3 * 256, 3 * 256)
+    assert sheet.getpixel((256 + 128, 256 + 128)) == Image.open(out / "c0_s0.png").getpixel((16, 12))
+
+
+def test_nothing_is_painted_where_all_is_there(flags, tmp_path, monkeypatch, capsys):
+    assert main(words(flags)) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(Stylizer, "paint_picture", None)
+    monkeypatch.setattr(Stylizer, "encode_style", None)
+    capsys.readouterr()
+    assert main(words(flags | {"skip_existing": True})) == 0
+    assert "wrote 0 pictures (4 were there already), contact_sheet.png" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_existing_pictures_are_not_measured(flags, capsys):
+    assert "--skip_existing: --metrics measures" in refusal(capsys, *words(flags | {"skip_existing": True,
+                                                                                    "metrics": "ssim"}))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_a_damaged_picture_is_not_whole(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    assert read_written(path) is None
+    save_picture(Image.open(write_noise(tmp_path / "n.png", (40, 50), 0)), path)
+    assert read_written(path).size == (50, 40)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert read_written(path) is None
+
+
+# ------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("model", ["tiny", "compact"])
+def test_amp_auto_decodes_in_float16_where_pictures_stay_what_they_are(tmp_path, monkeypatch, model):
+    """As on a GPU; the encoder's features and all statistics stay in float32."""
+    flags = {"mode": "test", "gpu_no": -1, "load_path": ROOT / "model-store" / f"{model}.pth", "imsize": 96,
+             "content": CONTENT_DIR / "dog.jpg", "style": STYLE_DIR / "great_wave.jpg"}
+    pictures, seen = {}, set()
+    forward = network.Decoder._decode
+
+    def look(self, feature):
+        output = forward(self, feature)
+        seen.add((feature.dtype, output.dtype))
+        return output
+
+    monkeypatch.setattr(network.Decoder, "_decode", look)
+    for amp in ("off", "auto"):
+        assert main(words(flags | {"amp": amp, "save_path": tmp_path / f"{amp}.png"})) == 0
+        assert seen == {(torch.float32, torch.float32)}  # a CPU has none
+    monkeypatch.setattr(stylize, "half_dtype", lambda device: torch.float16)
+    assert main(words(flags | {"amp": "auto", "save_path": tmp_path / "half.png"})) == 0
+    assert (torch.float32, torch.float16) in seen
+    pictures = {name: read_pixels(tmp_path / f"{name}.png") for name in ("off", "auto", "half")}
+    assert np.array_equal(pictures["off"], pictures["auto"])
+    assert 1 <= np.abs(pictures["off"] - pictures["half"]).max() <= 3
+
+
+def test_a_model_that_half_precision_changes_stays_in_float32(tmp_path, monkeypatch, capsys):
+    flags = {"mode": "test", "gpu_no": -1, "load_path": ROOT / "model-store" / "tiny.pth", "imsize": 64}
+    assert main(words(flags | {"save_path": tmp_path / "off.png"})) == 0
+    monkeypatch.setattr(stylize, "half_dtype", lambda device: torch.bfloat16)
+    assert main(words(flags | {"amp": "auto", "save_path": tmp_path / "auto.png"})) == 0
+    assert "--amp auto: tiny stays in float32: in bfloat16 a picture changes by " in capsys.readouterr().err
+    assert (tmp_path / "off.png").read_bytes() == (tmp_path / "auto.png").read_bytes()
+    assert "--amp bf16: test mode takes off or auto" in refusal(capsys, *words(flags | {"amp": "bf16"}))
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def run_two(flags: dict, code: int) -> subprocess.CompletedProcess:
+    result = subprocess.run([*TORCHRUN, str(ROOT / "main.py"), *words(flags)], capture_output=True, text=True,
+                            timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (result.returncode == 0) == (code == 0), result.stderr
+    return result
+
+
+def test_processes_share_the_pairs_and_write_one_summary(flags, tmp_path):
+    for number in range(3):
+        write_noise(tmp_path / "contents" / f"d{number}.png", (24, 32), 20 + number)
+    bad = tmp_path / "contents" / "z.jpg"  # in the second one's share
+    bad.write_text("no picture")
+    flags |= {"metrics": "ssim"}
+    two = run_two(flags, 1)
+    assert main(words(flags | {"save_path": tmp_path / "alone"})) == 1
+    alone, shared = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("alone", "out"))
+    assert alone.keys() == shared.keys() >= pairs_of("c0 c1 d0 d1 d2", "s0 s1") | {"contact_sheet.png", "metrics.json"}
+    for name in alone.keys() - {"metrics.json"}:
+        assert np.abs(read_pixels(alone[name]) - read_pixels(shared[name])).max() <= 1, name
+    desired, actual = (json.loads(folder["metrics.json"].read_text()) for folder in (alone, shared))
+    assert actual["skipped"] == desired["skipped"] and actual["pairs_left_out"] == desired["pairs_left_out"] == 2
+    assert [pair["content"] for pair in actual["pairs"]] == [pair["content"] for pair in desired["pairs"]]
+    for pair, other in zip(actual["pairs"], desired["pairs"]):
+        assert pair["metrics"]["model"]["ssim"] == pytest.approx(other["metrics"]["model"]["ssim"], abs=1e-3)
+    assert f"rank 1: skipped --content {bad}: " in two.stderr
+    for text in ("wrote 10 pictures", "could not be used: 1 picture; left out: 2 pairs"):
+        assert two.stderr.count(text) == 1, text
+    assert two.stdout.count("SSIM") == 1
+
+
+def test_the_error_of_any_process_ends_all_in_a_line(flags, tmp_path):
+    """Of two pairs the second, which is the second process's, cannot be written."""
+    (tmp_path / "out" / "c1_s0.png").mkdir(parents=True)
+    result = run_two(flags | {"style": tmp_path / "styles" / "s0.png"}, 1)
+    assert f"error: rank 1 of 2: {tmp_path / 'out' / 'c1_s0.png'}: the picture (32 x 24) cannot be" in result.stderr
+    assert "RuntimeError" not in result.stderr

@@ -1,0 +1,451 @@
+"""Quality: every metric against values known by hand or by another implementation, intervals, several models."""
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CPU,
+    random_picture,
+    refusal,
+    small_network,
+    user_error,
+    words,
+    write_model,
+    write_noise,
+)
+from PIL import Image
+from torch.testing import assert_close
+
+from data import denormalize, normalize
+from evaluate import TestConfig, model_names
+from main import main
+from network import LossNetwork, NetworkConfig, build_from_vgg
+from painting.pairs import choose_pairs
+from painting.quality import (
+    LUMA,
+    METRICS,
+    MIN_SIDE,
+    Measurement,
+    Meter,
+    load_stlpips,
+    mean_and_margin,
+    ssim,
+    t_quantile,
+)
+from painting.sheets import comparison_sheet
+from train import TrainConfig
+from training.step import TransferTrainer
+from weights import load_vgg
+
+
+def grey(values: np.ndarray) -> torch.Tensor:
+    """(H, W) to (1, 3, H, W)."""
+    return torch.from_numpy(values)[None, None].repeat(1, 3, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------- SSIM
+
+
+ROWS, COLUMNS = np.mgrid[0:20, 0:26]
+FIRST = ((ROWS * 7 + COLUMNS * 11) % 31) / 30.0
+# By scikit-image 0.26.0: structural_similarity(FIRST, second, gaussian_weights=True, sigma=1.5,
+# use_sample_covariance=False, data_range=1.0), which averages over the same positions.
+BY_SCIKIT_IMAGE = [
+    (((ROWS * 5 + COLUMNS * 3) % 17) / 16.0, 0.006871175261505899),
+    (FIRST * 0.5 + 0.25, 0.8015734369703438),
+    (1 - FIRST, -0.9892174805613703),
+    (np.full_like(FIRST, 0.5), 0.010032007581055508),
+]
+
+
+@pytest.mark.parametrize("second, desired", BY_SCIKIT_IMAGE)
+def test_ssim_is_that_of_another_implementation(second, desired):
+    assert ssim(grey(FIRST), grey(second)).item() == pytest.approx(desired, abs=1e-9)
+
+
+def test_ssim_is_the_equation_window_by_window():
+    """Wang et al., eq. 13, for every position of the window, with weighted statistics by their definition."""
+    pictures = [random_picture(seed, (13, 15)) / 255.0 for seed in (0, 1)]
+    x, y = (sum(weight * picture[0, channel].double().numpy() for channel, weight in enumerate(LUMA))
+            for picture in pictures)
+    weights = np.array([[math.exp(-(i * i + j * j) / (2 * 1.5**2)) for j in range(-5, 6)] for i in range(-5, 6)])
+    weights /= weights.sum()
+    found = []
+    for top, left in itertools.product(range(3), range(5)):
+        a, b = (each[top : top + 11, left : left + 11] for each in (x, y))
+        mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+        variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+        covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+        found.append((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+                     / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
+    assert ssim(*pictures).item() == pytest.approx(np.mean(found), abs=1e-9)
+
+
+def test_ssim_of_a_picture_with_itself_is_one_and_black_with_white_almost_zero():
+    picture = random_picture(0) / 255.0
+    assert ssim(picture, picture).item() == pytest.approx(1.0, abs=1e-12)
+    black, white = torch.zeros(1, 3, 11, 11), torch.ones(1, 3, 11, 11)
+    assert ssim(black, white).item() == pytest.approx(1e-4 / 1.0001, rel=1e-6)  # C1 / (1 + C1)
+
+
+def test_ssim_sees_luma_only():
+    """A red and a grey of the same luma are equal to it, a red and a blue are not."""
+    red = torch.zeros(1, 3, 16, 16)
+    red[:, 0] = 1.0
+    assert ssim(red, torch.full((1, 3, 16, 16), LUMA[0])).item() == pytest.approx(1.0, abs=1e-7)
+    assert ssim(red, red.flip(1)).item() < 0.7
+
+
+# ------------------------------------------------------------------------------------------------ ST-LPIPS
+
+
+def test_stlpips_is_zero_for_equal_pictures_grows_with_noise_and_is_the_packages_own():
+    from stlpips_pytorch import stlpips
+
+    network = load_stlpips()
+    picture = normalize(bundled_picture("imgs/content/dog.jpg"))
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+    content = (denormalize(picture) * 255.0).round().byte()
+    outputs = [picture, picture + 0.1 * noise, picture + noise]
+    values = Meter(("stlpips",), "vgg19", "unused", "meanstd", 0, CPU).measure(content, content, outputs)[:, 0]
+    assert values[0] == 0 and 0 < values[1] < values[2]
+    # The package's documented use: pictures of 0..255 brought to -1..1 by `im2tensor`, its own loader.
+    own = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+    written = (denormalize(outputs[2]) * 255.0).round()
+    with torch.no_grad():
+        desired = own(content / 127.5 - 1, written / 127.5 - 1)
+        assert_close(network(content / 127.5 - 1, written / 127.5 - 1), desired, rtol=0, atol=0)
+    assert values[2].item() == pytest.approx(desired.item(), rel=1e-4)
+
+
+def bundled_picture(path: str) -> torch.Tensor:
+    """A bundled picture at 64 x 64, (1, 3, 64, 64), uint8."""
+    with Image.open(Path(__file__).parent.parent.parent / path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB").resize((64, 64)))).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("missing", ["stlpips_pytorch", "IPython", "torchsummary"])
+def test_missing_package_is_one_line(monkeypatch, missing):
+    for name in [name for name in sys.modules if name.startswith("stlpips_pytorch")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)  # `import` then raises as for a package that is not there
+    message = user_error(load_stlpips)
+    assert "--metrics stlpips" in message and missing in message and "requirements-metrics.txt" in message
+
+
+# -------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("style_kind", ["meanstd", "gram"])
+def test_losses_are_those_of_training(style_kind):
+    """The trainer's content and style loss of a batch of one, before its step, is the Meter's of the same pair."""
+    vgg, origin = load_vgg("vgg19", "random", seed=3)
+    torch.manual_seed(0)
+    network, loss_network = build_from_vgg(NetworkConfig.full(), vgg)
+    content, style = random_picture(0, (32, 32)), random_picture(1, (32, 32))
+    with torch.no_grad():
+        output = network(normalize(content), normalize(style))
+    meter = Meter(("content", "style"), "vgg19", "random", style_kind, 3, CPU)
+    actual = meter.measure(content, style, [output])[0]
+    config = TrainConfig(style_loss=style_kind, amp="off", encoder_lr=1e-5, decoder_lr=1e-4)
+    desired = TransferTrainer(network, loss_network, config, CPU).step(content, style, all_terms=True)
+    assert meter.vgg_origin == origin
+    assert_close(actual, torch.stack([desired["content"], desired["style"]]).double(), rtol=1e-4, atol=0)
+    # Another VGG is another measure, so that the equality above says something.
+    other = Meter(("content",), "vgg19", "random", style_kind, 4, CPU).measure(content, style, [output])[0, 0]
+    assert abs(other / actual[0] - 1) > 3e-4
+
+
+def test_the_picture_as_its_own_output_has_no_content_loss_and_as_both_no_style_loss():
+    content, style = random_picture(0), random_picture(1)
+    meter = Meter(tuple(METRICS), "vgg19", "random", "meanstd", 0, CPU)
+    values = meter.measure(content, style, [normalize(content), normalize(style)])
+    assert meter.metrics == ("content", "style", "ssim", "stlpips")
+    assert_close(values[0, [0, 2, 3]], torch.tensor([0, 1, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
+    assert values[0, 1] > 0.01 and values[1, 0] > 0.01
+    assert_close(values[1, 1].item(), 0.0, rtol=0, atol=1e-9)
+
+
+def test_defaults_are_those_of_training():
+    training = {field.name: field.default for field in fields(TrainConfig)}
+    for name in ("vgg_weights", "style_loss", "seed"):
+        assert getattr(TestConfig(), name) == training[name]
+
+
+# ----------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("freedom, desired", [(1, 12.7062), (2, 4.30265), (7, 2.36462), (30, 2.04227), (1000, 1.96234)])
+def test_t_quantile_is_that_of_the_tables(freedom, desired):
+    assert t_quantile(freedom) == pytest.approx(desired, rel=1e-5)
+
+
+def test_interval_of_pairs_without_a_common_picture_is_the_t_interval():
+    """1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3, standard error sqrt(14 / 12), t of 3 degrees 3.18245."""
+    mean, margin = mean_and_margin(np.array([1.0, 2.0, 3.0, 6.0]), [(0, 2), (1, 0), (2, 3), (3, 1)])
+    assert mean == 3.0
+    assert margin == pytest.approx(3.18245 * math.sqrt(14 / 12), rel=1e-5)
+
+
+def test_interval_of_crossed_pairs_by_hand():
+    """Contents 0, 1 with styles 0, 1, 2: values 0 1 5 / 2 3 7, content means 2 and 4, style means 1, 2, 6, mean 3.
+
+    By content: 2 / 2 = 1 (variance of the means / their number); by style: 7 / 3; by pair: residuals
+    -3 -2 2 -1 0 4, squares 34, / 5 / 6 = 17 / 15. 1 + 7/3 - 17/15 = 2.2 is below 7/3, which stands; the fewer
+    are 2 contents: t of 1 degree, 12.7062.
+    """
+    pairs = [(content, style) for content in range(2) for style in range(3)]
+    mean, margin = mean_and_margin(np.array([0.0, 1, 5, 2, 3, 7]), pairs)
+    assert mean == 3.0
+    assert margin == pytest.approx(12.7062 * math.sqrt(7 / 3), rel=1e-5)
+
+
+def test_interval_counts_content_and_style_together():
+    """Values content + style, each 0, 2 and 4: means 2, 4, 6 of both kinds, variance 4, / 3; by pair: residuals
+    the sums of -2, 0, 2 with -2, 0, 2, squares 48, / 8 / 9 = 2/3. 4/3 + 4/3 - 2/3 = 2; t of 2 degrees 4.30265."""
+    pairs = [(content, style) for content in range(3) for style in range(3)]
+    values = np.array([2.0 * (content + style) for content, style in pairs])
+    mean, margin = mean_and_margin(values, pairs)
+    assert mean == 4.0
+    assert margin == pytest.approx(4.30265 * math.sqrt(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("turn", [lambda pair: pair, lambda pair: pair[::-1]])
+def test_one_style_for_all_counts_as_given(turn):
+    pairs = [turn((content, 0)) for content in range(4)]
+    assert mean_and_margin(np.array([1.0, 2.0, 3.0, 6.0]), pairs)[1] == pytest.approx(
+        3.18245 * math.sqrt(14 / 12), rel=1e-5)
+
+
+def test_a_single_pair_has_no_interval():
+    assert mean_and_margin(np.array([5.0]), [(0, 0)]) == (5.0, math.inf)
+
+
+def test_interval_holds_the_mean_in_95_of_100_draws():
+    """Contents, styles and pairs with a random effect each: how often the interval holds the true mean, 0."""
+    generator = np.random.default_rng(0)
+    pairs = [(content, style) for content in range(8) for style in range(6)]
+    rows, columns = np.array(pairs).T
+    held, pairwise, trials = 0, 0, 400
+    for _ in range(trials):
+        values = generator.normal(size=8)[rows] + generator.normal(size=6)[columns] + generator.normal(size=48)
+        mean, margin = mean_and_margin(values, pairs)
+        held += abs(mean) <= margin
+        pairwise += abs(mean) <= 2.01 * values.std(ddof=1) / math.sqrt(48)
+    assert 0.92 <= held / trials <= 0.995
+    assert pairwise / trials < 0.7  # what pairs taken for independent would have claimed as 95%
+
+
+def test_differences_are_taken_pair_by_pair():
+    """Two models that differ by 1 on every pair, whatever the pair: the difference is known exactly."""
+    values = np.array([[[3.0], [4.0]], [[10.0], [11.0]], [[5.0], [6.0]]])
+    measurement = Measurement(values, [(0, 0), (1, 1), (2, 2)], ["a", "b"], ("ssim",))
+    assert measurement.summary(1, minus=0)["ssim"] == {"mean": 1.0, "interval": [1.0, 1.0]}
+    low, high = measurement.summary(0)["ssim"]["interval"]
+    assert low < 3 and high > 9
+    assert measurement.of_pair(1) == {"a": {"ssim": 10.0}, "b": {"ssim": 11.0}}
+    lines = measurement.table().splitlines()
+    assert lines[0].split() == ["SSIM"] and lines[1].split()[:2] == ["a", "6.000"]
+    assert lines[3].startswith("b - a") and "1.000 ±" in lines[3]
+
+
+# --------------------------------------------------------------------------------------------- pairs, names
+
+
+@pytest.mark.parametrize("contents, styles", [(4, 6), (5, 3), (3, 3), (1, 4)])
+def test_drawn_pairs_use_every_picture_evenly_and_none_twice(contents, styles):
+    every = [(content, style) for content in range(contents) for style in range(styles)]
+    assert choose_pairs(contents, styles, None, seed=0) == every
+    assert choose_pairs(contents, styles, contents * styles, seed=5) == every
+    for number in range(1, contents * styles + 1):
+        pairs = choose_pairs(contents, styles, number, seed=5)
+        assert len(set(pairs)) == number and pairs == sorted(pairs) and set(pairs) <= set(every)
+        for kind, count in enumerate((contents, styles)):
+            used = np.bincount([pair[kind] for pair in pairs], minlength=count)
+            assert used.max() - used.min() <= 1
+    assert len({tuple(choose_pairs(contents, styles, 2, seed)) for seed in range(20)}) > 1
+    assert "--pairs" in user_error(choose_pairs, contents, styles, contents * styles + 1, 0)
+
+
+def test_names_of_models_tell_them_apart():
+    assert model_names(["runs/a", "store/b.pth"]) == ["a", "b"]
+    assert model_names(["runs/a/pruned.pth", "runs/b/pruned.pth"]) == ["a-pruned", "b-pruned"]
+    assert model_names(["x/run", "y/../y/RUN.pth"]) == ["x-run", "y-RUN"]
+    assert model_names(["a/x/run", "b/x/run", "c/other"]) == ["a-x-run", "b-x-run", "other"]  # only where it takes them
+    assert model_names(["x/run", "x/run.pth"]) == ["1-run", "2-run"]
+
+
+def test_comparison_shows_the_right_pictures_in_the_right_cells(tmp_path):
+    """Pictures of one colour each; of 40 pairs 16 are shown, the first one too."""
+    pairs = [(content, style) for content in range(8) for style in range(5)]
+    sheet = comparison_sheet(pairs, ["one", "a model with a name much too long for the column that it stands over"])
+    for content in range(8):
+        sheet.place(Image.new("RGB", (300, 200), (content * 20, 0, 0)), ("content", content))
+    for style in range(5):
+        sheet.place(Image.new("RGB", (64, 64), (0, style * 20, 0)), ("style", style))
+    for content, style in pairs:
+        for model in range(2):
+            color = (content * 20, style * 20, 100 + model)
+            sheet.place(Image.new("RGB", (256, 256), color), (content, style, model))
+    assert sheet.save(tmp_path)
+    picture = Image.open(tmp_path / "comparison.png").convert("RGB")
+    assert picture.size == (4 * 256, 32 + 16 * 256)
+    for row in range(16):
+        content, style = pairs[row * 40 // 16]
+        centres = [picture.getpixel((column * 256 + 128, 32 + row * 256 + 128)) for column in range(4)]
+        assert centres == [(content * 20, 0, 0), (0, style * 20, 0), (content * 20, style * 20, 100),
+                           (content * 20, style * 20, 101)]
+    for column in range(4):  # every title stands over its own column
+        title = np.asarray(picture.convert("L").crop((column * 256 + 2, 0, (column + 1) * 256 - 2, 32)))
+        assert (title < 128).any() and (title[:, :1] > 200).all() and (title[:, -1:] > 200).all()
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def folders(tmp_path) -> dict:
+    """Two contents, three styles, two narrow models of equal name; the flags of a test of the first."""
+    for name, count in (("contents", 2), ("styles", 3)):
+        for number in range(count):
+            write_noise(tmp_path / name / f"{name[0]}{number}.png", (32, 36), 10 * count + number)
+    for seed, name in enumerate(("one", "two")):
+        write_model(tmp_path / name / "pruned.pth", small_network(seed=seed), vgg_weights="a VGG of long ago")
+    return {"--mode": ["test"], "--gpu_no": [-1], "--load_path": [tmp_path / "one" / "pruned.pth"],
+            "--content": [tmp_path / "contents"], "--style": [tmp_path / "styles"],
+            "--save_path": [tmp_path / "out"], "--vgg_weights": ["random"]}
+
+
+def test_several_models_of_equal_name_are_measured_side_by_side(folders, tmp_path, capsys):
+    models = [tmp_path / name / "pruned.pth" for name in ("one", "two")]
+    assert main(words(folders | {"--metrics": [], "--load_path": models})) == 0
+    captured = capsys.readouterr()
+    out = tmp_path / "out"
+    desired = {f"c{content}_s{style}.png" for content in range(2) for style in range(3)}
+    for model in ("one-pruned", "two-pruned"):
+        assert {path.name for path in (out / model).iterdir()} == desired
+    assert {path.name for path in out.iterdir()} == {"one-pruned", "two-pruned", "comparison.png", "contact_sheet.png",
+                                                   "metrics.json"}
+    assert Image.open(out / "comparison.png").size == (4 * 256, 32 + 6 * 256)
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.size == (7 * 256, 32 + 3 * 256)
+    middle = [sheet.getpixel((column * 256 + 128, 32 + 2 * 256 + 128)) for column in range(7)]
+    pictures = [tmp_path / "contents" / "c1.png", *(out / f"{model}-pruned" / f"c1_s{style}.png"
+                                                    for style in range(3) for model in ("one", "two"))]
+    assert middle == [Image.open(path).getpixel((18, 16)) for path in pictures]
+    for model in ("one-pruned", "two-pruned"):
+        assert f"{model} was trained with VGG weights a VGG of long ago; its losses are measured with random" \
+            in captured.err
+    lines = captured.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["content", "one-pruned", "two-pruned", "two-pruned", "6"]
+    assert lines[0].split("  ")[-1].strip() == "ST-LPIPS"
+
+    report = json.loads((out / "metrics.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["one-pruned", "two-pruned"]
+    assert report["settings"]["style_strength"] == 1.0 and report["vgg_weights_of_losses"].startswith("random")
+    assert report["versions"]["torch"] == version("torch") and "threads" in report["device"]
+    assert len(report["pairs"]) == 6 and report["pairs"][1]["style"] == str(tmp_path / "styles" / "s1.png")
+    for model in report["models"]:
+        for metric in METRICS:
+            values = [pair["metrics"][model["name"]][metric] for pair in report["pairs"]]
+            assert model["metrics"][metric]["mean"] == pytest.approx(np.mean(values))
+            low, high = model["metrics"][metric]["interval"]
+            assert low < np.mean(values) < high
+    # SSIM and ST-LPIPS are of the files as written: anyone can measure them again.
+    for pair in report["pairs"]:
+        content = torch.from_numpy(np.array(Image.open(pair["content"]))).permute(2, 0, 1)[None] / 255.0
+        name = f"{Path(pair['content']).stem}_{Path(pair['style']).stem}.png"
+        written = torch.from_numpy(np.array(Image.open(out / "two-pruned" / name))).permute(2, 0, 1)[None] / 255.0
+        assert pair["metrics"]["two-pruned"]["ssim"] == pytest.approx(ssim(content, written).item(), abs=1e-6)
+
+
+def test_one_model_measured_alone_writes_what_it_did_and_the_metrics(folders, tmp_path, capsys):
+    """A model's values do not depend on its company, and the pictures and the sheet are those of no metrics."""
+    assert main(words(folders | {"--save_path": [tmp_path / "plain"]})) == 0
+    assert "--vgg_weights has no effect" in capsys.readouterr().err
+    assert main(words(folders | {"--metrics": ["stlpips", "ssim"]})) == 0
+    plain, measured = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                       for name in ("plain", "out"))
+    report = json.loads(measured.pop("metrics.json"))
+    assert plain == measured and len(plain) == 7 and "contact_sheet.png" in plain
+    assert list(report["models"][0]["metrics"]) == ["ssim", "stlpips"]
+    assert report["models"][0]["difference_from_first"] is None and report["vgg_weights_of_losses"] is None
+    both = {"--load_path": [tmp_path / "two" / "pruned.pth", tmp_path / "one" / "pruned.pth"], "--metrics": ["ssim"],
+            "--save_path": [tmp_path / "both"]}
+    assert main(words(folders | both)) == 0
+    again = json.loads((tmp_path / "both" / "metrics.json").read_text())["models"][1]["metrics"]["ssim"]
+    assert again == report["models"][0]["metrics"]["ssim"]
+
+
+def test_drawn_pairs_and_a_single_pair(folders, tmp_path, capsys):
+    assert main(words(folders | {"--pairs": [2]})) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "comparison.png" in names and len(names) == 3 and len({name[:2] for name in names}) == 3
+    single = {"--content": [tmp_path / "contents" / "c0.png"], "--style": [tmp_path / "styles" / "s0.png"],
+              "--metrics": ["ssim"], "--save_path": [tmp_path / "single"]}
+    assert main(words(folders | single)) == 0
+    assert {path.name for path in (tmp_path / "single").iterdir()} == {"c0_s0.png", "metrics.json"}
+    report = json.loads((tmp_path / "single" / "metrics.json").read_text())
+    assert report["models"][0]["metrics"]["ssim"]["interval"] is None
+
+
+def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, capsys):
+    one, two = (tmp_path / name / "pruned.pth" for name in ("one", "two"))
+    other = tmp_path / "vgg16.pth"
+    write_model(other, small_network("vgg16"))
+    Image.new("RGB", (40, MIN_SIDE - 1)).save(tmp_path / "flat.png")
+    Image.new("RGB", (40, MIN_SIDE)).save(tmp_path / "just.png")
+    (tmp_path / "styles" / "z.jpg").write_text("no picture")
+    single = {"--style": [tmp_path / "just.png"]}
+    cases = [
+        (single | {"--load_path": [one, one]}, "named twice"),
+        (single | {"--load_path": [one, tmp_path / "one"]}, "named twice"),
+        (single | {"--load_path": [one, tmp_path / "none.pth"]}, "none.pth: no such file"),
+        (single | {"--load_path": [one, other], "--metrics": ["style"]}, "not comparable"),
+        (single | {"--pairs": [3]}, "--pairs 3: 2 content and 1 style pictures make 2 pairs"),
+        (single | {"--pairs": [0]}, "--pairs"),
+        (single | {"--metrics": ["psnr"]}, "--metrics"),
+        (single | {"--metrics": ["ssim"], "--content": [tmp_path / "flat.png"]}, f"40 x {MIN_SIDE - 1} pixels"),
+        (single | {"--metrics": ["ssim"], "--save_path": [tmp_path / "out.png"]}, "one file cannot hold"),
+        (single | {"--load_path": [one, two], "--save_path": [tmp_path / "out.png"]}, "one file cannot hold"),
+        (single | {"--metrics": [], "--vgg_weights": ["/no/such.pth"]}, "--vgg_weights /no/such.pth"),
+        ({"--style": [tmp_path / "styles" / "z.jpg"]}, "z.jpg: not a readable picture"),
+        (single | {"--mode": ["prune"], "--load_path": [one, two]}, "prune mode takes one, not 2"),
+        (single | {"--mode": ["train"], "--load_path": [one, two]}, "train mode takes one, not 2"),
+    ]
+    for change, needed in cases:
+        assert needed in refusal(capsys, *words(folders | change))
+        assert not list(tmp_path.glob("out/**/*.png")) and not (tmp_path / "out.png").exists()
+    smallest = single | {"--metrics": [], "--content": [tmp_path / "just.png"], "--vgg_weights": ["random"]}
+    assert main(words(folders | smallest)) == 0
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert main(words(folders | single | {"--load_path": [one, other], "--metrics": ["ssim"]})) == 0
+
+
+def test_output_that_is_not_finite_is_refused(folders, tmp_path, capsys):
+    network = small_network()
+    with torch.no_grad():
+        network.decoder.layers[0][-1].weight.fill_(3e38)
+    write_model(tmp_path / "one" / "pruned.pth", network)
+    assert "not finite" in refusal(capsys, *words(folders | {"--metrics": ["ssim"]}))
+
+
+def test_meter_without_loss_metrics_loads_no_vgg():
+    meter = Meter(("ssim",), "vgg19", "/no/such/file.pth", "meanstd", 0, CPU)
+    assert meter.loss_network is None and meter.stlpips is None
+    assert isinstance(Meter(("style",), "vgg16", "random", "gram", 0, CPU).loss_network, LossNetwork)
+
+
+def test_metrics_keep_their_order_and_none_means_none():
+    config = TestConfig()
+    assert config.measured == ()
+    assert replace(config, metrics=()).measured == tuple(METRICS)
+    assert replace(config, metrics=("stlpips", "content", "stlpips")).measured == ("content", "stlpips")

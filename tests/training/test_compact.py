@@ -1,0 +1,487 @@
+"""Compacting any layers: costs, epsilon, census and steering by hand; steps, resume and refusals by the trainer."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    SMALL_TRAINING,
+    make_trainer,
+    random_batch,
+    read_metrics,
+    refusal,
+    small_config,
+    small_network,
+    stop_after,
+    user_error,
+    words,
+    write_model,
+)
+from torch import nn
+from torch.testing import assert_close
+
+import loss as losses
+from data import normalize
+from network import (
+    NetworkConfig,
+    StyleTransferNetwork,
+    adain,
+    channel_statistics,
+    count_macs,
+    count_parameters,
+    least_kept,
+    macs_per_channel_pair,
+)
+from train import train
+from training.compaction import ChannelCensus, CompactLosses, Epsilon, NetworkCost, TargetSteering, selected_widths
+from training.step import METRICS
+from utils import save_checkpoint
+from weights import load_network
+
+FULL = NetworkConfig.full()
+ODD = NetworkConfig("vgg19", "max", (5, 7, 3, 11, 13, 2, 9, 4, 17), (6, 1, 8, 15, 10, 12, 14, 19, 3))
+
+
+# ------------------------------------------------------------------------------------------ selection, costs
+
+
+def test_selected_layers():
+    assert selected_widths(ODD, "bottleneck") == {"encoder": (17,)}
+    assert selected_widths(ODD, "encoder") == {"encoder": ODD.encoder_widths}
+    assert selected_widths(ODD, "decoder") == {"decoder": (6, 1, 8, 15, 10, 12, 14, 19)}
+    assert selected_widths(ODD, "all").keys() == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize("config", [FULL, NetworkConfig.full("vgg16"), ODD, small_config("vgg16")])
+def test_macs_per_channel_pair_add_up_to_the_counted_ones(config):
+    widths = (3, *config.encoder_widths, *config.decoder_widths)
+    pairs = [width_in * width for width_in, width in zip(widths, widths[1:])]
+    actual = sum(factor * pair for factor, pair in zip(macs_per_channel_pair(config.backbone, 64), pairs))
+    assert actual == count_macs(config, 64)
+
+
+def count(config: NetworkConfig, kind: str) -> int:
+    return count_macs(config, 64) if kind == "macs" else count_parameters(StyleTransferNetwork(config))
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_cost_of_a_network_with_all_channels_on(kind):
+    assert_close(NetworkCost(FULL, kind, CPU)({}), torch.tensor(1.0))
+    desired = count(ODD, kind) / count(FULL, kind)
+    assert_close(NetworkCost(ODD, kind, CPU)({}), torch.tensor(desired), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_cost_of_channels_on_is_that_of_the_network_cut_to_them(kind):
+    """ODD's widths as the channels that are on in the full network, in each selection of layers."""
+    cost = NetworkCost(FULL, kind, CPU)
+    on = {part: torch.tensor(widths, dtype=torch.float32) for part, widths in selected_widths(ODD, "all").items()}
+    cuts = {
+        "encoder": NetworkConfig("vgg19", "max", ODD.encoder_widths, FULL.decoder_widths),
+        "decoder": NetworkConfig("vgg19", "max", FULL.encoder_widths, ODD.decoder_widths),
+    }
+    for part, cut in cuts.items():
+        assert cost({part: on[part]}).item() == pytest.approx(count(cut, kind) / count(FULL, kind), rel=1e-5)
+    assert cost(on).item() == pytest.approx(count(ODD, kind) / count(FULL, kind), rel=1e-5)
+    bottleneck = NetworkConfig("vgg19", "max", (*FULL.encoder_widths[:-1], 100), FULL.decoder_widths)
+    actual = cost({"encoder": torch.tensor([100.0])}).item()
+    assert actual == pytest.approx(count(bottleneck, kind) / count(FULL, kind), rel=1e-5)
+
+
+def norms_of(config: NetworkConfig, layers: str, value: float, rows: int = 2) -> dict[str, torch.Tensor]:
+    return {part: torch.full((rows, sum(widths)), value) for part, widths in selected_widths(config, layers).items()}
+
+
+@pytest.mark.parametrize("layers", ["bottleneck", "encoder", "decoder", "all"])
+@pytest.mark.parametrize("cost", ["count", "params", "macs"])
+def test_channel_loss_is_1_where_all_channels_of_the_full_network_are_on(layers, cost):
+    compact = CompactLosses(FULL, layers, cost, Epsilon(1e-9), CPU)
+    assert compact.channel_loss(norms_of(FULL, layers, 1.0)).item() == pytest.approx(1.0, abs=1e-5)
+    assert compact.xor_loss(norms_of(FULL, layers, 1.0)).item() == 0.0
+
+
+@pytest.mark.parametrize("cost", ["params", "macs"])
+def test_gradient_goes_to_the_channels_that_cost_most(cost):
+    """By hand: the derivative by a layer's channels is factor * (channels before) + factor * (channels after)."""
+    norms = {part: norm.requires_grad_() for part, norm in norms_of(FULL, "all", 1.0).items()}
+    compact = CompactLosses(FULL, "all", cost, Epsilon(1.0), CPU)
+    compact.channel_loss(compact.spared(norms)).backward()
+    factors = macs_per_channel_pair("vgg19", 64) if cost == "macs" else (9,) * 18
+    widths = [3, *(0.5 * width for width in (*FULL.encoder_widths, *FULL.decoder_widths[:-1])), 3]  # l0 is 1/2
+    gradients = torch.cat([norms["encoder"].grad, norms["decoder"].grad], dim=1)
+    first = 0
+    for layer, width in enumerate((*FULL.encoder_widths, *FULL.decoder_widths[:-1]), 1):
+        by_channel = factors[layer - 1] * widths[layer - 1] + factors[layer] * widths[layer + 1] + (cost == "params")
+        desired = by_channel / count(FULL, cost) * 0.25 / 2  # dl0/dnorm = eps / (norm + eps)^2, mean of 2 rows
+        gradient = gradients[:, first : first + width]
+        gradient = gradient[:, (gradient != 0).all(dim=0)]  # the channels that are not spared
+        assert_close(gradient, torch.full((2, width - least_kept(width)), desired), rtol=1e-4, atol=0)
+        first += width
+
+
+def test_strongest_channels_of_every_layer_are_spared():
+    config = replace(FULL, encoder_widths=(11, *FULL.encoder_widths[1:]))
+    generator = torch.Generator().manual_seed(0)
+    for layers, expected in (("all", [least_kept(11)] + [least_kept(width) for width in FULL.encoder_widths[1:]]),
+                             ("bottleneck", [0])):
+        norms = {part: (torch.rand(3, sum(widths), generator=generator) + 0.1).requires_grad_()
+                 for part, widths in selected_widths(config, layers).items()}
+        compact = CompactLosses(config, layers, "count", Epsilon(1.0), CPU)
+        spared_norms = compact.spared(norms)
+        (compact.channel_loss(spared_norms) + compact.xor_loss(spared_norms)).backward()
+        widths = selected_widths(config, layers)["encoder"]
+        for norm, grad, count in zip(norms["encoder"].split(widths, dim=1), norms["encoder"].grad.split(widths, dim=1),
+                                     expected):
+            spared = (grad == 0).all(dim=0)
+            assert int(spared.sum()) == count
+            if count:
+                assert norm.mean(dim=0)[spared].min() > norm.mean(dim=0)[~spared].max()
+    assert least_kept(11) == 2
+
+
+def test_losses_of_several_layers_by_hand():
+    """Widths 6; eps 1. Encoder: 54 channels, l0 1/2 in one picture, 0 in the other; decoder: 48, 3/4 in both."""
+    config = small_config()
+    norms = {"encoder": torch.tensor([[1.0], [0.0]]).expand(2, 54), "decoder": torch.full((2, 48), 3.0)}
+    compact = CompactLosses(config, "all", "count", Epsilon(1.0), CPU)
+    assert_close(compact.channel_loss(norms), torch.tensor((54 * 0.25 + 48 * 0.75) / 102))
+    assert_close(compact.xor_loss(norms), torch.tensor(54 * 0.5 / 102))
+    macs = CompactLosses(config, "all", "macs", Epsilon(1.0), CPU).channel_loss(norms)
+    widths = [3, *[1.5] * 9, *[4.5] * 8, 3]
+    pairs = [width_in * width for width_in, width in zip(widths, widths[1:])]
+    desired = sum(factor * pair for factor, pair in zip(macs_per_channel_pair("vgg19", 64), pairs))
+    assert_close(macs, torch.tensor(desired / count_macs(FULL, 64)), rtol=1e-5, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- epsilon
+
+
+def test_epsilon_parses():
+    assert Epsilon.parse(1e-5) == Epsilon.parse("1e-5") == Epsilon(1e-5, False)
+    assert Epsilon.parse("relative:0.01") == Epsilon(0.01, True)
+    for bad in ("relative:", "relative:0", "share:0.1", "relative:-1", 0.0, "inf", "nan", "relative:0.1:0.2", ""):
+        with pytest.raises(ValueError):
+            Epsilon.parse(bad)
+
+
+def test_relative_epsilon_by_hand():
+    """Layers of 2, 1 and 2 channels with mean norms 5, 40 and 0; the last keeps the paper's epsilon."""
+    norm = torch.tensor([[2.0, 4.0, 30.0, 0.0, 0.0], [6.0, 8.0, 50.0, 0.0, 0.0]], requires_grad=True)
+    actual = Epsilon(0.1, True).of_layers(norm, (2, 1, 2))
+    assert_close(actual, torch.tensor([0.5, 0.5, 4.0, 1e-5, 1e-5]))
+    assert not actual.requires_grad
+    assert Epsilon(0.1).of_layers(norm, (2, 1, 2)) == 0.1
+
+
+def test_relative_epsilon_does_not_see_the_scale_of_a_layer():
+    config, generator = small_config(), torch.Generator().manual_seed(0)
+    norms = {"encoder": torch.rand(4, 54, generator=generator), "decoder": torch.rand(2, 48, generator=generator)}
+    scaled = {"encoder": norms["encoder"] * torch.arange(1.0, 10.0).repeat_interleave(6), "decoder": norms["decoder"]}
+    for cost in ("count", "macs"):
+        compact = CompactLosses(config, "all", cost, Epsilon(0.1, True), CPU)
+        assert_close(compact.channel_loss(scaled), compact.channel_loss(norms))
+        assert_close(compact.xor_loss(scaled), compact.xor_loss(norms))
+
+
+# ----------------------------------------------------------------------------------------- census, steering
+
+
+def test_census_counts_channels_that_were_on_lately():
+    census = ChannelCensus(ODD, "bottleneck", 2, CPU)
+    norm = torch.ones(4, 17)
+    census.add({"encoder": norm})
+    assert census.widths()["encoder"].tolist() == [17.0]
+    norm[:, :5] = 0.0
+    norm[1:, 5:8] = 0.0  # on for one picture: on
+    census.add({"encoder": norm})
+    assert census.widths()["encoder"].tolist() == [17.0]  # all were on in the batch before
+    census.add({"encoder": norm})
+    assert census.widths()["encoder"].tolist() == [12.0]
+    cut = NetworkConfig("vgg19", "max", (*ODD.encoder_widths[:-1], 12), ODD.decoder_widths)
+    assert census.macs().item() == pytest.approx(count_macs(cut, 64) / count_macs(FULL, 64), rel=1e-5)
+    other = ChannelCensus(ODD, "bottleneck", 2, CPU)
+    other.restore(census.state())
+    assert other.widths()["encoder"].tolist() == [12.0]
+    census.add({"encoder": torch.ones(4, 17)})
+    assert census.widths()["encoder"].tolist() == [17.0]
+
+
+def steering() -> TargetSteering:
+    return TargetSteering(weight=10.0, start=1.0, target=0.5, max_iter=1000, device=CPU)
+
+
+def test_steering_follows_its_schedule():
+    """After 6 of 1,000 iterations the schedule is at 1 - 0.5 * 6 / 600 = 0.995; after 600 and later at 0.5."""
+    on_schedule = steering()
+    for iteration in range(1, 1001):
+        weight = on_schedule.update(torch.tensor(1.0 - 0.5 * min(iteration / 600, 1.0)))
+        assert weight.item() == pytest.approx(10.0, rel=1e-3)
+    above, below = steering(), steering()
+    for _ in range(6):
+        high, low = above.update(torch.tensor(1.0)), below.update(torch.tensor(0.985))
+    distances = [0.5 * iteration / 600 for iteration in range(1, 7)]
+    gain, damping = TargetSteering.GAIN / 1000, TargetSteering.DAMPING
+    assert high.item() == pytest.approx(10.0 * math.exp(gain * sum(distances) + damping * 0.005), rel=1e-3)
+    change = gain * sum(each - 0.015 for each in distances) - damping * 0.01
+    assert low.item() == pytest.approx(10.0 * math.exp(change), rel=1e-3)
+    assert low < 10.0 < high
+
+
+def test_steered_weight_stays_in_its_range_and_comes_back():
+    held = steering()
+    for _ in range(10_000):
+        weight = held.update(torch.tensor(1.0))
+    assert weight.item() == pytest.approx(10.0 * TargetSteering.RANGE, rel=1e-3)
+    assert held.update(torch.tensor(0.0)) < weight
+    other = steering()
+    other.restore(held.state())
+    assert torch.equal(other.update(torch.tensor(0.7)), held.update(torch.tensor(0.7)))
+
+
+# --------------------------------------------------------------------------------------------- the networks
+
+
+def run_layers(part: nn.Module, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The output of every ReLU, and the last layer's, layer by layer."""
+    features = []
+    for layer in part.layers[0]:
+        image = torch.relu(image) if isinstance(layer, nn.ReLU) else layer(image)
+        features += [image] if isinstance(layer, nn.ReLU) else []
+    return features, image
+
+
+@pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
+def test_features_are_the_outputs_of_every_relu(backbone):
+    network = small_network(backbone)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    feature = network.encoder(image)
+    for part, given in ((network.encoder, image), (network.decoder, feature)):
+        desired, output = run_layers(part, given)
+        desired += [output] if part is network.decoder else []
+        actual = part.features(given)
+        assert torch.equal(actual[-1], part(given))
+        assert len(actual) == len(desired) == {"vgg19": 9, "vgg16": 7}[backbone]
+        for one, other in zip(actual, desired):
+            assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+def test_default_step_is_the_published_method_bit_for_bit():
+    trainer = make_trainer()
+    content, style = random_batch()
+    terms, norms = trainer.losses(normalize(content), normalize(style), all_terms=False)
+    norm = losses.channel_norm(trainer.network.encoder(torch.cat([normalize(content), normalize(style)])))
+    assert norms.keys() == {"encoder"} and torch.equal(norms["encoder"], norm)
+    assert torch.equal(terms["channel"], losses.channel_loss(norm))
+    assert torch.equal(terms["xor"], losses.xor_loss(norm))
+    metrics = trainer.step(content, style)
+    assert metrics.keys() == set(METRICS) and trainer.config.metrics == METRICS
+    assert trainer.census is None and trainer.steering is None
+    assert not {"census", "steering", "projection"} & trainer.state().keys()
+
+
+@pytest.mark.parametrize("layers", ["encoder", "decoder", "all"])
+def test_step_over_several_layers_matches_the_definition(layers):
+    """Terms and gradients against features taken from the plain layers, picture batch by picture batch."""
+    settings = dict(compact_layers=layers, l0_eps=1.0, xor_loss_weight=5.0, style_loss_weight=0.0,
+                    uncorrelation_loss_weight=0.0)
+    trainer, plain = make_trainer(small_network().train(), **settings), small_network()
+    terms, _ = trainer.losses(*map(normalize, random_batch()), all_terms=False)
+    (terms["channel"] + terms["xor"]).backward()
+
+    content, style = (run_layers(plain.encoder, normalize(pictures))[0] for pictures in random_batch())
+    decoder, _ = run_layers(plain.decoder, adain(content[-1], *channel_statistics(style[-1])))
+    encoder = [torch.cat(pair) for pair in zip(content, style)]
+    selected = {"encoder": encoder, "decoder": decoder, "all": encoder + decoder}[layers]
+    norms = [losses.channel_norm(feature) for feature in selected]
+    for norm in norms:  # the strongest of the 6 channels is spared
+        strongest = norm.detach().mean(dim=0).argmax()
+        norm.register_hook(lambda gradient, channel=strongest: gradient * (torch.arange(6) != channel))
+    channel = sum(losses.channel_loss(norm, 1.0) for norm in norms) / len(norms)  # layers of equal width
+    xor = sum(losses.xor_loss(norm, 1.0) for norm in norms) / len(norms)
+    assert_close(terms["channel"], channel, rtol=1e-5, atol=0)
+    assert_close(terms["xor"], xor, rtol=1e-5, atol=0)
+    (channel + xor).backward()
+    for (name, actual), desired in zip(trainer.network.named_parameters(), plain.parameters()):
+        if desired.grad is None:  # the last conv, of which nothing is asked
+            assert actual.grad is None or not actual.grad.any(), name
+        else:
+            assert_close(actual.grad, desired.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_bottleneck_metrics_are_those_of_the_bottleneck_whatever_the_layers():
+    desired = make_trainer().step(*random_batch())
+    for layers in ("encoder", "decoder", "all"):
+        actual = make_trainer(compact_layers=layers).step(*random_batch())
+        for name in ("nonzero_channels", "channels_off_for_all", "channels_off_for_some"):
+            assert torch.equal(actual[name], desired[name]), (layers, name)
+
+
+def test_channels_go_off_in_every_part():
+    """Against the same steps without the two losses, since a new decoder loses channels by itself."""
+    settings = dict(compact_layers="all", l0_eps="relative:0.1", encoder_lr=5e-4, max_iter=20)
+    widths = {}
+    for weight in (0.0, 1e3):  # in a run of 20 iterations, the last batch alone counts
+        trainer = make_trainer(**settings, channel_loss_weight=weight, xor_loss_weight=weight / 20)
+        for _ in range(10):
+            metrics = trainer.step(*random_batch(), all_terms=True)
+        assert metrics.keys() == set(trainer.config.metrics)
+        layers = trainer.layer_widths()
+        widths[weight] = {"encoder": sum(layers[:9]), "decoder": sum(layers[9:])}
+        assert len(layers) == 17
+    for part in ("encoder", "decoder"):
+        assert widths[1e3][part] < widths[0.0][part] - 50, (part, widths)
+
+
+# ---------------------------------------------------------------------------------------------- distillation
+
+
+def test_distillation_loss_by_hand():
+    """Outputs 3 apart: 9. Features 1 apart, the teacher's mean square 4: 1/4."""
+    teacher_feature = torch.full((2, 5, 2, 2), 2.0)
+    output, teacher_output = torch.full((1, 3, 4, 4), 3.0), torch.zeros(1, 3, 4, 4)
+    actual = losses.distillation_loss(
+        output, teacher_output, teacher_feature - 1.0, teacher_feature, torch.tensor(4.0)
+    )
+    assert_close(actual, torch.tensor(9.25))
+
+
+def test_distillation_step_matches_the_definition_and_lowers_the_loss():
+    teacher = small_network(width=7, seed=3)
+    settings = dict(teacher="given", style_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0,
+                    uncorrelation_loss_weight=0.0, teacher_weight=10.0)
+    student = small_network(width=6).train()
+    content, style = map(normalize, random_batch())
+    with torch.no_grad():
+        error = (student(content, style) - teacher(content, style)).square().mean()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trainer = make_trainer(student, teacher, **settings)
+    first = trainer.step(*random_batch())
+    # The projection starts at 0: the features' part is 1.
+    assert_close(first["distillation"], error + 1.0, rtol=1e-4, atol=0)
+    assert_close(first["total"], first["content"] + 10.0 * first["distillation"])
+    for _ in range(60):
+        last = trainer.step(*random_batch())
+    assert last["distillation"] < 0.8 * first["distillation"]
+    assert trainer.losses.projection.weight.abs().max() > 0.01
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any("projection" in name or "teacher" in name for name in trainer.network.state_dict())
+
+
+def test_teacher_feature_part_reaches_the_encoder():
+    trainer = make_trainer(small_network().train(), small_network(width=7, seed=3), teacher="given")
+    nn.init.ones_(trainer.losses.projection.weight)
+    terms, _ = trainer.losses(*map(normalize, random_batch()), all_terms=False)
+    terms["distillation"].backward()
+    assert next(trainer.network.encoder.parameters()).grad.abs().max() > 0
+    assert trainer.losses.projection.weight.grad.abs().max() > 0
+
+
+# -------------------------------------------------------------------------------------------- whole trainings
+
+
+def test_steered_and_taught_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """Stopped inside a check interval and resumed: weights, metrics, census, steering, projection as without."""
+    settings = SMALL_TRAINING | dict(
+        load_path=str(write_model(tmp_path / "start.pth", small_network(width=20))), max_iter=6, check_iter=4,
+        teacher=str(write_model(tmp_path / "teacher.pth", small_network(width=7))), compact_layers="all",
+        compact_cost="macs", l0_eps="relative:0.1", target_macs=0.001, channel_loss_weight=10.0,
+    )
+    train(settings | {"save_path": str(tmp_path / "whole")})
+
+    stop_after(3, monkeypatch)
+    assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
+    monkeypatch.undo()
+    assert train({"save_path": str(tmp_path / "halves"), "resume": True}) == 0
+    rows = read_metrics(tmp_path / "halves")
+    assert rows == read_metrics(tmp_path / "whole")
+    assert [row["iteration"] for row in rows] == [4, 6]
+    assert all(len(row["layer_widths"]) == 17 and 0 < row["macs"] < 0.05 for row in rows)
+    assert rows[0]["channel_weight"] != rows[1]["channel_weight"]
+    whole, halves = (torch.load(tmp_path / name / "check_point.pth", weights_only=True) for name in ("whole", "halves"))
+    for name in ("state_dict", "census", "steering", "projection"):
+        assert whole[name].keys() == halves[name].keys()
+        for key, desired in whole[name].items():
+            assert_close(halves[name][key], desired, rtol=0, atol=0, msg=f"{name} {key}")
+    assert halves["steering"]["iteration"] == 6 and halves["projection"]["weight"].abs().max() > 0
+    network, _ = load_network(tmp_path / "halves")  # a model file like any other
+    assert network.config == small_config(width=20)
+
+
+def test_bottleneck_run_goes_on_with_more_layers(tmp_path):
+    """Also a file whose sums have no names yet, as older runs wrote them."""
+    start = write_model(tmp_path / "start.pth", small_network(width=20))
+    train(SMALL_TRAINING | {"load_path": str(start), "save_path": str(tmp_path / "run"), "max_iter": 2})
+    path = tmp_path / "run" / "check_point.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["metric_sums"]["names"]
+    newer = ("compact_layers", "compact_cost", "target_macs", "teacher", "teacher_weight")
+    for name in newer:
+        del checkpoint["train_config"][name]
+    save_checkpoint(checkpoint, path)
+    train({"save_path": str(tmp_path / "run"), "resume": True, "max_iter": 4, "compact_layers": "all",
+           "target_macs": 0.001})
+    rows = read_metrics(tmp_path / "run")
+    assert "macs" not in rows[1] and "layer_widths" not in rows[1]
+    assert rows[3]["macs"] > 0 and len(rows[3]["layer_widths"]) == 17
+
+
+def test_network_of_any_widths_recovers(tmp_path):
+    """A network cut in every layer trains on without the channel and xor losses, and keeps its widths."""
+    start = write_model(tmp_path / "pruned.pth", StyleTransferNetwork(ODD))
+    train(SMALL_TRAINING | {"load_path": str(start), "save_path": str(tmp_path / "on"), "max_iter": 2,
+                            "channel_loss_weight": 0.0, "xor_loss_weight": 0.0})
+    network, _ = load_network(tmp_path / "on")
+    assert network.config == ODD
+    before = load_network(start)[0].state_dict()
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_bottleneck_of_one_channel_trains(tmp_path):
+    config = NetworkConfig("vgg19", "max", (*ODD.encoder_widths[:-1], 1), ODD.decoder_widths)
+    start = write_model(tmp_path / "one.pth", StyleTransferNetwork(config))
+    assert train(SMALL_TRAINING | {"load_path": str(start), "save_path": str(tmp_path / "on"), "max_iter": 2}) == 0
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = [
+    ("--target_macs 0.5 --channel_loss_weight 0 --compact_layers all", "--channel_loss_weight is 0"),
+    ("--target_macs 1.0", "argument --target_macs: got 1.0, a number between 0 and 1"),
+    ("--target_macs 0", "argument --target_macs: got 0, a number between 0 and 1"),
+    ("--target_macs 0.5", "--compact_layers bottleneck, 0.9"),
+    ("--target_macs 0.5 --compact_layers all --load_path {small}", "has 0.00"),
+    ("--compact_layers encoder --encoder_lr 0", "--compact_layers encoder with --encoder_lr 0"),
+    ("--compact_layers all --decoder_lr 0", "--compact_layers all with --decoder_lr 0"),
+    ("--target_macs 0.95 --encoder_lr 0", "--compact_layers bottleneck with --encoder_lr 0"),
+    ("--compact_layers decoder --batch_size 1", "--compact_layers decoder with --batch_size 1"),
+    ("--compact_layers middle", "argument --compact_layers"),
+    ("--compact_cost time", "argument --compact_cost"),
+    ("--l0_eps relative:0", "argument --l0_eps: got 'relative:0', a number above 0 or relative:NUMBER"),
+    ("--l0_eps -1", "argument --l0_eps"),
+    ("--teacher {none}", "--teacher {none}: no such file"),
+    ("--teacher {vgg16}", "--teacher {vgg16} is a vgg16 network"),
+    ("--teacher {small} --decoder_lr 0", "--decoder_lr is 0"),
+    ("--teacher_weight -1", "argument --teacher_weight"),
+]
+
+
+@pytest.mark.parametrize("flags, message", REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_refusals_are_one_line(tmp_path, capsys, flags, message):
+    models = {"small": small_network(), "vgg16": small_network("vgg16")}
+    paths = {name: write_model(tmp_path / f"{name}.pth", network) for name, network in models.items()}
+    paths["none"] = tmp_path / "none.pth"
+    arguments = ["--mode", "train", *words(SMALL_TRAINING | {"save_path": tmp_path / "run", "max_iter": 1})]
+    assert message.format(**paths) in refusal(capsys, *arguments, *flags.format(**paths).split())
+
+
+def test_resume_with_another_teacher_is_refused(tmp_path):
+    start, teacher = (str(write_model(tmp_path / name, small_network())) for name in ("start.pth", "teacher.pth"))
+    train(SMALL_TRAINING | {"save_path": str(tmp_path / "run"), "load_path": start, "max_iter": 1})
+    message = user_error(train, {"save_path": str(tmp_path / "run"), "resume": True, "teacher": teacher})
+    assert f"the run has --teacher None, not {teacher}" in message

@@ -1,0 +1,316 @@
+"""The training loop: resume, signals, checks, sums of metrics, checkpoints."""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from data import FailedPictures
+from training.run_folder import CheckpointFolder, MetricFile, WandbRun, compare_resumed
+from training.sampling import PicturesByPosition, check_failures, shard_positions, training_batches
+from utils import (
+    CHECKPOINT_FORMAT,
+    UserError,
+    any_process,
+    average_over_processes,
+    catch_stop_signals,
+    is_first_process,
+    note,
+    note_of_process,
+    process_count,
+    process_rank,
+    progress_bar,
+    random_state,
+    restore_random_state,
+    worker_count,
+)
+from weights import VGG_SOURCES
+
+PATHS = ("content_dir", "style_dir", "save_path", "load_path", "teacher", "cache_dir")
+STOP_INTERVAL = 16  # iterations on GPUs between two askings whether another process was told to stop
+
+
+class Checked(NamedTuple):
+    """What a trainer's check found beside the metrics, for metrics.jsonl, and the picture that it wrote."""
+
+    row: dict
+    picture: Path | None
+
+
+class Trainer(Protocol):
+    """What a run trains: `transfer.TransferTrainer`, `distill.Distiller`."""
+
+    device: torch.device
+    metrics: tuple[str, ...]  # that a step returns; a term before the total that holds it
+    shown: tuple[str, ...]  # those beside the progress bar
+
+    def begin(self, iteration: int) -> None:
+        """Set what changes from step to step, as the learning rates, for an iteration, counted from 1."""
+
+    def step(self, *batch: Tensor, all_terms: bool) -> dict[str, Tensor]:
+        """One step of the optimiser. batch: (B, 3, H, W) each, uint8. Returns metrics as scalars on the device; without
+        `all_terms` some may be left out."""
+
+    def check(self, folder: Path, iteration: int) -> Checked:
+        """Every `check_iter` iterations, in the first process: write what shows how far the run is to its folder."""
+
+    def state(self) -> dict:
+        """What a checkpoint needs to go on, plain types and tensors; the weights are `state_dict`."""
+
+    def restore(self, checkpoint: dict) -> None:
+        """Put back `state`. Raises UserError when the checkpoint is of other parts than are trained."""
+
+
+# ------------------------------------------------------------------------------------------- start, resume
+
+
+def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tuple:
+    """The settings of a run, and the newest checkpoint of the one that `--resume` goes on with, else None.
+
+    kind: the mode's configuration; given: the flags on the command line, which change a resumed run's settings but for
+    those in `fixed`. With `--resume auto` a run starts where there is none. Raises UserError when the settings make no
+    sense, or when there is no such run.
+    """
+    config, checkpoint = kind(**given), None
+    if config.resume == "auto" and not (config.save_path and CheckpointFolder(config.save_path, 0).newest.exists()):
+        config = replace(config, resume=False)
+    if config.resume:
+        checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
+        stored = checkpoint.get(f"{mode}_config")
+        if not isinstance(stored, dict) or "optimizer" not in checkpoint:
+            raise UserError(f"--resume: --save_path {given['save_path']} holds no run of --mode {mode}; a network "
+                            "alone is for --load_path")
+        known = {field.name for field in fields(kind)}
+        stored = asdict(kind()) | {  # a flag that is newer than the run stood at its default
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
+        }
+        stored["gpu_no"] = None  # of the machine that the run was on
+        compare_resumed(_with_absolute_paths(given), _with_absolute_paths(stored), fixed)
+        config = kind(**{**stored, **given, "resume": True})
+    config.check()
+    return config, checkpoint
+
+
+def _with_absolute_paths(settings: dict) -> dict:
+    """The settings as they are stored: a run can be resumed from any folder."""
+    absolute = {name: os.path.abspath(settings[name]) for name in PATHS if settings.get(name)}
+    if settings.get("vgg_weights", VGG_SOURCES[0]) not in VGG_SOURCES:
+        absolute["vgg_weights"] = os.path.abspath(settings["vgg_weights"])
+    return settings | absolute
+
+
+def is_finished(config, checkpoint: dict | None) -> bool:
+    """Whether a resumed run has done its iterations, which is said."""
+    if checkpoint is None or checkpoint["iteration"] < config.max_iter:
+        return False
+    note(f"the run in {config.save_path} has done its {checkpoint['iteration']} iterations; a larger --max_iter goes "
+         "on")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+
+class MetricSums:
+    """Means of a run's metrics since the last check, and the first iteration at which each was not finite.
+
+    Both stay on the device: reading them costs a synchronisation, so the loop does that seldom.
+    """
+
+    def __init__(self, device: torch.device, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.counts = torch.zeros(len(names), device=device)
+        self.latest = torch.zeros(len(names), device=device)
+        self.first_bad = torch.full((len(names),), -1, device=device, dtype=torch.int64)
+        self._zero = torch.zeros((), device=device)
+        self._present: dict[frozenset, Tensor] = {}  # one mask for each set of measured terms
+
+    def add(self, metrics: dict[str, Tensor], iteration: int) -> None:
+        names = frozenset(metrics)
+        if names not in self._present:
+            self._present[names] = torch.tensor([name in names for name in self.names], device=self.sums.device)
+        present = self._present[names]
+        values = torch.stack([metrics.get(name, self._zero) for name in self.names])
+        self.sums += values
+        self.counts += present
+        self.latest = torch.where(present, values, self.latest)
+        self.first_bad.masked_fill_(~values.isfinite() & (self.first_bad < 0), iteration)
+
+    def raise_if_bad(self) -> None:
+        """Raises UserError naming the first term that was not finite, and its iteration."""
+        bad = {name: at for name, at in zip(self.names, self.first_bad.tolist()) if at >= 0}
+        if not bad:
+            return
+        name = min(bad, key=bad.get)  # the earliest; of equals the first, and terms stand before their total
+        term = name if name == "loss" else f"{name} loss"
+        raise UserError(f"iteration {bad[name]}: the {term} is not finite, a lower --lr, --encoder_lr or loss weight "
+                        "may help")
+
+    def show(self, names: tuple[str, ...]) -> str:
+        """The latest values of some metrics, for the progress bar."""
+        values = dict(zip(self.names, self.latest.tolist()))
+        return ", ".join(f"{name} {values[name]:.4g}" for name in names)
+
+    def means(self) -> dict[str, float]:
+        """The means over all iterations since `clear`, and over all processes (each must call this)."""
+        return dict(zip(self.names, (average_over_processes(self.sums) / self.counts).tolist()))
+
+    def clear(self) -> None:
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint; of several processes each must call this."""
+        sums = average_over_processes(self.sums).cpu()
+        return {"names": list(self.names), "sums": sums, "counts": self.counts.cpu()}
+
+    def restore(self, state: dict) -> None:
+        """Put back `state`; metrics that it lacks stay without a value."""
+        names = state.get("names", self.names)  # an older run's file has no names; they stand in the same order
+        for own, stored in ((self.sums, state["sums"]), (self.counts, state["counts"])):
+            values = dict(zip(names, stored.tolist()))
+            own.copy_(torch.tensor([values.get(name, 0.0) for name in self.names]))
+
+
+# ---------------------------------------------------------------------------------------------------- loop
+
+
+class Run:
+    """A training from its first or its next iteration to the last; `loop` is the training."""
+
+    def __init__(
+        self, mode: str, config, trainer: Trainer, folder: CheckpointFolder, pictures: PicturesByPosition,
+        tallies: Sequence[FailedPictures], picture_counts: list[int], wandb_run: WandbRun, checkpoint: dict | None,
+    ) -> None:
+        """config: of the mode; tallies, picture_counts: of each folder of pictures; checkpoint: from `open_config`."""
+        self.mode, self.config, self.trainer, self.folder = mode, config, trainer, folder
+        self.pictures, self.tallies, self.picture_counts = pictures, tallies, picture_counts
+        self.wandb_run = wandb_run
+        self.iteration = self.samples_seen = 0  # samples: by all processes together, where in the data the run is
+        self.metrics = MetricFile(folder.folder / "metrics.jsonl")
+        self.sums = MetricSums(trainer.device, trainer.metrics)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if is_first_process():
+            self.metrics.truncate_after(self.iteration)
+
+    def _restore(self, checkpoint: dict) -> None:
+        if checkpoint["picture_counts"] != self.picture_counts:
+            note(f"the folders changed: {self.picture_counts} pictures to learn from, {checkpoint['picture_counts']} "
+                 "before; other pictures will be drawn than without the interruption")
+        self.trainer.restore(checkpoint)
+        self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
+        self.sums.restore(checkpoint["metric_sums"])
+        restore_random_state(checkpoint["random_state"])
+
+    def loop(self) -> int:
+        """The iterations that are left. Returns the exit code: 0, or 128 + the signal that stopped it."""
+        try:
+            return self._loop()
+        except (UserError, RuntimeError) as error:
+            # A worker's end is raised wherever this process is, so also where other errors are translated.
+            reason = self._reason_of(error) or self._reason_of(error.__cause__)
+            if reason is None and not isinstance(error, UserError):
+                raise
+            raise UserError(f"{reason or error}; {self.folder.last_good}{self._how_to_go_on()}") from error
+        finally:
+            self.wandb_run.finish()
+            for tally in self.tallies:
+                note_of_process(tally.summary())
+
+    def _reason_of(self, error: BaseException | None) -> str | None:
+        """What a library's error says of the processes that work for this one, in words; None for another error."""
+        if "DataLoader worker" in str(error):
+            return (f"--num_workers {worker_count(self.config.num_workers)}: a process that decodes pictures was "
+                    "killed, as a rule because memory was short; fewer need less")
+        if process_count() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            return f"iteration {self.iteration + 1}: another process of this run has ended"
+        return None
+
+    def _how_to_go_on(self) -> str:
+        if not self.folder.newest.exists():
+            return ""
+        return f", go on with: python main.py --mode {self.mode} --resume --save_path {self.config.save_path}"
+
+    def _loop(self) -> int:
+        config, device = self.config, self.trainer.device
+        positions = shard_positions(
+            self.samples_seen, config.max_iter - self.iteration, config.batch_size, process_rank(), process_count()
+        )
+        workers = worker_count(config.num_workers)
+        bar = progress_bar(config.max_iter, self.mode, "it", initial=self.iteration)
+        shown = time.perf_counter()
+        is_check = False
+        with catch_stop_signals() as stop, bar, closing(training_batches(
+            self.pictures, positions, config.batch_size, workers, device.type == "cuda",
+            # A process among several that left on its own would have the others wait for it.
+            stop=lambda: bool(stop) and process_count() == 1,
+        )) as batches:
+            for *batch, failures in batches:
+                check_failures(failures, self.tallies)
+                batch = [pictures.to(device, non_blocking=True) for pictures in batch]
+                self.iteration += 1
+                is_check = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
+                self.trainer.begin(self.iteration)
+                self.sums.add(self.trainer.step(*batch, all_terms=is_check), self.iteration)
+                self.samples_seen += config.batch_size * process_count()
+                # Asking the others costs a round trip, so at the speed of a GPU not at every iteration.
+                may_stop = (process_count() == 1 or device.type == "cpu" or is_check
+                            or self.iteration % STOP_INTERVAL == 0)
+                stopping = may_stop and any_process(bool(stop))
+                if device.type == "cpu" or is_check or stopping or time.perf_counter() - shown > 1.0:
+                    self.sums.raise_if_bad()
+                    shown = time.perf_counter()
+                    bar.set_postfix_str(self.sums.show(self.trainer.shown), refresh=False)
+                if is_check:
+                    self.check()
+                bar.update()
+                if stopping:
+                    break
+            if self.iteration == config.max_iter:
+                return 0
+            if not is_check:
+                self.save()
+        note(f"stopped after iteration {self.iteration}, saved{self._how_to_go_on()}")
+        return stop.exit_code if stop else 0  # 0 where another process was told to stop
+
+    def check(self) -> None:
+        """Every `check_iter` iterations: metrics, what the trainer shows, a checkpoint."""
+        means = self.sums.means()
+        self.sums.clear()
+        if is_first_process():
+            checked = self.trainer.check(self.folder.folder, self.iteration)
+            self.metrics.append({"iteration": self.iteration, **means, **checked.row})
+            self.wandb_run.log(means, self.iteration, checked.picture)
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint. Raises UserError, and writes nothing, when a weight is not finite."""
+        metric_sums = self.sums.state()
+        if not is_first_process():
+            return
+        state = self.trainer.state()
+        if not all(tensor.isfinite().all() for tensor in state["state_dict"].values()):
+            raise UserError(f"iteration {self.iteration}: a weight is not finite, so no checkpoint was written; a "
+                            "lower learning rate may help")
+        settings = {name: list(value) if isinstance(value, tuple) else value
+                    for name, value in _with_absolute_paths(asdict(self.config)).items()}
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "iteration": self.iteration,
+            f"{self.mode}_config": settings,
+            **state,
+            "random_state": random_state(),
+            "metric_sums": metric_sums,
+            "samples_seen": self.samples_seen,
+            "picture_counts": self.picture_counts,
+            "wandb_id": self.wandb_run.id,
+        }
+        self.folder.save(checkpoint, self.iteration)

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -34,7 +33,7 @@ from utils import (
     resolve_device,
     write_text_atomically,
 )
-from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, same_vgg
+from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, model_names, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 METRICS_NAME = "metrics.json"
@@ -153,20 +152,6 @@ class TestConfig:
 
 
 # ------------------------------------------------------------------------------------------------- models
-
-
-def model_names(paths: Iterable[str]) -> list[str]:
-    """A name for each path of a model, unique without regard to case: the name of the file (without .pth) or
-    folder, led by as many folders above it as tell it from the others; as the last resort, by its number."""
-    parts = [os.path.abspath(path).removesuffix(".pth").split(os.sep)[1:] for path in paths]
-    depths = [1] * len(parts)
-    for _ in range(max(map(len, parts))):
-        names = ["-".join(each[-depth:]) for each, depth in zip(parts, depths)]
-        counts = Counter(name.casefold() for name in names)
-        if len(counts) == len(names):
-            return names
-        depths = [depth + (counts[name.casefold()] > 1) for depth, name in zip(depths, names)]
-    return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
 
 
 def _open_models(config: TestConfig, device: torch.device) -> list[Model]:

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.error import URLError
 
@@ -202,6 +205,20 @@ def find_model_file(path: Path, flag: str = "--load_path") -> Path:
         raise UserError(f"{flag} {path}: the folder holds neither {CHECKPOINT_NAME} nor {PRUNED_NAME} nor "
                         f"{STUDENT_NAME}")
     return path
+
+
+def model_names(paths: Iterable[str]) -> list[str]:
+    """A name for each path of a model, unique without regard to case: the name of the file (without .pth) or
+    folder, led by as many folders above it as tell it from the others; as the last resort, by its number."""
+    parts = [os.path.abspath(path).removesuffix(".pth").split(os.sep)[1:] for path in paths]
+    depths = [1] * len(parts)
+    for _ in range(max(map(len, parts))):
+        names = ["-".join(each[-depth:]) for each, depth in zip(parts, depths)]
+        counts = Counter(name.casefold() for name in names)
+        if len(counts) == len(names):
+            return names
+        depths = [depth + (counts[name.casefold()] > 1) for depth, name in zip(depths, names)]
+    return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
 
 
 def load_network(

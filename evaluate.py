@@ -20,7 +20,7 @@ from painting.many import Model, Painting, Skipped
 from painting.pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, check_margin, decode_in_half, open_mask, open_model
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, decode_in_half, open_mask, open_model
 from painting.video import makes_video, stylize_video
 from utils import (
     UserError,
@@ -64,7 +64,6 @@ class TestConfig:
     preserve_color: str | None = None
     style_size: int | None = None  # None: as imsize
     tile: int | None = None  # None: chosen where the whole picture would not fit the memory
-    margin: int = 0
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
     cropsize: int | None = None
@@ -122,9 +121,8 @@ class TestConfig:
         return self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, a margin that poolings do not divide, a strength given twice, flags that
-        exclude each other, or a save_path that looks like a picture file of a kind that is not written."""
-        check_margin(self.margin)
+        """Raises UserError for an empty path, a strength given twice, flags that exclude each other, or a save_path
+        that looks like a picture file of a kind that is not written."""
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
@@ -162,8 +160,7 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"--load_path {path}: this model is named twice")
-        stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin,
-                            tile=config.tile)
+        stylizer = Stylizer(network, device=device, upsampling=config.upsampling, tile=config.tile)
         if config.amp == "auto":
             decode_in_half(stylizer, name)
         models.append(Model(name, file, stylizer, checkpoint))

@@ -26,7 +26,7 @@ from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, 
 from network import StyleTransferNetwork
 from painting.pairs import choose_pairs, load_measurable
 from painting.quality import Measurement, Meter, ssim
-from painting.stylizer import check_margin, open_model
+from painting.stylizer import open_model
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
 
@@ -63,7 +63,6 @@ class ExportConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     upsampling: str | None = None  # None: as the file says
-    margin: int = 0
     split: bool = False
     int8: bool = False
     content_dir: str | None = None
@@ -85,7 +84,6 @@ class ExportConfig:
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
-        check_margin(self.margin)
         for flag in ("load_path", "save_path"):
             if not getattr(self, flag):
                 raise UserError(f"--{flag} is needed in export mode")
@@ -101,9 +99,6 @@ class ExportConfig:
                 raise UserError(f"--int8: --{flag} is needed, pictures that the ranges are measured with")
         if self.int8 and not self.holdout:
             raise UserError("--int8 with --holdout 0: some pictures must be held out, to compare with float32")
-        if self.margin and self.format == SAFETENSORS:
-            raise UserError(f"--margin {self.margin}: a {SAFETENSORS} file holds weights, not how a picture is "
-                            "continued; leave it out")
         if self.style_dir is not None and self.format != PAGE and not self.int8:
             raise UserError(f"--style_dir: only a page has styles, --save_path {self.save_path} is none; end it with /")
 
@@ -141,20 +136,20 @@ def to_onnx(graph: Graph, network: StyleTransferNetwork) -> bytes:
         exported = torch.onnx.export(program, input_names=list(graph.inputs), output_names=list(graph.outputs),
                                      dynamic_shapes=axes, verbose=False)
     model = exported.model_proto
-    for name, value in describe(graph, network).items():
+    for name, value in describe(network).items():
         model.metadata_props.add(key=name, value=value)
     return model.SerializeToString()
 
 
-def describe(graph: Graph, network: StyleTransferNetwork) -> dict[str, str]:
+def describe(network: StyleTransferNetwork) -> dict[str, str]:
     """What a file says of itself beside its graph."""
-    return {"config": json.dumps(network.config.to_dict()), "margin": str(graph.margin)}
+    return {"config": json.dumps(network.config.to_dict())}
 
 
 def to_torch_export(graph: Graph, network: StyleTransferNetwork) -> bytes:
     """The graph as `torch.export.load` reads it."""
     buffer = io.BytesIO()
-    torch.export.save(trace(graph), buffer, extra_files=describe(graph, network))
+    torch.export.save(trace(graph), buffer, extra_files=describe(network))
     return buffer.getvalue()
 
 
@@ -203,11 +198,10 @@ def safetensors_painter(content: bytes) -> Painter:
         return network_painter(load_network(copy)[0])
 
 
-def network_painter(network: StyleTransferNetwork, margin: int = 0) -> Painter:
+def network_painter(network: StyleTransferNetwork) -> Painter:
     """How this toolkit itself paints."""
     def paint(content: Tensor, style: Tensor, strength: float) -> Tensor:
-        code = network.style_code(normalize(style * 255.0), margin)
-        return denormalize(network.stylize(normalize(content * 255.0), code, strength, margin))
+        return denormalize(network(normalize(content * 255.0), normalize(style * 255.0), strength))
 
     return paint
 
@@ -228,14 +222,14 @@ def _first_line(error: Exception) -> str:
 
 @torch.inference_mode()
 def largest_difference(
-    painter: Painter, network: StyleTransferNetwork, margin: int, flag: str, tolerance: float = TOLERANCE
+    painter: Painter, network: StyleTransferNetwork, flag: str, tolerance: float = TOLERANCE
 ) -> float:
     """The largest difference of a colour value, 0..1, from what this toolkit paints: every content size with every
     style size, strengths and batches in turn.
 
     Raises UserError, beginning with `flag`, for the first size at which it is above `tolerance`.
     """
-    desired_painter, generator = network_painter(network, margin), torch.Generator().manual_seed(0)
+    desired_painter, generator = network_painter(network), torch.Generator().manual_seed(0)
     largest = 0.0
     for number, (size, style_size) in enumerate(itertools.product(CONTENT_SIZES, STYLE_SIZES)):
         batch, strength = 1 + number % 2, STRENGTHS[number % len(STRENGTHS)]
@@ -336,14 +330,13 @@ def make_files(network: StyleTransferNetwork, checkpoint: dict, config: ExportCo
     if config.format == SAFETENSORS:
         return {path: pack_safetensors(network, checkpoint)}
     if config.format == TORCH_EXPORT:
-        return {path: to_torch_export(PairGraph(network, config.margin), network)}
+        return {path: to_torch_export(PairGraph(network), network)}
     if config.format == PAGE:
-        return {path / f"{name}{ONNX}": to_onnx(graph(network, config.margin), network)
-                for name, graph in SPLIT.items()}
+        return {path / f"{name}{ONNX}": to_onnx(graph(network), network) for name, graph in SPLIT.items()}
     if config.split:
-        return {path.with_suffix(f".{name}{ONNX}"): to_onnx(graph(network, config.margin), network)
+        return {path.with_suffix(f".{name}{ONNX}"): to_onnx(graph(network), network)
                 for name, graph in SPLIT.items()}
-    return {path: to_onnx(PairGraph(network, config.margin), network)}
+    return {path: to_onnx(PairGraph(network), network)}
 
 
 def open_painter(files: list[bytes], config: ExportConfig, threads: int = 0) -> Painter:
@@ -365,7 +358,7 @@ def check_files(
     except Exception as error:  # whatever a runtime raises: the file is not to be used
         raise UserError(f"{flag}: the exported file cannot be read back ({_first_line(error)}); nothing was "
                         "written") from error
-    return largest_difference(painter, network, config.margin, flag, tolerance)
+    return largest_difference(painter, network, flag, tolerance)
 
 
 def export(given: dict) -> int:
@@ -399,7 +392,7 @@ def export(given: dict) -> int:
           f"at most {difference:.1g} of 1 from PyTorch's pictures")
     if config.format == PAGE:
         graphs, name = {file.name: content for file, content in files.items()}, Path(config.load_path).stem
-        page = page_files(written, name, graphs, styles, config.margin)
+        page = page_files(written, name, graphs, styles)
         write_page(path, page)
         size = sum(map(len, page.values())) / 2**20
         note(f"wrote a page of {len(page)} files ({size:.1f} MiB) to {path}; to see it: "

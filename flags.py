@@ -200,9 +200,6 @@ TOPICS = {
              "the scale of what is taken from them", count, none="as --imsize says"),
         Flag("tile", TEST, "paint in tiles of this side in pixels, which gives the same picture in less memory; 88 or "
              "more for most models", count, none="only where the whole picture would not fit the free memory"),
-        Flag("margin", TEST + PRUNE + EXPORT, "continue content and style by this many pixels, a multiple of 8, by "
-             "reflection, so that zero padding leaves no visible frame; in prune mode for the picture grid; 0 is as "
-             "published", count_or_zero),
     ),
     "output": (
         Flag("save_path", EVERY_MODE, "folder to write to; in test mode a picture file for one picture, a video file "

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from utils import time_in_turns
 
@@ -80,10 +79,8 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "NetworkConfig":
-        return cls(
-            values["backbone"], values["pooling"], tuple(values["encoder_widths"]), tuple(values["decoder_widths"]),
-            values.get("upsampling", "nearest"), values.get("padding", "zeros"),  # older files have none
-        )
+        """What `to_dict` gave. Older files lack the newer properties, which then are as published."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(values).items()})
 
     def to_dict(self) -> dict:
         """Plain types, for a checkpoint or a JSON file."""
@@ -180,34 +177,55 @@ def upsampled_conv(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv_transpose2d(padded, taps, bias, stride=2, padding=3)
 
 
+def _in_float32(feature: Tensor) -> Tensor:
+    """The feature in float32, or finer where it is finer."""
+    return feature.to(torch.promote_types(feature.dtype, torch.float32))
+
+
 def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of every channel over its positions, in float32.
+    """Mean and unbiased standard deviation of every channel over its positions, in float32 or finer.
 
     feature: (B, C, H, W), H * W >= 2. Returns mean and std, each (B, C, 1, 1), std >= 0.
     """
-    std, mean = torch.std_mean(feature.float(), dim=(2, 3), keepdim=True)
+    std, mean = torch.std_mean(_in_float32(feature), dim=(2, 3), keepdim=True)
     return mean, std
 
 
 def align(
     content_feature: Tensor, content_mean: Tensor, content_std: Tensor, style_mean: Tensor, style_std: Tensor,
-    strength: float = 1.0,
+    strength: float | Tensor = 1.0,
 ) -> Tensor:
-    """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32.
+    """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32 or finer.
 
     content_feature: (B, C, H, W); means and standard deviations: (B, C, 1, 1), see `channel_statistics`.
     strength: 0 gives the content feature back, 1 the aligned one, linear between.
     """
-    content_feature = content_feature.float()
+    content_feature = _in_float32(content_feature)
     aligned = (content_feature - content_mean) / (content_std + ADAIN_EPS) * style_std + style_mean
-    if strength == 1.0:
+    if isinstance(strength, float) and strength == 1.0:  # a tensor is one input of an exported graph
         return aligned
     return (1.0 - strength) * content_feature + strength * aligned
 
 
-def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float = 1.0) -> Tensor:
+def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     """`align` by the content feature's own statistics."""
     return align(content_feature, *channel_statistics(content_feature), style_mean, style_std, strength)
+
+
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, height, width): the image with its last row and column repeated, or without its last ones.
+
+    It decides nothing by the sizes, so that a tracer keeps no decision: a slice would ask whether it is the whole.
+    """
+    return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]), mode="replicate")
+
+
+def pad_to_stride(image: Tensor, stride: int) -> Tensor:
+    """The image up to the next multiple of the stride in height and width, two at least: its edge repeated.
+
+    Poolings would else drop the remainder, and statistics and reflection need 2 x 2 positions.
+    """
+    return resized(image, *(torch.sym_max(2, (side + stride - 1) // stride) * stride for side in image.shape[2:]))
 
 
 class Encoder(nn.Module):
@@ -241,15 +259,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([
             _decoder_layers(layout, config.bottleneck_width, config.decoder_widths, config.upsampling)
         ])
-        self.precision: torch.dtype | None = None  # None: as around it; torch.float16: convolutions in it
 
     def forward(self, feature: Tensor) -> Tensor:
-        if self.precision is None:
-            return self._decode(feature)
-        with torch.autocast(feature.device.type, self.precision):
-            return self._decode(feature)
-
-    def _decode(self, feature: Tensor) -> Tensor:
         for step in self._steps(feature.device.type):
             feature = step(feature)
         return feature
@@ -306,55 +317,18 @@ class StyleTransferNetwork(nn.Module):
             elif pooling is not None and not isinstance(layer, nn.ReLU):
                 self.encoder.layers[0][index] = _pooling_layer(pooling, len(weight)).to(weight)
 
-    def forward(self, content: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
-        """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, sides multiples of the
-        stride and at least twice it. Returns (B, 3, H, W) in normalised space. See `stylize` for any size.
-        """
-        content_feature = self.encoder(content)  # (B, C, H/stride, W/stride)
-        style_feature = self.encoder(style)  # (B, C, H'/stride, W'/stride)
+    def encode(self, image: Tensor) -> Tensor:
+        """image: (B, 3, H, W), ImageNet-normalised, any size. Returns the bottleneck's feature, (B, C, h, w): h and w
+        are the sides over the stride, rounded up, 2 at least."""
+        return self.encoder(pad_to_stride(image, self.config.stride))
+
+    def forward(self, content: Tensor, style: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, any size. Returns (B, 3, H, W) in
+        normalised space."""
+        content_feature = self.encode(content)  # (B, C, H/stride, W/stride)
+        style_feature = self.encode(style)  # (B, C, H'/stride, W'/stride)
         aligned = adain(content_feature, *channel_statistics(style_feature), strength)
-        return self.decoder(aligned)
-
-    def style_code(self, style: Tensor, margin: int = 0) -> tuple[Tensor, Tensor]:
-        """All that stylising takes from a style picture of any size: its bottleneck mean and std.
-
-        margin: as for `stylize`.
-        """
-        return channel_statistics(self._encode(style, margin))
-
-    def stylize(
-        self, content: Tensor, style_code: tuple[Tensor, Tensor], strength: float = 1.0, margin: int = 0
-    ) -> Tensor:
-        """content: (B, 3, H, W), any size; style_code from `style_code`. Returns (B, 3, H, W).
-
-        margin: pixels, a multiple of the stride, that the encoder sees reflected around the picture (fewer where
-        the picture is smaller); 0, as published, leaves the border to its zero padding.
-        """
-        height, width = content.shape[2:]
-        aligned = adain(self._encode(content, margin), *style_code, strength)
-        return self.decoder(aligned)[:, :, :height, :width]
-
-    def _encode(self, image: Tensor, margin: int) -> Tensor:
-        """image: (B, 3, H, W), any size. Returns (B, C, ceil(H/stride), ceil(W/stride)), at least 2 x 2."""
-        image, stride = self.pad(image), self.config.stride
-        if margin % stride:
-            raise ValueError(f"got a margin of {margin} pixels, a multiple of {stride} is needed")
-        margin = min(margin, min(image.shape[2:]) - stride)  # a reflection is smaller than the picture
-        if margin == 0:
-            return self.encoder(image)
-        places = margin // stride
-        return self.encoder(F.pad(image, (margin,) * 4, mode="reflect"))[:, :, places:-places, places:-places]
-
-    def pad(self, image: Tensor) -> Tensor:
-        """Repeat the right and lower edge up to the next multiple of the stride.
-
-        Poolings would else drop the remainder, and statistics and reflection need 2 x 2 positions.
-        """
-        stride = self.config.stride
-        height, width = (max(2, -(-side // stride)) * stride for side in image.shape[2:])
-        if (height, width) == tuple(image.shape[2:]):
-            return image
-        return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]), mode="replicate")
+        return resized(self.decoder(aligned), *content.shape[2:])
 
 
 class LossNetwork(nn.Module):
@@ -415,22 +389,6 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count_macs(config: NetworkConfig, size: int) -> int:
-    """Multiply-adds of stylising one pair of `size` x `size` pictures (content and style through the encoder,
-    one through the decoder), by torch's own FLOP counter; nothing is computed.
-
-    Of the convs as they are defined, so that figures compare with published ones, and as all budgets of multiply-adds
-    count them: `upsampled_conv` does the same in fewer, poolings count for none.
-    """
-    with torch.device("meta"):
-        network = StyleTransferNetwork(replace(config, pooling="max"))  # the counter sees none but a blur
-        image = torch.empty(1, 3, size, size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.encoder(image)
-        network.decoder.layers[0](network.encoder(image))
-    return counter.get_total_flops() // 2  # the counter takes a multiply-add for two operations
-
-
 def least_kept(width: int) -> int:
     """The channels, of `width`, that compacting several layers leaves in a layer: a tenth, at least one."""
     return math.ceil(0.1 * width)
@@ -461,28 +419,33 @@ class ConvLayer:
 
 
 def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
-    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures.
-
-    The multiply-adds add up to `count_macs(config, size)`, without a network being built.
-    """
-    layout, widths = ENCODERS[config.backbone], iter(config.widths)
-    layers, width_in, side, index = [], 3, size, 0
-    for entry in layout:  # conv, ReLU; or pooling
-        if entry == POOL:
-            side, index = side // 2, index + 1
-            continue
-        kind = "bottleneck" if len(layers) + 1 == len(config.encoder_widths) else "encoder"
-        layers.append(ConvLayer(f"encoder.layers.0.{index}", kind, width_in, next(widths), 2 * side * side))
-        width_in, index = layers[-1].width, index + 2
-    index = 0
-    for entry in reversed(layout):  # padding, conv, ReLU; or upsampling
-        if entry == POOL:
-            side, index = side * 2, index + 1
-            continue
-        kind = "output" if len(layers) + 1 == len(config.widths) else "decoder"
-        layers.append(ConvLayer(f"decoder.layers.0.{index + 1}", kind, width_in, next(widths), side * side))
-        width_in, index = layers[-1].width, index + 3
+    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures."""
+    layers, width_in, side, widths = [], 3, size, iter(config.widths)
+    last = {len(config.encoder_widths) - 1: "bottleneck", len(config.widths) - 1: "output"}
+    layout = ENCODERS[config.backbone]
+    for part, entries in (("encoder", layout), ("decoder", layout[::-1])):
+        is_encoder = part == "encoder"
+        index = 0  # in the part's layers
+        for entry in entries:
+            if entry == POOL:
+                side, index = side // 2 if is_encoder else 2 * side, index + 1
+                continue
+            # The encoder's are conv and ReLU, the decoder's padding, conv and ReLU.
+            name = f"{part}.layers.0.{index if is_encoder else index + 1}"
+            positions = (2 if is_encoder else 1) * side * side
+            layers.append(ConvLayer(name, last.get(len(layers), part), width_in, next(widths), positions))
+            width_in, index = layers[-1].width, index + (2 if is_encoder else 3)
     return layers
+
+
+def count_macs(config: NetworkConfig, size: int) -> int:
+    """Multiply-adds of stylising one pair of `size` x `size` pictures: content and style through the encoder, one pass
+    of the decoder.
+
+    Of the convs as they are defined, so that figures compare with published ones, and as all budgets of multiply-adds
+    count them: `upsampled_conv` does the same in fewer, poolings count for none.
+    """
+    return sum(layer.macs for layer in conv_layers(config, size))
 
 
 def bottleneck_conv(config: NetworkConfig) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from data import MAX_PIXELS, denormalize, normalize
 from network import StyleTransferNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, check_margin, load_input, open_model
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model
 from pruning.plots import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
 from pruning.responses import Responses, find_folders, measure_responses
 from pruning.selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
@@ -46,7 +46,6 @@ class PruneConfig:
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
-    margin: int = 0  # of the picture grid
     imsize: int = 512
     cropsize: int = 512
     max_pixels: int = MAX_PIXELS
@@ -71,7 +70,6 @@ class PruneConfig:
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
-        check_margin(self.margin)
         if self.report_size < 16 or self.report_size % 8:
             raise UserError(f"--report_size {self.report_size}: a multiple of 8, 16 or more, is needed")
         for flag in ("load_path", "save_path", "content_dir", "style_dir"):
@@ -157,7 +155,7 @@ def largest_pixel_difference(
     largest = 0.0
     for content, style in pairs:
         content, style = normalize(content.to(device)), normalize(style.to(device))
-        outputs = [denormalize(net.stylize(content, net.style_code(style), strength)) for net in (before, after)]
+        outputs = [denormalize(network(content, style, strength)) for network in (before, after)]
         largest = max(largest, (outputs[0] - outputs[1]).abs().max().item() * 255.0)
     return largest
 

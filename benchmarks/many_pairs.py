@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from measure import print_json, spread, versions, write_pictures
 
-from data import denormalize, normalize, prepare_picture, to_pil
+from data import prepare_picture, to_pil
 from evaluate import test
 from painting.sheets import contact_sheet
+from painting.stylizer import Stylizer
 from utils import UserError, allow_tf32, resolve_device
-from weights import COMPACT_MODEL, load_network
+from weights import COMPACT_MODEL
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 def plain_loop(load_path: str, contents: list[Path], styles: list[Path], imsize: int, folder: Path,
                device: torch.device) -> None:
     """Paint each content in each style into the folder."""
-    network = load_network(Path(load_path))[0].to(device, memory_format=torch.channels_last)
+    stylizer = Stylizer(Path(load_path), device=device)
     for path in (*contents, *styles):
         prepare_picture(path, imsize)
     folder.mkdir()
@@ -52,12 +53,12 @@ def plain_loop(load_path: str, contents: list[Path], styles: list[Path], imsize:
     for number, path in enumerate(styles):
         style = prepare_picture(path, imsize)
         sheet.place(to_pil(style / 255.0), ("style", number))
-        codes.append(network.style_code(normalize(style.to(device))))
+        codes.append(stylizer.encode_style(style))
     for content, path in enumerate(contents):
         picture = prepare_picture(path, imsize)
         sheet.place(to_pil(picture / 255.0), ("content", content))
         for style, code in enumerate(codes):
-            output = to_pil(denormalize(network.stylize(normalize(picture.to(device)), code)))
+            output = stylizer.paint_picture(picture, code)
             output.save(folder / f"{path.stem}_{styles[style].stem}.png")
             sheet.place(output, (content, style, 0))
     sheet.save(folder)

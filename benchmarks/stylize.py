@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 from measure import peak_memory, print_json, spread, versions
 
-from network import BACKBONES, NetworkConfig, StyleTransferNetwork, count_macs, count_parameters
+from network import (
+    BACKBONES,
+    NetworkConfig,
+    StyleTransferNetwork,
+    adain,
+    channel_statistics,
+    count_macs,
+    count_parameters,
+)
 from painting.stylizer import Stylizer
 from painting.tiling import TILES, least_tile, memory_needed
 from utils import UserError, free_memory, resolve_device, time_in_turns
@@ -50,9 +58,10 @@ def measure(networks: dict[str, StyleTransferNetwork], size: int, runs: int, dev
     """Milliseconds and MiB by model: of a pair, and of a content picture whose style code is at hand."""
     generator = torch.Generator().manual_seed(0)
     content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    codes = {name: network.style_code(style) for name, network in networks.items()}
+    codes = {name: channel_statistics(network.encode(style)) for name, network in networks.items()}
     pair = {name: lambda net=net: net(content, style) for name, net in networks.items()}
-    single = {name: lambda name=name, net=net: net.stylize(content, codes[name]) for name, net in networks.items()}
+    single = {name: lambda name=name, net=net: net.decoder(adain(net.encode(content), *codes[name]))
+              for name, net in networks.items()}
     times = time_in_turns([*pair.values(), *single.values()], runs, device)
     results = {}
     for name, pair_times, single_times in zip(networks, times, times[len(networks) :]):

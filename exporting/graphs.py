@@ -1,28 +1,19 @@
 """The network as graphs of tensors that take pictures of any size: what leaves this toolkit for other programs.
 
-They compute what `StyleTransferNetwork.stylize` does. That decides in Python how a picture is padded; a tracer keeps
-such a decision as it was for the picture it saw, and the exported file then returns a wrong size for others without a
-word. Here every size is an expression of the picture's: padding and cropping choose rows and columns by number.
+They compute what `StyleTransferNetwork` does, with RGB of 0..1 around it. A decision by the size of the picture that
+is traced would be kept, and the exported file would return a wrong size for others without a word: every size is an
+expression of the picture's, see `network.resized`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IMAGENET_MEAN, IMAGENET_STD
-from network import StyleTransferNetwork, adain, channel_statistics
-
-
-def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, height, width): the image without its last rows and columns, or with the last one repeated.
-
-    A slice would ask whether it is the whole image, and keep the answer.
-    """
-    return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]), mode="replicate")
+from network import StyleTransferNetwork, adain, channel_statistics, resized
 
 
 class Graph(nn.Module):
-    """A network with what stands around it: RGB of 0..1 in and out, normalisation, padding, margin and cropping.
+    """A network with what stands around it: RGB of 0..1 in and out, normalisation, padding and cropping.
 
     `inputs` names what `forward` takes, with the axes whose size may be any; `outputs` what it returns.
     """
@@ -30,11 +21,9 @@ class Graph(nn.Module):
     inputs: dict[str, dict[int, str]]
     outputs: tuple[str, ...]
 
-    def __init__(self, network: StyleTransferNetwork, margin: int = 0) -> None:
-        """margin: pixels, a multiple of the stride, see `StyleTransferNetwork.stylize`."""
+    def __init__(self, network: StyleTransferNetwork) -> None:
         super().__init__()
-        self.encoder, self.decoder = network.encoder, network.decoder
-        self.stride, self.margin = network.config.stride, margin
+        self.network = network
         self.register_buffer("rgb_mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("rgb_std", torch.tensor(IMAGENET_STD)[:, None, None])
 
@@ -44,26 +33,13 @@ class Graph(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """image: (B, 3, H, W), 0..1. Returns (B, C, ceil(H/stride), ceil(W/stride)), at least 2 x 2."""
-        stride = self.stride
-        height, width = (torch.sym_max(2, (side + stride - 1) // stride) for side in image.shape[2:])
-        image = resized((image - self.rgb_mean) / self.rgb_std, height * stride, width * stride)
-        if self.margin == 0:
-            return self.encoder(image)
-        margin = torch.sym_min(self.margin // stride, torch.sym_min(height, width) - 1)  # a reflection is smaller
-        feature = self.encoder(F.pad(image, (margin * stride,) * 4, mode="reflect"))
-        return F.pad(feature, (-margin,) * 4, mode="replicate")  # cuts the margin off
-
-    def decode(self, feature: Tensor, height: int, width: int) -> Tensor:
-        """feature: (B, C, h, w). Returns the picture's upper left (B, 3, height, width), 0..1."""
-        picture = self.decoder(feature) * self.rgb_std + self.rgb_mean
-        return resized(picture, height, width).clamp(0.0, 1.0)
+        return self.network.encode((image - self.rgb_mean) / self.rgb_std)
 
     def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""
-        feature = self.encode(content)
-        # Not adain's own strength: it asks whether that is 1.
-        feature = (1.0 - strength) * feature + strength * adain(feature, mean, std)
-        return self.decode(feature, *content.shape[2:])
+        aligned = adain(self.encode(content), mean, std, strength)
+        picture = self.network.decoder(aligned) * self.rgb_std + self.rgb_mean  # `quantize` makes it part of the conv
+        return resized(picture, *content.shape[2:]).clamp(0.0, 1.0)
 
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
@@ -90,7 +66,7 @@ class ContentGraph(Graph):
     outputs = ("picture",)
 
     def example(self) -> tuple[Tensor, ...]:
-        style = torch.rand(2, 2, self.encoder.layers[0][-2].out_channels, 1, 1)
+        style = torch.rand(2, 2, self.network.config.bottleneck_width, 1, 1)
         return torch.rand(2, 3, 37, 45), *style, torch.tensor([0.5])
 
     def forward(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:

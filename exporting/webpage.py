@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from data import center_crop, denormalize, find_pictures, load_resized, normalize, prepare_picture
+from data import center_crop, denormalize, find_pictures, load_resized, prepare_picture
 from network import StyleTransferNetwork
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, usable
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
 from utils import UserError, make_folder
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +42,11 @@ def max_pixels(network: StyleTransferNetwork) -> int:
     return MEMORY // (LARGEST_LAYERS * 4 * widest)
 
 
-@torch.inference_mode()
-def check_picture(network: StyleTransferNetwork, margin: int) -> dict:
+def check_picture(stylizer: Stylizer) -> dict:
     """A pattern that painter.js makes, too, painted in its own style: (3, H, W) as a list, 0..255."""
     height, width = CHECK_SIZE
-    pattern = normalize((torch.arange(3 * height * width) * 37 % 256).reshape(1, 3, height, width))
-    painted = denormalize(network.stylize(pattern, network.style_code(pattern, margin), margin=margin))
+    pattern = (torch.arange(3 * height * width) * 37 % 256).byte().reshape(1, 3, height, width)
+    painted = denormalize(stylizer.paint(pattern, stylizer.encode_style(pattern)))
     return {"width": width, "height": height, "picture": (255 * painted).round().int().flatten().tolist()}
 
 
@@ -61,17 +60,16 @@ def find_styles(folder: str | None, output: Path) -> list[Path]:
     return paths
 
 
-@torch.inference_mode()
-def describe_style(network: StyleTransferNetwork, path: Path, margin: int) -> tuple[dict, bytes]:
+def describe_style(stylizer: Stylizer, path: Path) -> tuple[dict, bytes]:
     """A style's name and statistics, and a thumbnail of it as a JPEG file. Raises UnusablePicture."""
     with usable(path, "style_dir"):
-        mean, std = network.style_code(normalize(prepare_picture(path)), margin)
+        style = stylizer.encode_style(prepare_picture(path))
         thumbnail = center_crop(load_resized(path, THUMBNAIL), THUMBNAIL)
     name = path.stem.replace("_", " ")
     encoded = io.BytesIO()
     thumbnail.save(encoded, "JPEG", quality=85)
     statistics = {key: [float(f"{value:.9g}") for value in values.flatten().tolist()]  # 9 digits hold a float32
-                  for key, values in (("mean", mean), ("std", std))}
+                  for key, values in (("mean", style.mean), ("std", style.std))}
     return {"name": name[:1].upper() + name[1:], **statistics}, encoded.getvalue()
 
 
@@ -92,7 +90,7 @@ def runtime_files() -> dict[str, bytes]:
 
 
 def page_files(
-    network: StyleTransferNetwork, name: str, graphs: Mapping[str, bytes], styles: Sequence[Path], margin: int = 0
+    network: StyleTransferNetwork, name: str, graphs: Mapping[str, bytes], styles: Sequence[Path]
 ) -> dict[str, bytes]:
     """The content of every file of the page, by its name in the folder.
 
@@ -104,12 +102,12 @@ def page_files(
     has_sources = STYLES in {path.parent for path in styles}
     if has_sources:
         files[SOURCES.name] = SOURCES.read_bytes()
-    described = []
+    stylizer, described = Stylizer(network), []
     for number, path in enumerate(styles):
-        description, files[f"styles/{number}.jpg"] = describe_style(network, path, margin)
+        description, files[f"styles/{number}.jpg"] = describe_style(stylizer, path)
         described.append(description)
     settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network),
-                "hasSources": has_sources, "check": check_picture(network, margin), "styles": described}
+                "hasSources": has_sources, "check": check_picture(stylizer), "styles": described}
     files["page.json"] = json.dumps(settings).encode()
     return files
 

@@ -4,6 +4,12 @@ What turns pictures into painted ones, or looks at them, lives here. `from paint
 program.
 """
 
-from painting.stylizer import Stylizer
+from painting.apart import apart, at_home
+
+if at_home():
+    from painting.stylizer import Stylizer
+else:  # the program has modules of its own by the names of ours
+    with apart():
+        from painting.stylizer import Stylizer
 
 __all__ = ["Stylizer"]

@@ -1,5 +1,6 @@
 """Picture in, picture out."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ DEMO_CONTENT = ROOT / "imgs" / "content" / "brandenburg_gate.jpg"
 DEMO_STYLE = ROOT / "imgs" / "style" / "starry_night.jpg"
 MOST_CHANGE = 3  # of 255: by how much half precision may change a picture
 PROBE_SIDE = 256  # pixels: shorter side of the pair that this is measured on
-SPARED = 0.8  # share of the free memory that a picture painted in one piece may take
+WHOLE_SHARE = 0.8  # of the free memory, what a picture painted in one piece may take
 
 
 def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tuple[StyleTransferNetwork, dict]:
@@ -92,12 +93,6 @@ def too_large(path: Path) -> str:
     return f"{path}: {size} too much for the memory; a smaller --imsize or --cropsize, or a smaller copy of it, helps"
 
 
-def check_margin(margin: int) -> None:
-    """Raises UserError, naming the flag, for a margin in pixels that the poolings do not divide."""
-    if margin % 8:
-        raise UserError(f"--margin {margin}: a multiple of 8 is needed, or 0")
-
-
 class Stylizer:
     """Paints pictures of any size by one network.
 
@@ -108,18 +103,17 @@ class Stylizer:
 
     def __init__(
         self, model: str | Path | StyleTransferNetwork, *, device: str | torch.device | None = None,
-        upsampling: str | None = None, margin: int = 0, tile: int | None = None,
+        upsampling: str | None = None, tile: int | None = None,
     ) -> None:
-        """model: a model file, the folder of a run or a pruning, or a network.
+        """model: a model file, the folder of a run or a pruning, or a network, which is copied.
 
-        device: None is the GPU where there is one, for a network where it is. upsampling, margin: see
-        `StyleTransferNetwork.use` and `.stylize`. tile: see `TiledPicture`; None paints in tiles where the whole
+        device: None is the GPU where there is one, for a network where it is. upsampling: in the decoder, one of
+        UPSAMPLINGS; None is as the network does it. tile: see `TiledPicture`; None paints in tiles where the whole
         picture would not fit the free memory.
         Raises UserError when the model cannot be loaded or a setting does not fit it.
         """
-        check_margin(margin)
         if isinstance(model, StyleTransferNetwork):
-            self.network, device = model, device or next(model.parameters()).device
+            self.network, device = copy.deepcopy(model), device or next(model.parameters()).device
         else:
             self.network, _ = load_network(Path(model))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -129,8 +123,12 @@ class Stylizer:
         self.network.use(upsampling)
         if tile is not None and tile < least_tile(self.network.config):
             raise UserError(f"--tile {tile}: {least_tile(self.network.config)} pixels or more are needed")
-        self.margin, self.tile = margin, tile
+        self.tile = tile
         self._told = set()  # sizes of pictures of which `_tile_for` has said that they are painted in tiles
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
 
     @torch.inference_mode()
     def encode_style(self, picture) -> Style:
@@ -157,9 +155,9 @@ class Stylizer:
         another aspect.
         """
         content = self.open(content, "content")
-        painted = torch.empty(content.pixels.shape, device=self.device)
+        painted = torch.empty(content.pixels.shape, dtype=self.dtype, device=self.device)
         for rows, columns, tile in self._painted(content, style, strength, content_statistics, keeps_colors):
-            painted[:, :, rows, columns] = tile
+            cut(painted, rows, columns).copy_(tile)
         return painted
 
     @torch.inference_mode()
@@ -207,12 +205,12 @@ class Stylizer:
         if isinstance(picture, TiledPicture):
             return picture
         pixels = _pixels(picture, name)
-        return TiledPicture(self.network, pixels, self.margin, self.tile or self._tile_for(pixels))
+        return TiledPicture(self.network, pixels, self.tile or self._tile_for(pixels))
 
     def _tile_for(self, pixels: Tensor) -> int | None:
         """The tile to paint a picture in: None where there is memory for the whole. Says so where there is not."""
         needed, free = memory_needed(self.network.config, pixels.numel() // 3), free_memory(self.device)
-        if free is None or needed < SPARED * free:
+        if free is None or needed < WHOLE_SHARE * free:
             return None
         tile = next((each for each in TILES if memory_needed(self.network.config, each * each) < 0.5 * free), TILES[-1])
         if pixels.shape not in self._told:
@@ -235,7 +233,7 @@ class Stylizer:
     def _painted(
         self, content: TiledPicture, style: Style | MaskedStyle, strength: float,
         content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
+    ) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile of `content` painted, see `TiledPicture.paint`."""
         regions = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
         weights = [weight for _, weight in regions]
@@ -255,7 +253,7 @@ class Stylizer:
 
         for rows, columns, tile in content.paint(align_regions):
             if keeps_colors:
-                shown = content.pixels[:, :, rows, columns].to(self.device)
+                shown = cut(content.pixels, rows, columns).to(self.device)
                 tile = normalize(255.0 * keep_colors(shown.float() / 255.0, denormalize(tile)))
             yield rows, columns, tile
 
@@ -315,12 +313,13 @@ def decode_in_half(stylizer: Stylizer, name: str) -> None:
         return
     content, style = (prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE))
     opened, code = stylizer.open(content), stylizer.encode_style(style)
+    decoder = stylizer.network.decoder
+    in_float32, in_half = decoder.forward, torch.autocast(stylizer.device.type, dtype)(decoder.forward)
     pictures = []
-    for precision in (None, dtype):
-        stylizer.network.decoder.precision = precision
+    for decoder.forward in (in_float32, in_half):
         pictures.append((denormalize(stylizer.paint(opened, code)) * 255.0).round())
     change = (pictures[0] - pictures[1]).abs().max().item()
     if not change <= MOST_CHANGE:  # or it is not a number
-        stylizer.network.decoder.precision = None
+        decoder.forward = in_float32
         note(f"--amp auto: {name} stays in float32: in {str(dtype).removeprefix('torch.')} a picture changes by "
              f"{change:g} of 255")

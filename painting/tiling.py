@@ -1,4 +1,4 @@
-"""A picture of any size through a network, tile by tile: exactly what the whole picture gives.
+"""A picture of any size through a network, tile by tile: exactly what the whole picture gives, which is one tile.
 
 At a true border every layer pads as it does for the whole picture. Where a tile is cut out of the picture it is read
 with a halo, as wide as what the layers' padding changes there, and the halo's results are thrown away. What all
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import normalize
-from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork
+from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork, conv_layers
 from utils import progress_bar, release_freed_memory
 
 TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture would not fit
@@ -49,14 +49,10 @@ def least_tile(config: NetworkConfig) -> int:
 
 def memory_needed(config: NetworkConfig, pixels: int) -> int:
     """About the bytes that painting so many pixels at once takes at its peak, by the widest layer; rather too many."""
-    scale, scales = 1, []  # of each conv in the encoder; the decoder mirrors them
-    for entry in ENCODERS[config.backbone]:
-        if entry == POOL:
-            scale *= 2
-        else:
-            scales.append(scale)
-    widest = max(width / scale**2 for width, scale in zip(config.widths, scales + scales[::-1]))
-    return int(4 * pixels * (5 * widest + 12))  # float32: a layer's input, padded, and output; and pictures
+    layers = conv_layers(config, config.stride)  # of a content picture with one position, and a style picture
+    widest = max(layer.width * layer.positions / (2 if layer.name.startswith("encoder") else 1) for layer in layers)
+    # float32: a layer's input, padded, and output; and pictures.
+    return int(4 * pixels * (5 * widest / config.stride**2 + 12))
 
 
 def cut(feature: Tensor, rows: range, columns: range) -> Tensor:
@@ -67,48 +63,51 @@ def cut(feature: Tensor, rows: range, columns: range) -> Tensor:
 class TiledPicture:
     """A picture, or several of one size, on the way through a network."""
 
-    def __init__(self, network: StyleTransferNetwork, pixels: Tensor, margin: int = 0, tile: int | None = None) -> None:
-        """pixels: (B, 3, H, W), uint8, any size and device; margin: see `StyleTransferNetwork.stylize`.
+    def __init__(self, network: StyleTransferNetwork, pixels: Tensor, tile: int | None = None) -> None:
+        """pixels: (B, 3, H, W), uint8, any size and device.
 
         tile: side in pixels, `least_tile` or more, of what passes through the network at once, halo included; None: the
         whole picture.
         """
         self.network, self.pixels = network, pixels
-        stride = network.config.stride
-        sides = [max(2, -(-side // stride)) * stride for side in pixels.shape[2:]]  # as StyleTransferNetwork.pad
-        margin = min(margin, min(sides) - stride)  # a reflection is smaller than the picture
-        self.margin = margin // stride
-        self.grid = tuple(side // stride for side in sides)
-        self.sources = [_sources(own, side, margin) for own, side in zip(pixels.shape[2:], sides)]
+        self.stride = network.config.stride
+        self.grid = tuple(max(2, -(-side // self.stride)) for side in pixels.shape[2:])  # as `pad_to_stride`
         self.halos = encoder_halo(network.config), decoder_halo(network.config)
-        rows, columns = (_spans(places, tile // stride - 2 * max(self.halos) if tile and len(source) > tile else places)
-                         for places, source in zip(self.grid, self.sources))
+        rows, columns = (self._spans(places, tile) for places in self.grid)
         self.tiles = [(row, column) for row in rows for column in columns]
         self.kept = None  # (B, C, *grid) once every tile has been encoded
         self._statistics = None
+
+    def _spans(self, places: int, tile: int | None) -> list[range]:
+        """The places of one side in as few spans as tiles without their halos allow, as equal as can be."""
+        is_whole = tile is None or places * self.stride <= tile
+        count = 1 if is_whole else -(-places // (tile // self.stride - 2 * max(self.halos)))
+        ends = [places * number // count for number in range(count + 1)]
+        return [range(start, stop) for start, stop in zip(ends, ends[1:])]
 
     def statistics(self, weights: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
         """Mean and unbiased standard deviation of every channel over all positions, (B, C, 1, 1) each, float32, summed
         up in float64. With weights, (1, 1, *grid) each: over the positions as each of these weighs them."""
         if weights:
-            return [moments.result() for moments in self._moments(weights)]
+            return self._measured(weights)
         if self._statistics is None:
-            self._statistics = [moments.result() for moments in self._moments([None])]
+            parameter = next(self.network.parameters())
+            self._statistics = self._measured([torch.ones(1, 1, *self.grid, device=parameter.device)])
         return self._statistics
 
-    def _moments(self, weights: Sequence[Tensor | None]) -> list["_Moments"]:
-        moments = [_Moments() for _ in weights]
+    def _measured(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        moments = [Moments() for _ in weights]
         kept = self.kept
         with self._bar("encode") as bar:
             for rows, columns in self.tiles:
                 feature = self.feature(rows, columns)
                 for each, weight in zip(moments, weights):
-                    each.add(feature, None if weight is None else cut(weight, rows, columns))
+                    each.add(feature, cut(weight, rows, columns))
                 if self.kept is None:
                     kept = self._keep(feature, rows, columns, kept)
                 self._end_tile(bar)
         self.kept = kept
-        return moments
+        return [tuple(statistic.to(feature.dtype) for statistic in each.result()) for each in moments]
 
     def _keep(self, feature: Tensor, rows: range, columns: range, kept: Tensor | None) -> Tensor | None:
         """`kept` with a tile's feature in its place; None where all of them would be too many."""
@@ -121,24 +120,38 @@ class TiledPicture:
         cut(kept, rows, columns).copy_(feature)
         return kept
 
-    def paint(self, align: Callable[[Tensor, range, range], Tensor]) -> Iterator[tuple[slice, slice, Tensor]]:
+    def paint(self, align: Callable[[Tensor, range, range], Tensor]) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile painted: its rows and columns in the picture, and its pixels, (B, 3, h, w), ImageNet-normalised.
 
         align: from content features, with the rows and columns of `grid` that they are from, to those to decode.
         """
-        stride, halo = self.network.config.stride, self.halos[1]
         with self._bar("paint") as bar:
             for tile in self.tiles:
-                read = [_widened(span, halo, places) for span, places in zip(tile, self.grid)]
+                read = self._widened(tile, self.halos[1])
                 decoded = self.network.decoder(align(self.feature(*read), *read))
-                shown = [slice(span.start * stride, min(span.stop * stride, side))
-                         for span, side in zip(tile, self.pixels.shape[2:])]
-                inner = [slice(own.start - span.start * stride, own.stop - span.start * stride)
-                         for own, span in zip(shown, read)]
-                if all(own.start < own.stop for own in shown):  # else it is all beyond the picture's own edge
-                    yield *shown, decoded[:, :, inner[0], inner[1]]
+                shown = self._pixels_of(tile)
+                yield *shown, cut(decoded, *_within(shown, self._pixels_of(read)))
                 del decoded
                 self._end_tile(bar)
+
+    def feature(self, rows: range, columns: range) -> Tensor:
+        """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""
+        if self.kept is not None:
+            return cut(self.kept, rows, columns)
+        read = self._widened((rows, columns), self.halos[0])
+        parameter = next(self.network.parameters())
+        image = normalize(cut(self.pixels, *self._pixels_of(read)).to(parameter.device)).to(parameter.dtype)
+        return cut(self.network.encode(image), *_within((rows, columns), read))
+
+    def _widened(self, spans: Sequence[range], halo: int) -> list[range]:
+        """Rows and columns of the grid with a halo on all sides, as far as there is something."""
+        return [range(max(0, span.start - halo), min(places, span.stop + halo))
+                for span, places in zip(spans, self.grid)]
+
+    def _pixels_of(self, spans: Sequence[range]) -> list[range]:
+        """The picture's rows and columns that these of the grid stand for."""
+        return [range(span.start * self.stride, min(span.stop * self.stride, side))
+                for span, side in zip(spans, self.pixels.shape[2:])]
 
     def _bar(self, description: str):
         """A progress bar, shown where there is something to wait for."""
@@ -149,74 +162,33 @@ class TiledPicture:
         if len(self.tiles) > 1 and self.pixels.device.type == "cpu":
             release_freed_memory()
 
-    def feature(self, rows: range, columns: range) -> Tensor:
-        """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""
-        if self.kept is not None:
-            return cut(self.kept, rows, columns)
-        stride, pixels, inner = self.network.config.stride, self.pixels, []
-        for axis, (span, source) in enumerate(zip((rows, columns), self.sources), start=2):
-            seen = range(span.start + self.margin, span.stop + self.margin)
-            read = _widened(seen, self.halos[0], len(source) // stride)
-            pixels = _take(pixels, axis, source[read.start * stride : read.stop * stride])
-            inner.append(range(seen.start - read.start, seen.stop - read.start))
-        image = normalize(pixels.to(next(self.network.parameters()).device))
-        return cut(self.network.encoder(image), *inner)
+
+def _within(spans: Sequence[range], read: Sequence[range]) -> list[range]:
+    """Where rows and columns lie among those that were read."""
+    return [range(span.start - around.start, span.stop - around.start) for span, around in zip(spans, read)]
 
 
-class _Moments:
-    """Mean and variance of every channel, merged over tiles (Chan, Golub & LeVeque 1979), in float64."""
+class Moments:
+    """Weighted mean and variance of every channel, merged over tiles (Chan, Golub & LeVeque 1979), in float64."""
 
     def __init__(self) -> None:
         self.weight = self.squares = self.mean = self.deviations = 0.0  # sums of w, w^2, and of w (x - mean)^2
 
-    def add(self, feature: Tensor, weights: Tensor | None) -> None:
-        """feature: (B, C, h, w); weights: (1, 1, h, w), 0 or more, or None for ones."""
-        feature = feature.double()
-        if weights is None:
-            weight = squares = float(feature.shape[2] * feature.shape[3])
-            variance, mean = torch.var_mean(feature, (2, 3), correction=0, keepdim=True)
-            deviations = variance * weight
-        else:
-            weights = weights.double()
-            weight, squares = weights.sum().item(), weights.square().sum().item()
-            if weight == 0.0:
-                return
-            mean = (feature * weights).sum((2, 3), keepdim=True) / weight
-            deviations = ((feature - mean).square() * weights).sum((2, 3), keepdim=True)
+    def add(self, feature: Tensor, weights: Tensor) -> None:
+        """feature: (B, C, h, w); weights: (1, 1, h, w), 0 or more."""
+        feature, weights = feature.double(), weights.double()
+        weight, squares = weights.sum().item(), weights.square().sum().item()
+        if weight == 0.0:
+            return
+        mean = (feature * weights).sum((2, 3), keepdim=True) / weight
+        deviations = ((feature - mean).square() * weights).sum((2, 3), keepdim=True)
         total, difference = self.weight + weight, mean - self.mean
         self.mean = self.mean + difference * (weight / total)
         self.deviations = self.deviations + deviations + difference.square() * (self.weight * weight / total)
         self.weight, self.squares = total, self.squares + squares
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, (B, C, 1, 1), float32; unbiased, for weights as for that many observations of
+        """Mean and standard deviation, (B, C, 1, 1), float64; unbiased, for weights as for that many observations of
         unequal reliability. Some weight must be above 0."""
         freedom = self.weight - self.squares / self.weight
-        return self.mean.float(), (self.deviations / max(freedom, 1e-12)).sqrt().float()
-
-
-def _sources(side: int, padded: int, margin: int) -> Tensor:
-    """For each row (or column) that the encoder sees, the picture's row: `side` of them, the last repeated up to
-    `padded`, and `margin` more reflected at each end."""
-    places = torch.arange(-margin, padded + margin).abs()
-    return torch.minimum(places, 2 * (padded - 1) - places).clamp(max=side - 1)
-
-
-def _spans(places: int, most: int) -> list[range]:
-    """`places` in as few spans of at most `most` as they take, of sizes as equal as can be."""
-    count = -(-places // most)
-    ends = [places * number // count for number in range(count + 1)]
-    return [range(start, stop) for start, stop in zip(ends, ends[1:])]
-
-
-def _widened(span: range, halo: int, places: int) -> range:
-    """With a halo on both sides, as far as there is something."""
-    return range(max(0, span.start - halo), min(places, span.stop + halo))
-
-
-def _take(pixels: Tensor, axis: int, places: Tensor) -> Tensor:
-    """`index_select`, without a copy where the places follow each other."""
-    first = int(places[0])
-    if torch.equal(places, torch.arange(first, first + len(places))):
-        return pixels.narrow(axis, first, len(places))
-    return pixels.index_select(axis, places.to(pixels.device))
+        return self.mean, (self.deviations / max(freedom, 1e-12)).sqrt()

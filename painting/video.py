@@ -506,7 +506,7 @@ def stylize_video(config, given: dict) -> int:
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     network, _ = open_model(config.load_path[0], config.swap_max_pool, config.backbone)
-    stylizer = Stylizer(network, device=device, upsampling=config.upsampling, margin=config.margin, tile=config.tile)
+    stylizer = Stylizer(network, device=device, upsampling=config.upsampling, tile=config.tile)
     if config.amp == "auto":
         decode_in_half(stylizer, config.load_path[0])
     of_styles = replace(config, imsize=config.style_size or config.imsize)

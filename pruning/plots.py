@@ -85,8 +85,7 @@ def plot_prune_grid(
     panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
     for number in numbers:
         cut = cut_bottleneck(network, responses.weakest_first[:number])
-        stylizer = Stylizer(cut, margin=config.margin)
-        output = stylizer.stylize(content, style, strength=config.style_strength)
+        output = Stylizer(cut).stylize(content, style, strength=config.style_strength)
         panels.append((f"Prune {number} channels", output))
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)

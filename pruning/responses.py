@@ -185,7 +185,7 @@ def measure_responses(network: StyleTransferNetwork, config, folders: dict[str, 
                     if isinstance(picture, PictureError):
                         failed.add(path, str(picture))
                         continue
-                    feature = network.encoder(network.pad(normalize(picture.to(device))))
+                    feature = network.encode(normalize(picture.to(device)))
                     rows.append(channel_norm(feature)[0].cpu())
                     used.append(str(path))
                     if config.every_layer and flag == "--style_dir":
@@ -248,7 +248,7 @@ def _measure_pairs(
     with bar, _watch(network, decoder_convs, _record_in(statistics)):
         pictures = _load_again([contents[content] for content, _ in pairs], config)
         for (_, style), picture in zip(pairs, pictures):
-            feature = network.encoder(network.pad(normalize(picture.to(device))))
+            feature = network.encode(normalize(picture.to(device)))
             aligned = adain(feature, *style_codes[style], config.style_strength)
             bottleneck_means.append(aligned.mean(dim=(0, 2, 3)))
             network.decoder(aligned)
@@ -302,7 +302,7 @@ def _estimate_importance(
     bar = progress_bar(IMPORTANCE_PROBES, "rank channels", "pair")
     with bar, _watch(network, others, gated), torch.enable_grad():
         for content, style in pairs:
-            features = [network.encoder(network.pad(normalize(each.to(device)))) for each in (content, style)]
+            features = [network.encode(normalize(each.to(device))) for each in (content, style)]
             aligned = adain(features[0], *channel_statistics(features[1]), strength)
             output = network.decoder(gated(bottleneck, aligned))
             direction = torch.randn(output.shape, generator=generator).to(device)

@@ -14,7 +14,7 @@ from helpers import CONTENT_DIR, ROOT, STYLE_DIR, refusal, words
 from PIL import Image
 
 import main as command_line
-from data import denormalize, find_pictures, normalize, prepare_picture, split_holdout, to_pil
+from data import find_pictures, split_holdout
 from main import main
 from network import NetworkConfig, StyleTransferNetwork
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE
@@ -251,8 +251,6 @@ def test_unusable_pictures_are_refused(test_flags, tmp_path, capsys):
     ({"--style_strength": 1.5}, "--style_strength"),
     ({"--style_strength": -0.1}, "--style_strength"),
     ({"--style_strength": "nan"}, "--style_strength"),
-    ({"--margin": 12}, "--margin 12: a multiple of 8"),
-    ({"--margin": -8}, "--margin"),
     ({"--imsize": 0}, "--imsize"),
     ({"--cropsize": "large"}, "--cropsize"),
     ({"--gpu_no": 99}, "--gpu_no 99"),
@@ -351,25 +349,6 @@ def test_upsampling_of_test_mode(test_flags, tmp_path):
         pictures[upsampling] = np.asarray(Image.open(tmp_path / "out.png"), dtype=float)
     assert np.array_equal(pictures[None], pictures[load_network(model)[0].config.upsampling])
     assert np.abs(pictures["nearest"] - pictures["bilinear"]).max() > 5
-
-
-@pytest.mark.parametrize("margin", [None, 0, 8])
-def test_margin_reaches_content_and_style(test_flags, tmp_path, margin):
-    network = load_network(COMPACT_MODEL.with_name("tiny.pth"))[0]  # a small random one paints but black and white
-    network.use(padding="zeros")  # what a margin is for
-    model = tmp_path / "zeros.pth"
-    torch.save(model_checkpoint(network), model)
-    flags = test_flags | {"--load_path": model, "--imsize": 64} | ({} if margin is None else {"--margin": margin})
-    assert main(words(flags)) == 0
-    content, style = (normalize(prepare_picture(path, 64, None)) for path in (CONTENT, STYLE))
-    outputs = {}
-    with torch.inference_mode():
-        for each in (0, 8, 16):
-            code = network.style_code(style, each)
-            outputs[each] = np.asarray(to_pil(denormalize(network.stylize(content, code, margin=each))), dtype=float)
-    actual = np.asarray(Image.open(tmp_path / "out.png"), dtype=float)
-    distances = {each: np.abs(output - actual).max() for each, output in outputs.items()}
-    assert distances.pop(margin or 0) <= 1 < min(distances.values()), distances
 
 
 def test_flags_without_effect_are_said(test_flags, capsys):

@@ -8,7 +8,7 @@ from helpers import ROOT
 # Lowest first; a module of one row may not import another of the same.
 ROWS = (
     ("utils", "metadata", "archives", "loss"),
-    ("network", "data"),
+    ("network", "data", "painting.apart"),
     ("weights",),
     # The wings, each module above those that it uses.
     ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "painting.smoothing",

@@ -248,76 +248,18 @@ def test_bilinear_decoder_is_layer_by_layer_and_paints_a_ramp_without_steps():
 @torch.inference_mode()
 def test_output_has_exactly_the_size_of_the_content(backbone, size):
     network = small_network(backbone)
-    content, code = random_feature((1, 3, *size), 0), network.style_code(random_feature((1, 3, 16, 16), 1))
-    actual = network.stylize(content, code)
+    content, style = random_feature((1, 3, *size), 0), random_feature((1, 3, 16, 16), 1)
+    actual = network(content, style)
     assert actual.shape == content.shape
     assert actual.isfinite().all()
     # As an edge repeated by hand up to the next multiple of the stride, and cut back.
     stride = {"vgg19": 8, "vgg16": 4}[backbone]
     rows, columns = (np.arange(max(2 * stride, (side + stride - 1) // stride * stride)).clip(max=side - 1)
                      for side in size)
-    aligned = adain(network.encoder(content[:, :, rows][:, :, :, columns]), *code)
+    aligned = adain(network.encoder(content[:, :, rows][:, :, :, columns]), *channel_statistics(network.encoder(style)))
     assert aligned.shape[2:] == (len(rows) // stride, len(columns) // stride)
     desired = network.decoder(aligned)[:, :, : size[0], : size[1]]
     assert_close(actual, desired, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.3, 0.0])
-@torch.inference_mode()
-def test_stylize_is_forward_where_sides_are_multiples_of_the_stride(strength):
-    network = small_network()
-    content, style = random_feature((2, 3, 16, 24), 0), random_feature((2, 3, 24, 16), 1)
-    actual = network.stylize(content, network.style_code(style), strength)
-    assert_close(actual, network(content, style, strength), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 7), (37, 61)])
-@torch.inference_mode()
-def test_style_of_any_size(size):
-    network = small_network()
-    mean, std = network.style_code(random_feature((1, 3, *size), 1))
-    assert mean.shape == std.shape == (1, 6, 1, 1)
-    assert mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()
-
-
-@pytest.mark.parametrize(("backbone", "stride"), [("vgg19", 8), ("vgg16", 4)])
-@torch.inference_mode()
-def test_margin_is_encoded_and_cut_off(backbone, stride):
-    network, image = small_network(backbone), random_feature((1, 3, 40, 61), 0)
-    padded = np.pad(np.pad(image.numpy(), ((0, 0), (0, 0), (0, 0), (0, 3)), mode="edge"),
-                    ((0, 0), (0, 0), (16, 16), (16, 16)), mode="reflect")
-    feature = network.encoder(torch.from_numpy(padded))
-    cut = feature[:, :, 16 // stride : 56 // stride, 16 // stride : 80 // stride]
-    mean, std = network.style_code(image, margin=16)
-    assert_close(mean, cut.mean((2, 3), keepdim=True), rtol=1e-4, atol=1e-5)
-    assert_close(std, cut.std((2, 3), keepdim=True), rtol=1e-4, atol=1e-5)
-    desired = network.decoder(adain(cut, mean, std))[:, :, :, :61]
-    assert_close(network.stylize(image, (mean, std), margin=16), desired, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(network.stylize(image, (mean, std)), desired, atol=1e-3)
-
-
-@torch.inference_mode()
-def test_constant_picture_has_no_frame_with_a_margin():
-    """All that a zero-padding encoder paints along the border of one colour comes from its padding."""
-    network = small_network()
-    image, code = torch.full((1, 3, 96, 96), 0.5), network.style_code(random_feature((1, 3, 32, 32), 1))
-    framed, clean = (network.encoder(image), network._encode(image, 72))
-    assert framed.std((2, 3)).max() > 1e-2 > 1e-5 > clean.std((2, 3)).max()
-    assert network.stylize(image, code, margin=72).std((2, 3)).max() < 1e-3
-
-
-@pytest.mark.parametrize("size", [(1, 1), (8, 8), (17, 16), (24, 300)])
-@torch.inference_mode()
-def test_margin_is_smaller_where_the_picture_is(size):
-    network = small_network()
-    content = random_feature((1, 3, *size), 0)
-    output = network.stylize(content, network.style_code(content, margin=32), margin=32)
-    assert output.shape == content.shape and output.isfinite().all()
-
-
-def test_margin_that_the_stride_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="12 pixels, a multiple of 8"):
-        small_network().style_code(random_feature((1, 3, 32, 32), 0), margin=12)
 
 
 # -------------------------------------------------------------------------------------------------- config

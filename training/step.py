@@ -403,8 +403,7 @@ class TransferTrainer:
         """A picture with the rows content, style, output. content, style: (n, 3, H, W), uint8."""
         content, style = normalize(content.to(self.device)), normalize(style.to(self.device))
         with self.losses.autocast(self.device):
-            code = self.network.style_code(style)
-            output = self.network.stylize(content, code)
+            output = self.network(content, style)
         return picture_grid([content, style, output.float()])
 
 

@@ -18,9 +18,9 @@ from torch.torch_version import TorchVersion
 import export as export_module
 from data import denormalize, normalize
 from export import ExportConfig
-from exporting.graphs import ContentGraph, PairGraph, StyleGraph, resized, trace
+from exporting.graphs import ContentGraph, PairGraph, StyleGraph, trace
 from main import main
-from network import StyleTransferNetwork
+from network import StyleTransferNetwork, channel_statistics, resized
 from weights import load_network
 
 SIZES = ((1, 1), (7, 30), (33, 49), (40, 24))  # height, width
@@ -54,9 +54,8 @@ def picture(seed: int, size, batch: int = 1) -> torch.Tensor:
     return torch.randint(0, 256, (batch, 3, *size), generator=generator, dtype=torch.uint8)
 
 
-def desired_picture(network, content, style, strength, margin):
-    code = network.style_code(normalize(style), margin)
-    return denormalize(network.stylize(normalize(content), code, strength, margin))
+def desired_picture(network, content, style, strength):
+    return denormalize(network(normalize(content), normalize(style), strength))
 
 
 def test_resized_by_hand():
@@ -71,18 +70,17 @@ def test_resized_by_hand():
     ("vgg19", "max", "nearest", "zeros"), ("vgg16", "avg", "bilinear", "reflect"),
     ("vgg19", "avg", "nearest", "reflect"), ("vgg19", "blur", "bilinear", "reflect"),
 ])
-@pytest.mark.parametrize("margin", [0, 8, 64])
 @torch.inference_mode()
-def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, padding, margin):
+def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, padding):
     network = exporting_network(backbone, pooling, upsampling, padding)
     graphs = (StyleGraph, ContentGraph, PairGraph)
-    style_graph, content_graph, pair = (graph(network, margin).eval() for graph in graphs)
+    style_graph, content_graph, pair = (graph(network).eval() for graph in graphs)
     for number, (size, style_size) in enumerate(zip(SIZES, OTHER_SIZES)):
         content, style = picture(1, size, 1 + number % 2), picture(2, style_size, 1 + number % 2)
-        desired = desired_picture(network, content, style, 0.3, margin)
+        desired = desired_picture(network, content, style, 0.3)
         strength = torch.tensor([0.3])
         code = style_graph(style / 255)
-        assert_close(code, network.style_code(normalize(style), margin))
+        assert_close(code, channel_statistics(network.encode(normalize(style))))
         assert_close(content_graph(content / 255, *code, strength), desired)
         assert_close(pair(content / 255, style / 255, strength), desired)
 
@@ -91,22 +89,21 @@ def test_a_trace_of_a_size_of_its_own_is_refused():
     """The trap: padding by a decision on the size seen while tracing, which torch.export must not take in silence."""
     class Decided(PairGraph):
         def encode(self, image):
-            return self.encoder(self.network[0].pad((image - self.rgb_mean) / self.rgb_std))
+            image = (image - self.rgb_mean) / self.rgb_std
+            height, width = (-(-int(side) // 8) * 8 for side in image.shape[2:])
+            return self.network.encoder(resized(image, height, width))
 
-    network = exporting_network()
-    graph = Decided(network)
-    graph.network = [network]
     with pytest.raises(Exception, match="height"):
-        trace(graph)
+        trace(Decided(exporting_network()))
 
 
 # ------------------------------------------------------------------------------------------- files that paint
 
 # Name of the file: the network, and further flags.
 EXPORTS = {
-    "split.onnx": (("vgg19", "max", "nearest", "zeros"), {"split": True, "margin": 16}),
+    "split.onnx": (("vgg19", "max", "nearest", "zeros"), {"split": True}),
     "whole.onnx": (("vgg16", "blur", "bilinear", "reflect"), {}),
-    "program.pt2": (("vgg19", "blur", "bilinear", "zeros"), {"margin": 8}),
+    "program.pt2": (("vgg19", "blur", "bilinear", "zeros"), {}),
     "weights.safetensors": (("vgg16", "max", "nearest", "reflect"), {}),
 }
 
@@ -156,12 +153,11 @@ def painter(folder: Path, name: str):
 @torch.inference_mode()
 def test_files_paint_the_networks_pictures_at_any_size(exported, name):
     network, _ = load_network(exported / f"{name}.pth")
-    margin = EXPORTS[name][1].get("margin", 0)
     paint = painter(exported / "files", name)
     for number, (size, style_size) in enumerate(zip(SIZES, OTHER_SIZES)):
         content, style = (picture(each, sides, 1 + 2 * (number % 2)) for each, sides in ((3, size), (4, style_size)))
         for strength in (1.0, 0.25):
-            desired = desired_picture(network, content, style, strength, margin).numpy()
+            desired = desired_picture(network, content, style, strength).numpy()
             actual = paint(content / 255, style / 255, strength)
             assert actual.dtype == np.float32 and actual.shape == desired.shape
             assert 0.1 < ((desired > 0) & (desired < 1)).mean()  # or clipping would hide what differs
@@ -189,7 +185,6 @@ def test_onnx_files_say_what_they_take_and_are(exported, name, inputs, outputs):
     about = {entry.key: entry.value for entry in model.metadata_props}
     source = "split.onnx.pth" if name.startswith("split") else f"{name}.pth"
     assert json.loads(about["config"]) == load_network(exported / source)[0].config.to_dict()
-    assert about["margin"] == ("16" if name.startswith("split") else "0")
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 
@@ -299,8 +294,8 @@ def test_a_program_of_another_network_does_not_stay(tmp_path, capsys, monkeypatc
     path.write_bytes(b"what was there before")
     right = export_module.PairGraph
 
-    def wrong(network, margin):
-        graph = right(network, margin)
+    def wrong(network):
+        graph = right(network)
         graph.rgb_mean += 0.01
         return graph
 
@@ -433,8 +428,6 @@ def test_settings_of_integers_that_do_not_fit(settings, reason):
     ({"save_path": "x.tflite"}, "--save_path x.tflite: a name that ends in .onnx, .pt2 or .safetensors is needed"),
     ({"save_path": "folder"}, "--save_path folder: a name that ends in"),
     ({"save_path": "x.pt2", "split": True}, "--split: only .onnx files are split"),
-    ({"save_path": "x.onnx", "margin": 12}, "--margin 12: a multiple of 8"),
-    ({"save_path": "x.safetensors", "margin": 8}, "--margin 8: a .safetensors file holds weights"),
 ])
 def test_settings_that_do_not_fit(settings, reason):
     assert user_error(ExportConfig(load_path="model.pth", **settings).check).startswith(reason)

@@ -13,7 +13,7 @@ from network import align
 from painting import video
 from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from painting.stylizer import Stylizer
-from painting.tiling import _Moments
+from painting.tiling import Moments
 
 CONTENT, *STYLES = (random_picture(seed, size) for seed, size in enumerate([(56, 75), (40, 50), (33, 61)]))
 
@@ -122,11 +122,11 @@ def test_weights_on_the_grid_are_means_of_the_mask(codes):
 def test_weighted_statistics_by_hand():
     """Whole weights are repeated observations' mean; zeros are left out, as if they had not been there."""
     feature = torch.tensor([1.0, 5.0, 7.0, 100.0]).reshape(1, 1, 2, 2)
-    moments = _Moments()
+    moments = Moments()
     moments.add(feature, torch.tensor([[1.0, 1.0], [1.0, 0.0]])[None, None])
     mean, std = moments.result()
     assert_close((mean.item(), std.item()), (13 / 3, torch.tensor([1.0, 5.0, 7.0]).std().item()), rtol=1e-6, atol=0)
-    moments = _Moments()
+    moments = Moments()
     moments.add(feature, torch.tensor([[3.0, 1.0], [0.0, 0.0]])[None, None])
     mean, std = moments.result()
     # mean (3 * 1 + 5) / 4; deviations 3 * 1 + 9 = 12, over 4 - (9 + 1) / 4

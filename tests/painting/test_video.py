@@ -272,11 +272,11 @@ def test_scaled_sides_stay_even_or_odd():
 
 
 def test_every_frame_is_painted_as_a_picture_is(clip, model, tmp_path, capsys):
-    flags = model | {"content": clip, "imsize": 32, "style_strength": 0.5, "margin": 8, "save_path": f"{tmp_path}/new/"}
+    flags = model | {"content": clip, "imsize": 32, "style_strength": 0.5, "save_path": f"{tmp_path}/new/"}
     assert main(words(flags)) == 0
     target = tmp_path / "new" / "clip_style.mp4"
     assert f"wrote 10 frames to {target}" in capsys.readouterr().err
-    stylizer = Stylizer(model["load_path"], device=CPU, margin=8)
+    stylizer = Stylizer(model["load_path"], device=CPU)
     code = stylizer.encode_style(model["style"])
     with av.open(str(clip)) as container:
         for actual, frame in zip(read_frames(target), container.decode(video=0)):

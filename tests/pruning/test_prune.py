@@ -343,8 +343,7 @@ def test_grid_numbers():
     assert "--prune_nums 4" in message and "at most 3" in message
 
 
-@pytest.mark.parametrize("margin", [16, 0])
-def test_grid_is_painted_with_the_margin(tmp_path, monkeypatch, margin):
+def test_grid_is_painted_with_the_strength(tmp_path, monkeypatch):
     painted = []
 
     class Recorder(Stylizer):
@@ -353,7 +352,7 @@ def test_grid_is_painted_with_the_margin(tmp_path, monkeypatch, margin):
             return super().stylize(*pictures, **settings)
 
     monkeypatch.setattr(plots_module, "Stylizer", Recorder)
-    config = PruneConfig(imsize=48, cropsize=48, margin=margin, style_strength=0.5)
+    config = PruneConfig(imsize=48, cropsize=48, style_strength=0.5)
     responses = Responses(np.arange(12.0).reshape(2, 6), ["a", "b"], contents=1)
     network = small_network()
     plots_module.plot_prune_grid(network, responses, [0, 2], config, tmp_path / "grid.png")
@@ -361,13 +360,9 @@ def test_grid_is_painted_with_the_margin(tmp_path, monkeypatch, margin):
     pictures = [load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style")]
     for cut, number in zip((network, cut_bottleneck(network, [0, 1])), range(2)):
         stylizer, shown, settings = painted[number]
-        assert stylizer.margin == margin and settings == {"strength": 0.5}
+        assert settings == {"strength": 0.5}
         assert all(map(torch.equal, shown, pictures))
         assert_close(stylizer.network.state_dict(), cut.state_dict())
-
-
-def test_margin_that_poolings_do_not_divide_is_refused():
-    assert "--margin 12: a multiple of 8 is needed" in user_error(PruneConfig(margin=12).check)
 
 
 @pytest.mark.parametrize("size", [8, 20, 0])

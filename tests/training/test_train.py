@@ -314,8 +314,7 @@ def test_shift_loss_of_the_step():
     step = trainer.step(content, style)
     network = make_trainer().network
     rows, columns = trainer.move.tolist()
-    code = network.style_code(normalize(style))
-    outputs = [network.stylize(normalize(picture), code)
+    outputs = [network(normalize(picture), normalize(style))
                for picture in (content, losses.moved(content, trainer.move))]
     inner = (..., slice(6, 18), slice(6, 18))  # of 32 x 32 pixels, a quarter of 24 at each border, and a stride
     desired = (outputs[0][..., rows:, columns:][inner] - outputs[1][inner]).square().mean()

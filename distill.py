@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import MAX_PIXELS, FailedPictures, normalize, open_folder, open_triples, split_holdout
+from data import MAX_PIXELS, TRIPLE, FailedPictures, normalize, open_folder, open_triples, split_holdout
 from loss import distillation_loss, painted_loss
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
+from settings import setting
 from training.loop import Checked, Run, is_finished, open_config
 from training.run_folder import CheckpointFolder, WandbRun
 from training.sampling import CropConfig, MixedPictures, PaintedTriples, PicturesByPosition, check_failures, collate
@@ -38,25 +39,27 @@ HELD_OUT_PICTURES = 128
 class DistillConfig:
     """Every setting of a distillation, with its default; `main.py` makes the flags from it."""
 
-    teacher: str | None = None  # a network, or a folder of painted pictures, see `data.open_triples`
-    load_path: str | None = None  # the network that learns
+    teacher: str | None = setting(
+        needed=True, more="also a folder of pictures, whoever painted them, as "
+        f"{', '.join(f'{name}/NAME' for name in TRIPLE)}")
+    load_path: str | None = setting(needed=True, more="the one that learns")
     new_weights: bool = False
     upsampling: str | None = None  # None: as load_path says
     pooling: str | None = None  # likewise
     content_dir: str | None = None
     style_dir: str | None = None
-    save_path: str | None = None
+    save_path: str | None = setting(needed=True)
     resume: bool | str = False  # "auto": where there is a run
     imsize: int = 256
-    cropsize: int = 96
+    cropsize: int = setting(96, more="cut at a random place, a multiple of 8")
     max_pixels: int = MAX_PIXELS
     holdout: float = 0.1
-    lr: float = 1e-3
+    lr: float = setting(1e-3, more="the highest one, between a warm-up and a decay to 0 at --max_iter")
     max_iter: int = 10_000
     batch_size: int = 16
     check_iter: int = 500
     keep_checkpoints: int = 1
-    amp: str = "auto"
+    amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None

@@ -15,13 +15,14 @@ import torch
 
 from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
 from network import count_parameters
-from painting.control import check_styles
+from painting.control import PRESERVED, check_styles
 from painting.many import Model, Painting, Skipped
 from painting.pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, decode_in_half, open_mask, open_model
 from painting.video import makes_video, stylize_video
+from settings import amount, changed, count, fraction_below_1, rate, setting
 from utils import (
     UserError,
     allow_tf32,
@@ -48,35 +49,61 @@ class TestConfig:
 
     __test__ = False  # not a pytest class
 
-    load_path: tuple[str, ...] = (str(COMPACT_MODEL),)
-    content: tuple[str, ...] = (str(DEMO_CONTENT),)
-    style: tuple[str, ...] = (str(DEMO_STYLE),)
-    content_dir: tuple[str, ...] | None = None  # as other implementations call content and style
-    style_dir: tuple[str, ...] | None = None
-    save_path: str | None = None  # None: OUTPUT_NAME
-    skip_existing: bool = False
-    holdout: float = 0.0
+    load_path: tuple[str, ...] = setting((str(COMPACT_MODEL),), more="several are compared")
+    content: tuple[str, ...] = setting(
+        (str(DEMO_CONTENT),), more="also several, and folders or .zip archives of them, each painted in each style; "
+        "or a video")
+    style: tuple[str, ...] = setting((str(DEMO_STYLE),), more="also several, and folders or .zip archives of them")
+    content_dir: tuple[str, ...] | None = setting(more="another name of --content")
+    style_dir: tuple[str, ...] | None = setting(more="another name of --style")
+    save_path: str | None = setting(
+        more="also a picture file for one picture, or a video file for a video or a folder of its frames (without this "
+        f"flag, several pictures go to {OUTPUT_NAME}/)", none=f"{OUTPUT_NAME}.png")
+    skip_existing: bool = setting(
+        False, "paint only the pictures that are not there yet, or damaged, whatever flags painted the others; not "
+        "with --metrics", "output")
+    holdout: float = setting(0.0, more="only those are taken, or with 0 all")
     backbone: str | None = None
     swap_max_pool: bool = False
-    style_strength: tuple[float, ...] = (1.0,)
-    style_weights: tuple[float, ...] | None = None
-    mask: str | None = None
-    preserve_color: str | None = None
-    style_size: int | None = None  # None: as imsize
-    tile: int | None = None  # None: chosen where the whole picture would not fit the memory
+    style_strength: tuple[float, ...] = setting(
+        (1.0,), more="several are each painted, and side by side in a sheet")
+    style_weights: tuple[float, ...] | None = setting(
+        None, "mix all --style pictures to one style, in these shares, one each", "stylising", amount,
+        none="each style by itself")
+    mask: str | None = setting(
+        None, "picture of the content's aspect that makes two --style pictures one style: the first is painted where "
+        "it is white, the second where it is black", "stylising")
+    preserve_color: str | None = setting(
+        None, "keep the content's colours: luma paints the lightness alone, histogram gives the style the content's "
+        "colours first", "stylising", choices=PRESERVED)
+    style_size: int | None = setting(
+        None, "resize style pictures so that their shorter sides have this many pixels, which sets the scale of what "
+        "is taken from them", "stylising", count, none="as --imsize says")
+    tile: int | None = setting(
+        None, "paint in tiles of this side in pixels, which gives the same picture in less memory; 88 or more for most "
+        "models", "stylising", count, none="only where the whole picture would not fit the free memory")
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
-    cropsize: int | None = None
+    cropsize: int | None = setting(more="cut from the centre")
     max_pixels: int = MAX_PIXELS
-    pairs: int | None = None  # None: every content with every style
-    metrics: tuple[str, ...] | None = None  # (): all
+    pairs: int | None = setting(
+        more="with every picture used equally often, give or take one", none="every content with every style")
+    metrics: tuple[str, ...] | None = setting(
+        None, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; without a name, all four",
+        "output", choices=tuple(METRICS), nargs="*", none="nothing is measured")
     vgg_weights: str = "imagenet"
     style_loss: str = "meanstd"
-    seed: int = 0
+    seed: int = setting(0, more="of --pairs and of --vgg_weights random")
     gpu_no: int | None = None
-    amp: str = "off"
-    frame_rate: float = 25.0
-    temporal_smoothing: float = 0.0
+    amp: str = setting(
+        "off", more="auto is a decoder in float16 on GPUs that are fast in it, for models whose pictures it changes by "
+        "at most 3 of 255", choices=("auto", "off"))
+    frame_rate: float = setting(
+        25.0, "frames a second of the video that a folder of frames becomes, by a --save_path such as painted.mp4; a "
+        "number or a fraction", "stylising", rate)
+    temporal_smoothing: float = setting(
+        0.0, "less flicker in a video: the share of each painted frame, from 0 to below 1, that comes from the one "
+        "before, carried along with the motion; 0.8 is much", "stylising", fraction_below_1)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -123,20 +150,21 @@ class TestConfig:
     def check(self) -> None:
         """Raises UserError for an empty path, a strength given twice, flags that exclude each other, or a save_path
         that looks like a picture file of a kind that is not written."""
+        for kind in ("content", "style"):
+            if {kind, f"{kind}_dir"} <= changed(self):
+                raise UserError(f"--{kind} and --{kind}_dir: give one of the two, in test mode they mean the same")
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
                 raise UserError(f"--{flag} is empty; leave it out for the default")
-        for strength, count in Counter(self.style_strength).items():
-            if count > 1:
-                raise UserError(f"--style_strength {_words(strength)}: given {count} times, once is enough")
+        for strength, times in Counter(self.style_strength).items():
+            if times > 1:
+                raise UserError(f"--style_strength {_words(strength)}: given {times} times, once is enough")
         if self.joins_styles and self.metrics is not None:
             flag = "style_weights" if self.mask is None else "mask"
             raise UserError(f"--{flag}: --metrics compares with one style picture; leave one of the two out")
         if self.mask is not None and self.cropsize is not None:
             raise UserError("--mask: --cropsize cuts the content alone; cut both beforehand")
-        if self.amp not in ("off", "auto"):
-            raise UserError(f"--amp {self.amp}: test mode takes off or auto")
         if self.skip_existing and self.metrics is not None:
             raise UserError("--skip_existing: --metrics measures what is painted now; leave one of the two out")
         if self.save_path is None or self.writes_a_file or makes_video(self) or self.save_path.endswith(("/", os.sep)):
@@ -211,16 +239,13 @@ def test(given: dict) -> int:
     """Run `--mode test` with the flags given on the command line. Returns the exit code: 1 where some of several
     pictures could not be used."""
     config = TestConfig(**given)
-    for kind in ("content", "style"):
-        if kind in given and f"{kind}_dir" in given:
-            raise UserError(f"--{kind} and --{kind}_dir: give one of the two, in test mode they mean the same")
     config.check()
     if makes_video(config):
-        return stylize_video(config, given)
-    for flag in given.keys() & {"frame_rate", "temporal_smoothing"}:
+        return stylize_video(config)
+    for flag in changed(config) & {"frame_rate", "temporal_smoothing"}:
         note(f"--{flag} has no effect on pictures")
     if not set(LOSS_METRICS) & set(config.measured):
-        for flag in given.keys() & {"vgg_weights", "style_loss"}:
+        for flag in changed(config) & {"vgg_weights", "style_loss"}:
             note(f"--{flag} has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
     allow_tf32(False)

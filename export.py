@@ -27,6 +27,7 @@ from network import StyleTransferNetwork
 from painting.pairs import choose_pairs, load_measurable
 from painting.quality import Measurement, Meter, ssim
 from painting.stylizer import open_model
+from settings import setting
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
 
@@ -58,22 +59,29 @@ Painter = Callable[[Tensor, Tensor, float], Tensor]
 class ExportConfig:
     """Every setting of export mode, with its default."""
 
-    load_path: str | None = None
-    save_path: str | None = None
+    load_path: str | None = setting(needed=True)
+    save_path: str | None = setting(
+        more=f"a file, whose format its suffix says: {', '.join(FORMATS)}; or FOLDER/, for a page that paints in the "
+        "browser", needed=True)
     backbone: str | None = None
     swap_max_pool: bool = False
     upsampling: str | None = None  # None: as the file says
-    split: bool = False
-    int8: bool = False
+    split: bool = setting(
+        False, "two .onnx files, NAME.style.onnx from a style to its statistics and NAME.content.onnx from a content "
+        "and such statistics to the picture, so that a style is encoded only once", "output")
+    int8: bool = setting(
+        False, "integers of 8 bits in place of float32 in .onnx files: faster on CPUs, a quarter of the size; ranges "
+        f"are measured with {CALIBRATION_PAIRS} pairs of --content_dir and --style_dir, and what it changes with "
+        "held-out ones", "output")
     content_dir: str | None = None
-    style_dir: str | None = None  # None: the bundled styles, of a page
-    holdout: float = 0.1
+    style_dir: str | None = setting(more="the styles of a page, in place of the bundled ones")
+    holdout: float = setting(0.1, more="--int8 is compared by it")
     imsize: int | None = 384
-    cropsize: int | None = 384
+    cropsize: int | None = setting(384, more="cut from the centre")
     max_pixels: int = MAX_PIXELS
-    pairs: int = 20
+    pairs: int = setting(20, more="the held-out ones that compare integers with float32")
     vgg_weights: str = "bundled"
-    seed: int = 0
+    seed: int = setting(0, more="of --pairs and of --vgg_weights random")
 
     @property
     def format(self) -> str:

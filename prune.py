@@ -16,6 +16,7 @@ from pruning.plots import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widt
 from pruning.responses import Responses, find_folders, measure_responses
 from pruning.selection import Selection, most_macs, rounded_width, select_by_magnitude, select_channels
 from pruning.surgery import cut_bottleneck, cut_channels
+from settings import count, count_or_zero, positive_fraction, setting
 from utils import (
     UserError,
     allow_tf32,
@@ -31,37 +32,53 @@ from weights import PRUNED_NAME, find_model_file, model_checkpoint
 COMPARED_PAIRS = 8  # measured pairs that are stylised before and after the cut
 PRUNED_LAYERS = ("bottleneck", "all")
 PRUNE_RANKS = ("importance", "magnitude")
+PUBLISHED_NUMS = (0, 100, 200, 300, 400, 470, 490, 500)
 
 
 @dataclass(frozen=True)
 class PruneConfig:
     """Every setting of prune mode, with its default. Sizes are those of the publication."""
 
-    load_path: str | None = None
-    save_path: str | None = None
-    content_dir: str | None = None
-    style_dir: str | None = None
-    content: str = str(DEMO_CONTENT)
-    style: str = str(DEMO_STYLE)
+    load_path: str | None = setting(needed=True)
+    save_path: str | None = setting(needed=True)
+    content_dir: str | None = setting(needed=True)
+    style_dir: str | None = setting(needed=True)
+    content: str = setting(str(DEMO_CONTENT), more="for the picture grid")
+    style: str = setting(str(DEMO_STYLE), more="for the picture grid")
     backbone: str | None = None
     swap_max_pool: bool = False
     style_strength: float = 1.0
     imsize: int = 512
-    cropsize: int = 512
+    cropsize: int = setting(512, more="cut from the centre")
     max_pixels: int = MAX_PIXELS
-    holdout: float = 0.0
-    prune_images: int = 1000
-    prune_layers: str = "bottleneck"
-    prune_macs: float | None = None  # of the multiply-adds before; implies all layers
-    prune_rank: str = "importance"
-    round_to: int = 1
-    prune_num: int | None = None
-    prune_channels: tuple[int, ...] | None = None
-    prune_nums: tuple[int, ...] = (0, 100, 200, 300, 400, 470, 490, 500)
-    responses: str | None = None
-    half: bool = False
-    latency_runs: int = 9
-    report_size: int = 512  # pixels: side of the pictures that multiply-adds and latency are given for
+    holdout: float = setting(0.0, more="only those are taken, or with 0 all")
+    prune_images: int = setting(1000, "number of pictures from each folder to measure the channels with", "pruning",
+                                count)
+    prune_layers: str = setting("bottleneck", "cut channels of the bottleneck alone, or of every layer", "pruning",
+                                choices=PRUNED_LAYERS)
+    prune_macs: float | None = setting(
+        None, "cut the least important channels of every layer until this fraction of the multiply-adds is left",
+        "pruning", positive_fraction, none="cut only what is off or constant")
+    prune_rank: str = setting(
+        "importance", "what --prune_macs cuts first: by importance, the channels that change the picture least for the "
+        "multiply-adds saved; by magnitude, for comparison, those of the smallest weights, an equal share of every "
+        "layer", "pruning", choices=PRUNE_RANKS)
+    round_to: int = setting(
+        1, "leave each layer a multiple of this many channels, or as many as before where that is less", "pruning",
+        count)
+    prune_num: int | None = setting(
+        None, "cut this many channels of the bottleneck, the weakest first", "pruning", count_or_zero,
+        none="all that are zero for every measured picture")
+    prune_channels: tuple[int, ...] | None = setting(
+        None, "cut the bottleneck channels with these numbers, counted from 0", "pruning", int, none="see --prune_num")
+    prune_nums: tuple[int, ...] = setting(
+        PUBLISHED_NUMS, "how many channels are cut in each picture of the picture grid", "pruning", count_or_zero)
+    responses: str | None = setting(
+        None, "responses.npz of an earlier pruning of the same model, to spare measuring again", "pruning")
+    half: bool = setting(False, "save the weights in half precision, in half the space", "pruning")
+    latency_runs: int = setting(9, "timed runs that each median latency is taken from", "pruning", count)
+    report_size: int = setting(
+        512, "side in pixels of the pictures that the report's multiply-adds and latencies are for", "pruning", count)
     gpu_no: int | None = None
 
     @property
@@ -126,10 +143,11 @@ def _select(network: StyleTransferNetwork, responses: Responses, config: PruneCo
     return Selection({bottleneck: channels}, {}, {bottleneck: len(responses.always_zero)}, {bottleneck: 0})
 
 
-def grid_numbers(config: PruneConfig, width: int, is_given: bool) -> list[int]:
-    """The numbers of cut channels to show. Raises UserError for a given one that cannot be cut."""
+def grid_numbers(config: PruneConfig, width: int) -> list[int]:
+    """The numbers of cut channels to show: those of the published ones that the network has, or others as they are.
+    Raises UserError for one of those that cannot be cut."""
     too_large = [number for number in config.prune_nums if number >= width]
-    if too_large and is_given:
+    if too_large and config.prune_nums != PUBLISHED_NUMS:
         raise UserError(f"--prune_nums {too_large[0]}: the network has {width} bottleneck channels, "
                         f"at most {width - 1} can be cut")
     return [number for number in config.prune_nums if number < width]
@@ -278,7 +296,7 @@ def prune(given: dict) -> int:
     network = network.to(device, memory_format=torch.channels_last)
     width = network.config.bottleneck_width
     # All that can be refused is refused before the long measurement.
-    numbers = grid_numbers(config, width, is_given="prune_nums" in given)
+    numbers = grid_numbers(config, width)
     choose_channels(config, Responses(np.ones((1, width), np.float32), [], 0))
     layers = conv_layers(network.config, config.report_size)
     macs = None if config.prune_macs is None else most_macs(layers, config.prune_macs, config.round_to)

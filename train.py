@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from data import MAX_PIXELS, open_folder, split_holdout
-from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
+from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
+from settings import setting
 from training.compaction import COMPACT_LAYERS, range_of_macs
 from training.loop import Run, is_finished, open_config
 from training.run_folder import CheckpointFolder, WandbRun
@@ -35,35 +36,43 @@ FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "te
 class TrainConfig(TransferConfig):
     """Every setting of a training run, with its default; `main.py` makes the flags from it."""
 
-    content_dir: str | None = None
-    style_dir: str | None = None
-    save_path: str | None = None
-    load_path: str | None = None
+    content_dir: str | None = setting(needed=True)
+    style_dir: str | None = setting(needed=True)
+    save_path: str | None = setting(needed=True)
+    load_path: str | None = setting(more="what training starts from")
     new_weights: bool = False
     resume: bool | str = False  # "auto": where there is a run
     backbone: str = "vgg19"
     swap_max_pool: bool = False
     pooling: str | None = None  # None: as --load_path says, or max
     upsampling: str | None = None  # None: as --load_path says, or nearest
-    padding: str | None = None  # None: as --load_path says, or zeros
-    vgg_weights: str = "imagenet"
+    padding: str | None = setting(
+        None, "how the encoder and the loss network continue a picture at its border: zeros, as published, or reflect, "
+        "which avoids a visible frame", "networks", choices=PADDINGS,
+        none="as the model file says; new networks: zeros")
+    vgg_weights: str = setting("imagenet", more="also of a new encoder")
     imsize: int = 512
-    cropsize: int = 256
-    cencrop: bool = False
+    cropsize: int = setting(256, more="cut at a random place, a multiple of 8")
+    cencrop: bool = setting(False, "cut the squares from the centre, not at a random place", "pictures to read")
     max_pixels: int = MAX_PIXELS
-    cache_dir: str | None = None
+    cache_dir: str | None = setting(
+        None, "folder that keeps the resized pictures for this and later runs, so that each is decoded only once; "
+        "takes 3 bytes per pixel, 1 MB for a picture of 512 x 683", "pictures to read")
     holdout: float = 0.0
-    batch_size: int = 16
+    batch_size: int = setting(16, more="this many photographs and this many paintings")
     check_iter: int = 500
     keep_checkpoints: int = 3
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
-    wb_mode: str = "auto"
-    wb_project: str = "compact_image_style_transfer"
-    wb_name: str | None = None
-    wb_notes: str | None = None
-    wb_tags: tuple[str, ...] | None = None
+    wb_mode: str = setting(
+        "auto", "auto is online where a key is set up, and offline elsewhere; it never asks", "wandb",
+        choices=("auto", "online", "offline", "disabled"))
+    wb_project: str = setting("compact_image_style_transfer", "project that the run belongs to", "wandb",
+                              metavar="TEXT")
+    wb_name: str | None = setting(None, "name of the run", "wandb", metavar="TEXT", none="chosen by wandb")
+    wb_notes: str | None = setting(None, "notes on the run", "wandb", metavar="TEXT")
+    wb_tags: tuple[str, ...] | None = setting(None, "tags of the run", "wandb", metavar="TEXT")
 
     @property
     def crop(self) -> CropConfig:

@@ -24,7 +24,7 @@ CHECKPOINT_NAME = "check_point.pth"
 CHECKPOINT_FORMAT = 1
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can put right: one line with what was got, what is needed, which flag or path.
 
     `main.py` prints the message on stderr and exits with code 2.

@@ -43,12 +43,12 @@ from data import (
     to_pil,
 )
 from evaluate import model_names
-from flags import amount, count, count_or_zero, share
 from network import count_macs, count_parameters
 from painting.pairs import choose_pairs
 from painting.quality import INTERVAL, METRICS, Measurement, Meter
 from painting.sheets import COMPARED_ROWS, comparison_sheet
 from painting.stylizer import Stylizer
+from settings import amount, count, count_or_zero, fraction_to_0_9
 from utils import UserError, make_folder, note, progress_bar, resolve_device, time_in_turns, write_text_atomically
 from weights import find_model_file
 
@@ -270,7 +270,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--load_path", nargs="+", default=[], help="model files, or folders of runs or prunings")
     parser.add_argument("--content_dir", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--style_dir", type=Path, required=True, help="folder of paintings")
-    parser.add_argument("--holdout", type=share, default=0.1, help="the share that was held out; 0 takes all")
+    parser.add_argument("--holdout", type=fraction_to_0_9, default=0.1, help="the share that was held out; 0 takes all")
     parser.add_argument("--pairs", type=count, default=100, help="drawn at random; every picture about as often")
     parser.add_argument("--seed", type=int, default=0, help="which pairs are drawn")
     parser.add_argument("--vgg_weights", default="bundled", help="of the loss network, as main.py's flag")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import loss as losses
 from data import OUTPUT_FORMATS, PictureError, find_measured, normalize, picture_grid, prepare_picture, save_picture
-from flags import amount, count, share
 from network import LossNetwork
+from settings import amount, count, fraction_to_0_9
 from utils import UserError, note, progress_bar, resolve_device
 from weights import load_vgg
 
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--content_dir", required=True, help="folder of photographs")
     parser.add_argument("--style_dir", required=True, help="folder of paintings")
     parser.add_argument("--style_loss_weight", type=amount, nargs="+", default=[0.0, 10.0])
-    parser.add_argument("--holdout", type=share, default=0.1, help="the share that was held out; 0 takes all")
+    parser.add_argument("--holdout", type=fraction_to_0_9, default=0.1, help="the share that was held out; 0 takes all")
     parser.add_argument("--pairs", type=count, default=4)
     parser.add_argument("--imsize", type=count, default=128, help="shorter side of the pictures, pixels")
     parser.add_argument("--size", type=count, default=96, help="side of the square in their middle, pixels")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flags import EVERY_MODE, TOPICS, Flag  # noqa: E402
+from main import FLAGS, MODES, describe  # noqa: E402
+from settings import Flag  # noqa: E402
 
 HEAD = """# Flags
 
@@ -16,25 +17,30 @@ This file is made from the command line itself (`python docs/make_flags.py > doc
 `export`. Flags must be written in full. One that the mode does not have is named on stderr, and has no effect."""
 
 
-def row(flag: Flag) -> str:
-    """A flag's line of its topic's table."""
-    modes = "every" if flag.modes == EVERY_MODE else ", ".join(flag.modes)
-    meaning = flag.help[0].upper() + flag.help[1:] + "."
-    if flag.choices and flag.type is not bool:
-        meaning += f" One of {', '.join(f'`{choice}`' for choice in flag.choices)}."
-    if flag.several:
-        meaning += " Takes several values." if flag.several == flag.modes else (
-            f" Takes several values in {', '.join(flag.several)} mode.")
-    cells = (f"`--{flag.name}`", modes, flag.default(flag.modes), meaning)
+def row(name: str, flag: dict[str, Flag]) -> str:
+    """A flag's line of its topic's table. flag: by mode."""
+    meaning, default = describe(flag)
+    meaning = meaning[0].upper() + meaning[1:] + "."
+    choices = {f"`{choice}`": None for each in flag.values() for choice in each.choices if not each.is_switch}
+    if choices:
+        meaning += f" One of {', '.join(choices)}."
+    several = [mode for mode, each in flag.items() if each.several]
+    if several:
+        meaning += " Takes several values" + ("." if len(several) == len(flag) else f" in {', '.join(several)} mode.")
+    cells = (f"`--{name}`", "every" if len(flag) == len(MODES) else ", ".join(flag), default, meaning)
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
 def document() -> str:
     """The whole of docs/flags.md."""
-    lines = [HEAD]
-    for topic, flags in TOPICS.items():
-        lines += ["", f"## {topic[0].upper()}{topic[1:]}", "", "| flag | modes | default | meaning |",
-                  "| --- | --- | --- | --- |", *map(row, flags)]
+    lines, last_topic = [HEAD], None
+    for name, flag in FLAGS.items():
+        topic = next(iter(flag.values())).topic
+        if topic != last_topic:
+            lines += ["", f"## {topic[0].upper()}{topic[1:]}", "", "| flag | modes | default | meaning |",
+                      "| --- | --- | --- | --- |"]
+        lines.append(row(name, flag))
+        last_topic = topic
     return "\n".join(lines) + "\n"
 
 

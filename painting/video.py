@@ -21,6 +21,7 @@ from painting.control import check_styles, combine
 from painting.pairs import check_outputs
 from painting.smoothing import Blender, Motion, MotionTracker, on_grid
 from painting.stylizer import Stylizer, decode_in_half, load_input, open_model
+from settings import changed
 from utils import (
     UserError,
     allow_tf32,
@@ -488,8 +489,8 @@ def makes_video(config) -> bool:
     return is_named or any(map(is_video, config.input("content")[0]))
 
 
-def stylize_video(config, given: dict) -> int:
-    """Test mode's work where `makes_video`. config: its settings; given: those given by flags.
+def stylize_video(config) -> int:
+    """Test mode's work where `makes_video`. config: its settings.
 
     Returns the exit code, 1 where not every frame could be read. Raises UserError for what the user can put right.
     """
@@ -500,7 +501,7 @@ def stylize_video(config, given: dict) -> int:
     content = Path(contents[0])
     no_effect = ["holdout", "pairs", "skip_existing", "seed", "vgg_weights", "style_loss"]
     no_effect += ["frame_rate"] * (not is_searched(content))
-    for flag in (flag for flag in no_effect if flag in given):
+    for flag in (flag for flag in no_effect if flag in changed(config)):
         note(f"--{flag} has no effect on a video")
     (strength,) = config.style_strength
     device = resolve_device(config.gpu_no)

@@ -384,13 +384,14 @@ def raising(error: Exception):
     ("prune", "--imsize or --cropsize"), ("distill", "--imsize, --cropsize or --batch_size"),
 ])
 def test_too_little_memory_is_one_line_with_the_flags_that_help(monkeypatch, capsys, error, whose, mode, flags):
-    monkeypatch.setitem(command_line.MODES, mode, (None, raising(error)))
+    monkeypatch.setitem(command_line.MODES, mode, command_line.MODES[mode]._replace(run=raising(error)))
     assert main(["--mode", mode]) == 2
     assert capsys.readouterr().err == f"error: {whose} is too small for this; a smaller {flags} helps\n"
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setitem(command_line.MODES, "test", (None, raising(RuntimeError("a bug"))))
+    failing = command_line.MODES["test"]._replace(run=raising(RuntimeError("a bug")))
+    monkeypatch.setitem(command_line.MODES, "test", failing)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--mode", "test"])
 
@@ -404,7 +405,7 @@ def test_every_process_says_its_error_with_its_rank(monkeypatch, capsys, error, 
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "localhost",
                         "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setitem(command_line.MODES, "train", (None, raising(error)))
+    monkeypatch.setitem(command_line.MODES, "train", command_line.MODES["train"]._replace(run=raising(error)))
     assert refusal(capsys, "--mode", "train").startswith(f"error: rank {rank} of 2: {said}")
 
 

@@ -1,31 +1,17 @@
-"""Flags and configurations are held to each other; help for one mode and for all; docs/flags.md is up to date."""
+"""What the configurations say of the flags, the command line's help shows; docs/flags.md is up to date."""
 
 import dataclasses
 import runpy
-import types
-import typing
 
 import pytest
-from helpers import ROOT, user_error
+from helpers import ROOT, refusal, user_error
 
-from flags import CONFIGS, FLAGS, NEEDED, TOPICS, Flag
-from main import ABOUT, MEMORY_FLAGS, MODES, OTHER_NAMES, build_parser, main
-
-BY_NAME = {flag.name: flag for flag in FLAGS}
-
-
-def field_types(mode: str) -> dict:
-    """The type of every field of the mode's configuration."""
-    hints = typing.get_type_hints(CONFIGS[mode])
-    return {field.name: hints[field.name] for field in dataclasses.fields(CONFIGS[mode])}
+from main import FLAGS, MEMORY_FLAGS, MODES, OTHER_NAMES, build_parser, describe, main
+from settings import NEEDED, SHARED, TOPICS, changed, flags_of, setting
+from utils import UserError
 
 
-def parts(hint) -> tuple:
-    """`int | None` as its two types, any other type alone."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def help_of(capsys, *arguments: str) -> str:
+def printed(capsys, *arguments: str) -> str:
     assert main(list(arguments)) == 0
     return capsys.readouterr().out
 
@@ -36,111 +22,103 @@ def flags_in(text: str) -> list[str]:
     return [line.split()[0][2:] for line in lines if not line.startswith("    --mode ")]
 
 
-# ------------------------------------------------------------------------------------ flags and fields
+# ---------------------------------------------------------------------------------------------- settings
 
 
-def test_names_of_flags_and_modes_are_each_said_once():
-    assert len(BY_NAME) == len(FLAGS)
-    assert list(CONFIGS) == list(MODES) == list(ABOUT)
-    assert set(OTHER_NAMES.values()) <= MODES.keys()
-    assert {*MEMORY_FLAGS} <= BY_NAME.keys()
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A configuration with a setting of every kind."""
+
+    seed: int = 3
+    save_path: str | None = setting(needed=True, more="a file")
+    sizes: tuple[int, ...] | None = setting(None, "some sizes", "output", int, none="no sizes")
+    half: bool = setting(False, "half of it", "output")
+    again: bool | str = setting(False, "once more", "the run", choices=("auto",))
+    rates: tuple[float, ...] = setting((0.5, 1e-5), "two rates", "learning", float)
 
 
-@pytest.mark.parametrize("mode", CONFIGS)
-def test_flags_of_a_mode_are_the_fields_of_its_configuration(mode):
-    assert {flag.name for flag in FLAGS if mode in flag.modes} == field_types(mode).keys()
+def test_fields_are_flags():
+    seed, save_path, sizes, half, again, rates = flags_of(Example)
+    assert (seed.help, seed.topic, seed.default) == (SHARED["seed"]["help"], "the run", 3)
+    assert (save_path.help, save_path.more, save_path.default_in_words) == ("folder to write to", "a file", NEEDED)
+    assert [flag.several for flag in flags_of(Example)] == [False, False, True, False, False, True]
+    assert [flag.is_switch for flag in flags_of(Example)] == [False, False, False, True, True, False]
+    assert [flag.default_in_words for flag in (seed, sizes, half, rates)] == ["3", "no sizes", "off", "0.5 1e-05"]
+    assert again.choices == ("auto",)
+    assert changed(Example()) == set() and changed(Example(seed=4, half=True)) == {"seed", "half"}
 
 
-@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
-def test_flag_says_its_modes_and_where_it_takes_several(flag):
-    hints = {mode: field_types(mode)[flag.name] for mode in flag.modes}
-    assert flag.modes == tuple(mode for mode in CONFIGS if mode in flag.modes), "not in the order of the modes"
-    assert flag.several == tuple(
-        mode for mode, hint in hints.items() if any(typing.get_origin(part) is tuple for part in parts(hint)))
-    assert {flag.type is bool} == {bool in parts(hint) for hint in hints.values()}
-    assert set(flag.needed) <= set(flag.modes)
-    assert all(getattr(CONFIGS[mode], flag.name) is None for mode in flag.needed)
-    assert all(getattr(CONFIGS[mode], flag.name) is False for mode in flag.modes if flag.type is bool)
+def test_every_flag_is_whole():
+    """In one topic, with one way to be written in all modes; what is shared is used."""
+    assert SHARED.keys() <= FLAGS.keys() and set(OTHER_NAMES.values()) <= MODES.keys()
+    assert {*MEMORY_FLAGS} <= FLAGS.keys()
+    for name, flag in FLAGS.items():
+        assert len({(each.topic, each.help, each.kind, each.is_switch) for each in flag.values()}) == 1, name
+        assert all(each.topic in TOPICS and each.default in (None, False, *each.choices) for each in flag.values()
+                   if each.choices), name
+        assert all(each.default is None for each in flag.values() if each.needed), name
 
 
-@pytest.mark.parametrize("mode, flag", [(mode, flag) for flag in FLAGS for mode in flag.needed],
-                         ids=lambda value: value if isinstance(value, str) else value.name)
-def test_needed_flags_are_needed(mode, flag):
-    others = {each.name: "x" for each in FLAGS if mode in each.needed and each is not flag}
-    assert f"--{flag.name} is needed in {mode} mode" in user_error(CONFIGS[mode](**others).check)
+@pytest.mark.parametrize("mode, name", [(mode, name) for name, flag in FLAGS.items() for mode, each in flag.items()
+                                        if each.needed])
+def test_needed_flags_are_needed(mode, name):
+    others = {other: "x" for other, flag in FLAGS.items() if mode in flag and flag[mode].needed and other != name}
+    assert f"--{name} is needed in {mode} mode" in user_error(MODES[mode].config(**others).check)
 
 
-@pytest.mark.parametrize("mode", CONFIGS)
-def test_choices_hold_the_default(mode):
-    for flag in FLAGS:
-        default = getattr(CONFIGS[mode], flag.name) if mode in flag.modes and flag.choices else None
-        assert default in (None, *flag.choices) or flag.type is bool, flag.name
+def test_help_and_defaults_in_words():
+    def of(name: str, *modes: str) -> tuple[str, str]:
+        return describe({mode: FLAGS[name][mode] for mode in modes or FLAGS[name]})
 
-
-def test_a_switch_may_be_followed_by_its_word():
-    parse = build_parser().parse_args
-    assert parse(["--resume", "--seed", "1"]).resume is True
-    assert parse(["--resume", "auto"]).resume == "auto"
-    assert "invalid choice: 'always'" in user_error(parse, ["--resume", "always"])
-
-
-def test_defaults_in_words():
-    modes = ("train", "test", "prune", "distill", "export")
-    assert BY_NAME["imsize"].default(modes[:4]) == "512 in train, prune; unchanged in test; 256 in distill"
-    assert BY_NAME["imsize"].default(("distill",)) == "256"
-    assert BY_NAME["load_path"].default(modes) == ("none in train; model-store/compact.pth in test; needed in prune, "
-                                                   "distill, export")
-    assert BY_NAME["save_path"].default(("prune",)) == NEEDED
-    assert BY_NAME["half"].default(("prune",)) == "off"
-    assert BY_NAME["prune_nums"].default(("prune",)) == "0 100 200 300 400 470 490 500"
-    assert BY_NAME["lr"].default(("train", "distill")) == "0.0001 in train; 0.001 in distill"
-    with pytest.raises(AttributeError):
-        Flag("no_such_field", ("train",), "").default(("train",))
+    assert of("imsize")[1] == "512 in train, prune; unchanged in test; 256 in distill; 384 in export"
+    assert of("load_path")[1] == "none in train; model-store/compact.pth in test; needed in prune, distill, export"
+    assert of("prune_nums")[1] == "0 100 200 300 400 470 490 500"
+    assert of("lr")[0] == "learning rate; in distill mode the highest one, between a warm-up and a decay to 0 at " \
+                          "--max_iter"
+    assert of("lr", "train") == ("learning rate", "0.0001")
+    assert of("content", "prune")[0] == "content picture; for the picture grid"
 
 
 # -------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("mode", CONFIGS)
+@pytest.mark.parametrize("mode", MODES)
 def test_help_of_a_mode_has_its_flags_and_defaults_alone(mode, capsys):
-    text = help_of(capsys, "--mode", mode, "--help")
-    assert flags_in(text) == [flag.name for flag in FLAGS if mode in flag.modes]
+    text = printed(capsys, "--mode", mode, "--help")
+    own = {name: describe({mode: flag[mode]}) for name, flag in FLAGS.items() if mode in flag}
+    assert flags_in(text) == list(own)
     joined = " ".join(text.split())
-    for flag in FLAGS:
-        if mode in flag.modes:
-            default = flag.default((mode,))
-            assert f"{flag.help} " + (f"({default})" if default == NEEDED else f"(default: {default})") in joined
-    assert ABOUT[mode] in joined
+    for meaning, default in own.values():
+        assert f"{meaning} " + (f"({default})" if default == NEEDED else f"(default: {default})") in joined
+    assert MODES[mode].about in joined
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["options"] + [topic for topic, flags in TOPICS.items()
-                                    if any(mode in flag.modes for flag in flags)]
+    assert titles == ["options"] + [topic for topic in TOPICS if any(FLAGS[name][mode].topic == topic for name in own)]
     assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("arguments, mode", [
     (["--mode=prune", "--help"], "prune"), (["--help", "--mode", "prune"], "prune"),
-    (["--mode", "prune", "-h"], "prune"),
-    (["--mode", "eval", "--help"], "test"), (["--help", "--mode=prune_eval"], "prune"),
+    (["--mode", "eval", "-h"], "test"), (["--help", "--mode=prune_eval"], "prune"),
     (["--imsize", "x", "--mode", "distill", "--half", "--help"], "distill"),
 ])
 def test_help_of_a_mode_by_other_words(arguments, mode, capsys):
-    assert help_of(capsys, *arguments) == build_parser(mode).format_help()
+    assert printed(capsys, *arguments) == build_parser(mode).format_help()
 
 
 def test_help_of_a_mode_says_how_many_values_that_mode_takes(capsys):
-    assert "--load_path PATH [PATH ...]" in help_of(capsys, "--mode", "test", "--help")
-    assert "--load_path PATH [" not in help_of(capsys, "--mode", "prune", "--help")
+    assert "--load_path PATH [PATH ...]" in printed(capsys, "--mode", "test", "--help")
+    assert "--load_path PATH [" not in printed(capsys, "--mode", "prune", "--help")
 
 
 def test_help_without_a_mode_has_everything(capsys):
-    text = help_of(capsys, "--help")
-    assert flags_in(text) == list(BY_NAME)
-    for mode, about in ABOUT.items():
-        assert f"  {mode:<9}{about}\n" in text
+    text = printed(capsys, "--help")
+    assert flags_in(text) == list(FLAGS)
+    for name, mode in MODES.items():
+        assert f"  {name:<9}{mode.about}\n" in text
     assert "python main.py --mode prune --help" in text
     joined = " ".join(text.split())
     assert "--cencrop [train] " in joined and "--save_path PATH [every mode] " in joined
-    assert BY_NAME["save_path"].default(tuple(CONFIGS)) in joined
+    assert describe(FLAGS["save_path"])[1] in joined
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -148,4 +126,38 @@ def test_documentation_is_up_to_date():
     document = runpy.run_path(str(ROOT / "docs" / "make_flags.py"))["document"]()
     assert (ROOT / "docs" / "flags.md").read_text() == document, "python docs/make_flags.py > docs/flags.md"
     rows = [line.split("`")[1][2:] for line in document.splitlines() if line.startswith("| `--")]
-    assert rows == list(BY_NAME)
+    assert rows == list(FLAGS)
+
+
+# ------------------------------------------------------------------------------------------------ parsing
+
+
+def test_a_mode_gets_what_was_given_of_its_flags(monkeypatch, capsys):
+    got = []
+    for name, mode in MODES.items():
+        monkeypatch.setitem(MODES, name, mode._replace(run=lambda given, name=name: got.append((name, given)) or 0))
+    for arguments, desired in (
+        ("--seed 1 --resume --lr 0.1", ("train", {"seed": 1, "resume": True, "lr": 0.1})),
+        ("--resume auto --mode=distill", ("distill", {"resume": "auto"})),
+        ("--content a b --mode eval --metrics --style_strength 0.5", ("test", {
+            "content": ("a", "b"), "metrics": (), "style_strength": (0.5,)})),
+        ("--mode test --frame_rate 30000/1001", ("test", {"frame_rate": 30000 / 1001})),
+        ("--mode prune --content a --prune_nums 3 --half --gpu_no -1 --batch_size 3", ("prune", {
+            "content": "a", "prune_nums": (3,), "half": True, "gpu_no": -1})),
+    ):
+        assert main(arguments.split()) == 0
+        assert got.pop() == desired
+    assert capsys.readouterr().err == "--batch_size has no effect in prune mode\n"
+
+
+@pytest.mark.parametrize("message, said", [
+    ("tile 12: too small", "--tile 12: too small"), ("tile, imsize", "--tile, imsize"), ("tile: no", "--tile: no"),
+    ("--tile 12: too small", "--tile 12: too small"), ("tiles 12", "tiles 12"), ("round_to 3", "round_to 3"),
+    ("/a/b.png: no such file", "/a/b.png: no such file"),
+])
+def test_arguments_that_functions_name_become_flags(message, said, monkeypatch, capsys):
+    def run(_given: dict):
+        raise UserError(message)
+
+    monkeypatch.setitem(MODES, "test", MODES["test"]._replace(run=run))
+    assert refusal(capsys, "--mode", "test") == f"error: {said}"

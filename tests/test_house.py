@@ -10,6 +10,7 @@ ROWS = (
     ("utils", "metadata", "archives", "loss"),
     ("network", "data", "painting.apart"),
     ("weights",),
+    ("settings",),
     # The wings, each module above those that it uses.
     ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "painting.smoothing",
      "painting.tiling", "painting.control", "painting.quality", "painting.sheets", "pruning.surgery",
@@ -19,7 +20,7 @@ ROWS = (
     ("painting.pairs", "pruning.responses", "exporting.webpage"),
     ("painting.many", "painting.video", "pruning.selection", "pruning.plots"),
     ("train", "distill", "evaluate", "prune", "export"),  # the modes
-    ("flags", "hubconf"),  # a script of torch.hub
+    ("hubconf",),  # a script of torch.hub
     ("main",),
 )
 WINGS = ("training", "painting", "pruning", "exporting")

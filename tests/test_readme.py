@@ -12,7 +12,6 @@ from helpers import write_noise
 from PIL import Image
 
 import main
-from flags import CONFIGS, FLAGS
 
 ROOT = Path(__file__).parent.parent
 KB = 1024
@@ -129,13 +128,13 @@ def test_command_of_main_parses(page, words, tmp_path, monkeypatch, capsys):
             (tmp_path / other[other.index("--paint") + 1]).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     checked = []
-    for mode, config in CONFIGS.items():
-        def check(given: dict, config=config) -> int:
+    for name, mode in main.MODES.items():
+        def check(given: dict, config=mode.config) -> int:
             config(**given).check()
             checked.append(given)
             return 0
 
-        monkeypatch.setitem(main.MODES, mode, (config, check))
+        monkeypatch.setitem(main.MODES, name, mode._replace(run=check))
     assert main.main(words[1:]) == 0, capsys.readouterr().err
     assert len(checked) == 1
     assert capsys.readouterr().err == ""  # no flag without an effect
@@ -164,7 +163,8 @@ def test_command_of_a_benchmark_parses(page, words, monkeypatch):
 
 def test_the_three_published_trainings_have_the_published_settings():
     published = [words for words in commands("docs/training.md") if "--wb_name" in words]
-    runs = [vars(main.build_parser().parse_args(words[2:])) for words in published]
+    assert all(words[2:4] == ["--mode", "train"] for words in published)
+    runs = [vars(main.build_parser("train").parse_args(words[4:])) for words in published]
     by_name = {run["wb_name"]: run for run in runs}
     assert by_name.keys() == {"ch_xor", "baseline", "uncorrelation"}
     desired = {
@@ -180,8 +180,8 @@ def test_the_three_published_trainings_have_the_published_settings():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_the_text_exists(page):
-    known = {f"--{flag.name}" for flag in FLAGS} | {"--mode", "--help"} | OTHER_FLAGS
-    for path in (*ROOT.glob("benchmarks/*.py"), ROOT / "convert_vgg.py"):
+    known = {f"--{name}" for name in main.FLAGS} | {"--mode", "--help"} | OTHER_FLAGS
+    for path in (*ROOT.glob("benchmarks/*.py"), ROOT / "model-store" / "convert_vgg.py"):
         known |= set(re.findall(r'"(--\w+)"', path.read_text()))
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL))
     used = {flag for code in inline for flag in re.findall(r"(?<![\w-])--[\w-]+", code)}
@@ -226,10 +226,10 @@ def test_readme_leads_to_every_page():
 
 
 def test_every_module_stands_in_the_file_tree():
-    rows = re.findall(r"^\| `([^`]+)` \| \S", read("README.md"), re.MULTILINE)
-    modules = {path.name for path in ROOT.glob("*.py")}
-    assert {row for row in rows if row.endswith(".py")} == modules
-    assert all((ROOT / row).exists() for row in rows if row.endswith("/"))
+    rows = re.findall(r"^\| ((?:`[^`]+` )+)\| \S", read("README.md"), re.MULTILINE)
+    files = [file for row in rows for file in re.findall("`([^`]+)`", row) if file.endswith((".py", ".sh", "/"))]
+    assert {file for file in files if file.endswith(".py")} == {path.name for path in ROOT.glob("*.py")}
+    assert all((ROOT / file).exists() for file in files)
 
 
 def test_no_figure_is_missing():

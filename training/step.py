@@ -1,5 +1,6 @@
 """The training step of style transfer: one forward pass, the terms of the loss, backward."""
 
+import argparse
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 import loss as losses
 from data import normalize, picture_grid, save_picture
 from network import LossNetwork, StyleTransferNetwork, adain, channel_statistics
-from training.compaction import ChannelCensus, CompactLosses, Epsilon, TargetSteering
+from settings import amount, count_or_zero, proper_fraction, setting
+from training.compaction import (
+    COMPACT_COSTS,
+    COMPACT_LAYERS,
+    ChannelCensus,
+    CompactLosses,
+    Epsilon,
+    TargetSteering,
+)
 from training.loop import Checked
 from training.muon import Muon
 from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, process_count
@@ -24,31 +33,61 @@ CENSUS_MEMORY = 100  # batches
 MOVES_APART = 29  # has no divisor in common with stride**2 - 1, so that every move has its turn
 
 
+def epsilon(text: str) -> float | str:
+    """The value of `--l0_eps`: a number as such; `relative:NUMBER` as the text it is."""
+    try:
+        parsed = Epsilon.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, a number above 0 or relative:NUMBER is needed") from None
+    return text if parsed.is_relative else parsed.value
+
+
 @dataclass(frozen=True)
 class TransferConfig:
     """The settings of the training step, with their defaults."""
 
     lr: float = 1e-4
-    encoder_lr: float | None = None  # None: lr
-    decoder_lr: float | None = None  # None: lr
-    optimizer: str = "adam"
-    warmup_iter: int = 0
-    decay_iter: int = 0
+    encoder_lr: float | None = setting(None, "learning rate of the encoder; 0 freezes it", "learning", amount,
+                                       none="--lr")
+    decoder_lr: float | None = setting(None, "learning rate of the decoder; 0 freezes it", "learning", amount,
+                                       none="--lr")
+    optimizer: str = setting(
+        "adam", "adam, as published, or muon (Jordan et al., 2024), which makes the updates of the filters orthogonal",
+        "learning", choices=OPTIMIZERS)
+    warmup_iter: int = setting(0, "the learning rates rise from 0 over this many first iterations", "learning",
+                               count_or_zero)
+    decay_iter: int = setting(0, "the learning rates fall to 0 over this many last iterations", "learning",
+                              count_or_zero)
     max_iter: int = 80_000
     style_loss: str = "meanstd"
-    style_loss_weight: float = 100.0
-    uncorrelation_loss_weight: float = 0.01
-    channel_loss_weight: float = 1.0
-    xor_loss_weight: float = 1.0
-    shift_loss_weight: float = 0.0
-    l0_eps: float | str = losses.L0_EPS  # a number, or relative:NUMBER, see compact.Epsilon
-    compact_layers: str = "bottleneck"
-    compact_cost: str = "count"
-    target_macs: float | None = None  # None: the channel loss keeps its weight
+    style_loss_weight: float = setting(100.0, "weight of the style loss; the content loss has weight 1", "losses",
+                                       amount)
+    uncorrelation_loss_weight: float = setting(0.01, "weight of the uncorrelation loss", "losses", amount)
+    channel_loss_weight: float = setting(1.0, "weight of the channel loss, which switches channels off", "losses",
+                                         amount)
+    xor_loss_weight: float = setting(
+        1.0, "weight of the xor loss, which makes the same channels off for all pictures", "losses", amount)
+    shift_loss_weight: float = setting(
+        0.0, "weight of the shift loss, beyond the papers: a photograph moved by a few pixels is to be painted the "
+        "same, moved, which makes videos calmer; 30 is much", "losses", amount)
+    l0_eps: float | str = setting(
+        losses.L0_EPS, "epsilon of the channel and xor losses, in units of a channel's l2 norm; a larger one switches "
+        "off stronger channels; relative:N is N times the mean norm of each layer", "compaction", epsilon, metavar="N")
+    compact_layers: str = setting(
+        "bottleneck", "layers that the channel and xor losses act on; bottleneck is as published", "compaction",
+        choices=tuple(COMPACT_LAYERS))
+    compact_cost: str = setting(
+        "count", "what the channel loss measures: the share of channels that are on, or of the parameters or "
+        "multiply-adds that they cost", "compaction", choices=COMPACT_COSTS)
+    target_macs: float | None = setting(
+        None, "adjust the weight of the channel loss, starting from --channel_loss_weight, so that the run ends at "
+        "this fraction of the full network's multiply-adds", "compaction", proper_fraction)
     teacher: str | None = None
-    teacher_weight: float = 1.0
-    amp: str = "auto"
-    compile: bool = False
+    teacher_weight: float = setting(1.0, "weight of the loss that compares with --teacher", "losses", amount)
+    amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
+    compile: bool = setting(
+        False, "faster training by torch.compile, after a minute or more of compiling; on a CPU this needs a C++ "
+        "compiler", "the device")
 
     @property
     def learning_rates(self) -> dict[str, float]:

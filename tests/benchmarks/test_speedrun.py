@@ -15,7 +15,6 @@ import report
 from helpers import CONTENT_DIR, ROOT, STYLE_DIR, read_metrics, words
 
 import main
-from flags import FLAGS
 from network import count_parameters
 from weights import load_network
 
@@ -90,16 +89,16 @@ def test_stages_and_their_settings(speedrun, tmp_path, monkeypatch, capsys):
     code, error, calls = speedrun(CONTENT_DIR, STYLE_DIR, "out", GPU="-1", FLAGS="--compile --num_workers 14")
     assert (code, error) == (0, "") and [name for name, _ in calls] == ORDER
     checked = {}
-    for mode, (config, _) in main.MODES.items():
-        def keep(given: dict, mode=mode) -> int:
-            checked.setdefault(mode, []).append(given)
+    for name, mode in main.MODES.items():
+        def keep(given: dict, name=name) -> int:
+            checked.setdefault(name, []).append(given)
             return 0
 
-        monkeypatch.setitem(main.MODES, mode, (config, keep))
+        monkeypatch.setitem(main.MODES, name, mode._replace(run=keep))
     for _, command in calls:
         if command[0] == "main.py":
             assert main.main(command[1:]) == 0
-            flags = {flag.name for flag in FLAGS if value(command, "--mode") in flag.modes}
+            flags = {name for name, flag in main.FLAGS.items() if value(command, "--mode") in flag}
             assert {word[2:] for word in command if word.startswith("--")} <= flags | {"mode"}
     assert capsys.readouterr().err == ""  # no flag without an effect
     trained = {Path(given["save_path"]).name: given for given in checked["train"]}

@@ -418,8 +418,8 @@ def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, caps
         (single | {"--load_path": [one, two], "--save_path": [tmp_path / "out.png"]}, "one file cannot hold"),
         (single | {"--metrics": [], "--vgg_weights": ["/no/such.pth"]}, "--vgg_weights /no/such.pth"),
         ({"--style": [tmp_path / "styles" / "z.jpg"]}, "z.jpg: not a readable picture"),
-        (single | {"--mode": ["prune"], "--load_path": [one, two]}, "prune mode takes one, not 2"),
-        (single | {"--mode": ["train"], "--load_path": [one, two]}, "train mode takes one, not 2"),
+        (single | {"--mode": ["prune"], "--load_path": [one, two]}, "one value is needed, not 2"),
+        (single | {"--mode": ["train"], "--load_path": [one, two]}, "one value is needed, not 2"),
     ]
     for change, needed in cases:
         assert needed in refusal(capsys, *words(folders | change))

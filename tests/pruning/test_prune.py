@@ -336,10 +336,10 @@ def test_missing_flags_are_named(flag):
 
 
 def test_grid_numbers():
-    assert grid_numbers(PruneConfig(), 512, is_given=False) == [0, 100, 200, 300, 400, 470, 490, 500]
-    assert grid_numbers(PruneConfig(), 300, is_given=False) == [0, 100, 200]  # a default is fitted to the network
-    assert grid_numbers(PruneConfig(prune_nums=(3, 0)), 4, is_given=True) == [3, 0]
-    message = user_error(grid_numbers, PruneConfig(prune_nums=(3, 4)), 4, is_given=True)
+    assert grid_numbers(PruneConfig(), 512) == [0, 100, 200, 300, 400, 470, 490, 500]
+    assert grid_numbers(PruneConfig(), 300) == [0, 100, 200]  # a default is fitted to the network
+    assert grid_numbers(PruneConfig(prune_nums=(3, 0)), 4) == [3, 0]
+    message = user_error(grid_numbers, PruneConfig(prune_nums=(3, 4)), 4)
     assert "--prune_nums 4" in message and "at most 3" in message
 
 

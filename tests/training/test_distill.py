@@ -501,14 +501,6 @@ def test_command_line(tmp_path, capsys):
     assert "a number from 0 to 0.9 is needed" in capsys.readouterr().err
 
 
-def test_pretrain_mode_says_what_stands_in_its_place(capsys):
-    assert main(["--mode", "pretrain", "--save_path", "x"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --mode pretrain: ") and "--vgg_weights bundled" in line and "--mode distill" in line
-    assert main(["--mode", "distill", "--view_strength", "0"]) == 2
-    assert "unrecognized arguments: --view_strength" in capsys.readouterr().err
-
-
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs in one process" in user_error(distill, settings(tmp_path, save_path=str(tmp_path / "run")))

@@ -1,0 +1,166 @@
+"""What settings are made of. Each field of a mode's configuration is a flag of the command line: the field has the
+default, its metadata the help and the kind of value. What several modes have alike is said once, in SHARED."""
+
+import argparse
+import math
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from types import UnionType
+
+from loss import STYLE_LOSSES
+from network import BACKBONES, POOLINGS, UPSAMPLINGS
+from weights import VGG_SOURCES
+
+ROOT = Path(__file__).parent
+TOPICS = ("pictures to read", "networks", "stylising", "output", "losses", "learning", "compaction", "pruning",
+          "the run", "the device", "wandb")
+NEEDED = "needed"
+
+
+# -------------------------------------------------------------------------------------------- value types
+
+
+def _number(
+    kind: Callable, low: float, high: float, needed: str, exclude_low: bool = False, exclude_high: bool = False
+) -> Callable:
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except (ValueError, ZeroDivisionError, OverflowError):  # the last two are of fractions
+            raise argparse.ArgumentTypeError(f"got {text!r}, {needed} is needed") from None
+        excluded = (exclude_low and value == low) or (exclude_high and value == high)
+        if not math.isfinite(value) or not low <= value <= high or excluded:
+            raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
+        return value
+
+    return parse
+
+
+count = _number(int, 1, math.inf, "a whole number, 1 or more,")
+count_or_zero = _number(int, 0, math.inf, "a whole number, 0 or more,")
+count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
+amount = _number(float, 0, math.inf, "a number, 0 or more,")
+fraction = _number(float, 0, 1, "a number from 0 to 1")
+positive_fraction = _number(float, 0, 1, "a number above 0, at most 1,", exclude_low=True)
+fraction_below_1 = _number(float, 0, 1, "a number from 0 to below 1", exclude_high=True)
+fraction_to_0_9 = _number(float, 0, 0.9, "a number from 0 to 0.9")
+proper_fraction = _number(float, 0, 1, "a number between 0 and 1", exclude_low=True, exclude_high=True)
+rate = _number(lambda text: float(Fraction(text)), 0, 1000,
+               "a number above 0, at most 1000, or a fraction such as 30000/1001", exclude_low=True)
+
+
+# ------------------------------------------------------------------------------------------------- fields
+
+
+def _said(help: str | None = None, topic: str | None = None, kind: Callable | None = None, **more) -> dict:
+    said = {"help": help, "topic": topic, "kind": kind} | more
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def setting(default=None, *said, **more):
+    """A field of a configuration, with what its flag says and takes: help, topic and kind, and what `Flag` has beside
+    them. What is left out, SHARED says, where each mode may have something to say `more`."""
+    return field(default=default, metadata=_said(*said, **more))
+
+
+SHARED = {
+    "content": _said("content picture", "pictures to read"),
+    "style": _said("style picture", "pictures to read"),
+    "content_dir": _said("folder of photographs, searched with all its subfolders for pictures, which are told by "
+                         "their content, not by their names, or a .zip archive of them, read in place",
+                         "pictures to read"),
+    "style_dir": _said("folder or .zip archive of paintings, searched in the same way", "pictures to read"),
+    "imsize": _said("resize every picture so that its shorter side has this many pixels", "pictures to read", count,
+                    none="unchanged"),
+    "cropsize": _said("side in pixels of the square that is cut from every picture", "pictures to read",
+                      count, none="no cut"),
+    "max_pixels": _said("refuse pictures with more pixels than this", "pictures to read", count),
+    "holdout": _said("share of each folder's pictures, chosen by their names, that is not learned from",
+                     "pictures to read", fraction_to_0_9),
+    "pairs": _said("stylise only this many pairs", "pictures to read", count),
+    "num_workers": _said("number of processes that decode pictures", "pictures to read", count_or_zero,
+                         none="one per core, at most 8"),
+    "load_path": _said("the network: a model file, or the folder of a run", "networks"),
+    "new_weights": _said("take only the layer widths from --load_path, and start from new random weights (He "
+                         "initialisation)", "networks"),
+    "teacher": _said("the network whose output and bottleneck features are to be matched: a model file, or the folder "
+                     "of a run", "networks"),
+    "vgg_weights": _said(f"weights of the loss network: {', '.join(VGG_SOURCES)}, or a .pth or .safetensors file with "
+                         "torchvision's names", "networks", metavar="SOURCE"),
+    "backbone": _said("VGG network that the encoder and the loss network are taken from", "networks",
+                      choices=BACKBONES, none="the model file's, and no other"),
+    "swap_max_pool": _said("average pooling instead of max pooling in the encoder", "networks"),
+    "pooling": _said("how the encoder halves the size: max, as published, avg, or blur, a low-pass filter, which makes "
+                     "videos calmer", "networks", choices=POOLINGS, none="as the model file says; new networks: max"),
+    "upsampling": _said("how the decoder doubles the size: nearest, as published, or bilinear, which avoids faint "
+                        "lines 8 pixels apart in smooth areas", "networks", choices=UPSAMPLINGS,
+                        none="as the model file says; new networks: nearest"),
+    "style_strength": _said("from 0, the decoder's copy of the content picture, not the content itself, to 1, the full "
+                            "style", "stylising", fraction),
+    "save_path": _said("folder to write to", "output"),
+    "style_loss": _said("what the style loss compares: mean and standard deviation, or Gram matrices", "losses",
+                        choices=STYLE_LOSSES),
+    "lr": _said("learning rate", "learning", amount),
+    "max_iter": _said("number of iterations", "learning", count),
+    "batch_size": _said("pictures per iteration", "learning", count),
+    "resume": _said("continue the run in --save_path; flags that are not given stay as they were; with auto, start a "
+                    "run there if there is none", "the run", choices=("auto",)),
+    "check_iter": _said("iterations from one checkpoint, with metrics and sample pictures, to the next", "the run",
+                        count),
+    "keep_checkpoints": _said("numbered checkpoints to keep besides the newest; -1 keeps all", "the run",
+                              count_or_all),
+    "seed": _said("seed of everything random", "the run", count_or_zero),
+    "gpu_no": _said("number of the GPU, or -1 for the CPU", "the device", int, none="GPU 0, or the CPU without one"),
+    "amp": _said("mixed precision", "the device", choices=("auto", "off", "bf16")),
+}
+
+
+# -------------------------------------------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The flag of a setting in one mode."""
+
+    name: str
+    default: object
+    is_switch: bool
+    several: bool  # whether it takes several values
+    topic: str
+    help: str
+    more: str | None = None  # what the help adds in this mode
+    kind: Callable = str  # from the text to the value
+    choices: tuple[str, ...] = ()  # of a switch: the words that may follow it
+    none: str = "none"  # what happens where the default is None
+    needed: bool = False  # whether the mode does not run without it
+    nargs: str = "+"  # where it takes several; "*" where none has a meaning, too
+    metavar: str | None = None
+
+    @property
+    def default_in_words(self) -> str:
+        if self.needed or self.default is None:
+            return NEEDED if self.needed else self.none
+        if self.is_switch:
+            return "on" if self.default else "off"
+        values = self.default if isinstance(self.default, tuple) else (self.default,)
+        return " ".join(f"{each:g}" if isinstance(each, float) else str(each).removeprefix(f"{ROOT}/")
+                        for each in values)
+
+
+def flags_of(config: type) -> list[Flag]:
+    """The flags of a configuration; the types of its fields say which are switches, and which take several values."""
+    flags = []
+    for each in fields(config):
+        kinds = typing.get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
+        several = any(typing.get_origin(kind) is tuple for kind in kinds)
+        flags.append(Flag(each.name, each.default, bool in kinds, several,
+                          **SHARED.get(each.name, {}) | dict(each.metadata)))
+    return flags
+
+
+def changed(config) -> set[str]:
+    """The names of the settings that are not at their defaults."""
+    return {each.name for each in fields(config) if getattr(config, each.name) != each.default}

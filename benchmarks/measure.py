@@ -92,20 +92,6 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int], seed: int) -
     return paths
 
 
-def label_plainly(axis) -> None:
-    """Numbers as they are on a logarithmic axis of matplotlib, where its powers of ten overlap in a narrow range; the
-    fewer between those powers, the more of them it spans."""
-    from matplotlib.ticker import LogFormatter
-
-    class PlainFormatter(LogFormatter):
-        def __call__(self, value, position=None) -> str:
-            return f"{value:g}" if super().__call__(value, position) else ""
-
-    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-        set_formatter(PlainFormatter(minor_thresholds=(2, 0.9)))
-    axis.set_tick_params(which="both", labelsize=7, labelrotation=45 if axis.axis_name == "x" else 0)
-
-
 def print_json(values: dict) -> None:
     """The last line of every benchmark."""
     print(json.dumps(values))

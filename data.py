@@ -7,26 +7,25 @@ import random
 import re
 import stat
 import struct
-import warnings
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.EpsImagePlugin import has_ghostscript
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 import archives
-from metadata import Metadata, srgb_conversion, strip_metadata
+import metadata
 from utils import UserError, note, note_of_process, usable_cores, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,25 +43,11 @@ LOOKING_THREADS = 16
 ENOUGH_TO_TELL = 2**16  # bytes of an archive's file that Pillow tells its kind by: it may be a video of gigabytes
 STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
 TRIPLE = ("content", "style", "painted")  # the folders of pictures painted by anyone, see `open_triples`
-
-# Pillow's own limit (89 and 179 million pixels) is below real paintings; --max_pixels stands in for it.
-Image.MAX_IMAGE_PIXELS = None
-
-
-# Files that begin so are pictures.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"8BPS", b"qoif",
-              b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
-# And those of letters alone may be only when they begin so: PBM and its kin, XPM, XBM, IM, IMT, PostScript, FITS.
-TEXT_PICTURES = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"Pf", b"PF", b"Py", b"BM", b"/*", b"#define", b"*",
-                 b"Image type", b"Name", b"File", b"width", b"height", b"pixel", b"%!PS", b"SIMPLE", b"DDS ", b"icns")
-PRINTABLE = bytes(range(32, 127)) + b"\t\r\n\f"
 # Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
-NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG")
-# Reasons for leaving a folder's file out.
-NO_PICTURE, BROKEN_LINK, UNREADABLE, PIPE = "no picture", "broken link", "unreadable", "pipe"
-
-# What Pillow warns of (broken tags, for one) has been dealt with or ends in a PictureError.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS")
+# Reasons for leaving a folder's file out, as they are counted.
+NO_PICTURE, BROKEN_LINK, UNREADABLE = "other files", "broken links", "unreadable files"
+PIPE = "pipes, sockets or devices"
 
 
 class PictureError(Exception):
@@ -84,14 +69,14 @@ def load_picture(path: Path, shorter_side: int | None = None, max_pixels: int = 
     Raises PictureError for a missing, empty, truncated or non-image file, or one above `max_pixels`; metadata that
     cannot be read costs no picture.
     """
-    with _one_line(path):
-        return _decode(Path(path), shorter_side, max_pixels).in_srgb()
+    with _reading(path):
+        return _on_white(_decode(Path(path), shorter_side, max_pixels))
 
 
 def load_resized(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`load_picture` with its shorter side brought to `size` pixels, in proportion (bicubic, antialiased)."""
-    with _one_line(path):
-        return _decode(Path(path), size, max_pixels).resized(size, path, max_pixels).in_srgb()
+    with _reading(path):
+        return _on_white(_resized(_decode(Path(path), size, max_pixels), size, max_pixels))
 
 
 def prepare_picture(
@@ -101,18 +86,8 @@ def prepare_picture(
 
     A picture smaller than the crop is enlarged to it. Returns (1, 3, H, W), uint8, 0..255.
     """
-    with _one_line(path):
-        return pil_to_tensor(_prepare(path, imsize, cropsize, max_pixels).in_srgb())[None]
-
-
-def from_pil(image: Image.Image) -> Tensor:
-    """A picture at hand, of any mode, as (1, 3, H, W), uint8, 0..255: its pixels as they are, transparent ones laid on
-    white. Raises PictureError for floating-point pixels, which have no known range."""
-    if image.mode == "F":
-        raise PictureError("floating-point pixels have no known range; 8 or 16 bits are needed")
-    colour, alpha = _separate(image)
-    colour = colour.convert("RGB")
-    return pil_to_tensor(colour if alpha is None else _on_white(colour, alpha))[None]
+    with _reading(path):
+        return pil_to_tensor(_on_white(_prepare(path, imsize, cropsize, max_pixels)))[None]
 
 
 def load_alpha(
@@ -122,200 +97,212 @@ def load_alpha(
 
     Raises PictureError as that does.
     """
-    with _one_line(path):
-        if not _may_be_transparent(path):
-            return None
-        return _prepare(path, imsize, cropsize, max_pixels).alpha
+    with _reading(path):
+        try:
+            with Image.open(_source(path)) as image:  # no pixel is read
+                if not image.has_transparency_data:
+                    return None
+        except Exception:  # it may be readable all the same, see `_decode`
+            pass
+        picture = _prepare(path, imsize, cropsize, max_pixels)
+        return picture.getchannel("A") if picture.mode == "RGBA" else None
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A decoded picture, upright. What is not opaque is RGB on white already."""
-
-    colour: Image.Image  # 8 bits: RGB, or where `to_srgb` is still to come RGB, L or CMYK
-    alpha: Image.Image | None = None  # L
-    to_srgb: Callable[[Image.Image], Image.Image] | None = None
-
-    def change(self, how: Callable[[Image.Image], Image.Image]) -> "_Picture":
-        return replace(self, colour=how(self.colour), alpha=None if self.alpha is None else how(self.alpha))
-
-    def resized(self, side: int, path: Path, max_pixels: int) -> "_Picture":
-        """With its shorter side at `side`. Raises PictureError when that makes more than `max_pixels`."""
-        width, height = self.colour.size
-        if min(width, height) == side:
-            return self
-        scale = side / min(width, height)
-        target = (max(side, round(width * scale)), max(side, round(height * scale)))
-        if target[0] * target[1] > max_pixels:
-            raise PictureError(
-                f"{path}: with its shorter side at {side} it would have {target[0]} x {target[1]} pixels, "
-                f"more than --max_pixels {max_pixels}"
-            )
-        return self.change(lambda image: image.resize(target, Image.Resampling.BICUBIC))
-
-    def in_srgb(self) -> Image.Image:
-        """RGB. After resizing, where there are fewer pixels to convert."""
-        image = self.colour if self.to_srgb is None else self.to_srgb(self.colour)
-        image.info = {}  # a profile in there would be written into what is saved of it
-        return image
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture at hand, of any mode, as (1, 3, H, W), uint8, 0..255: upright, in sRGB, transparent pixels laid on
+    white, as from a file. Raises PictureError for floating-point pixels, which have no known range."""
+    image.load()
+    return pil_to_tensor(_on_white(_shown(image)))[None]
 
 
-def _prepare(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> _Picture:
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Width and height as the file's header says, None where it cannot be read."""
+    try:
+        with _reading(path), Image.open(_source(path)) as image:
+            return image.size
+    except PictureError:
+        return None
+
+
+def _prepare(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> Image.Image:
     side = None if imsize is None else max(imsize, cropsize or 0)
     picture = _decode(Path(path), side, max_pixels)
-    if side is None and cropsize is not None and min(picture.colour.size) < cropsize:
+    if side is None and cropsize is not None and min(picture.size) < cropsize:
         side = cropsize
     if side is not None:
-        picture = picture.resized(side, path, max_pixels)
-    return picture if cropsize is None else picture.change(lambda image: center_crop(image, cropsize))
+        picture = _resized(picture, side, max_pixels)
+    return picture if cropsize is None else center_crop(picture, cropsize)
 
 
-def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> _Picture:
-    source = picture_source(path)
+def _resized(picture: Image.Image, side: int, max_pixels: int) -> Image.Image:
+    """With its shorter side at `side`. Raises PictureError when that makes more than `max_pixels`."""
+    width, height = picture.size
+    if min(width, height) == side:
+        return picture
+    scale = side / min(width, height)
+    target = (max(side, round(width * scale)), max(side, round(height * scale)))
+    if target[0] * target[1] > max_pixels:
+        raise PictureError(f"with its shorter side at {side} it would have {target[0]} x {target[1]} pixels, more than "
+                           f"--max_pixels {max_pixels}")
+    return picture.resize(target, Image.Resampling.BICUBIC)
+
+
+def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> Image.Image:
+    """RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
     try:
-        return _decode_from(source, path, None, shorter_side, max_pixels)
+        return _decode_from(_source(path), shorter_side, max_pixels)
     except (PictureError, MemoryError, PermissionError):
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damage.
     except Exception as error:
-        content = path.read_bytes() if source == path else source.getvalue()
-        head = content[:64]
-        attempts = [(io.BytesIO(content), None)] if is_heic(head) and register_heic() else []
-        stripped = strip_metadata(content)
-        if stripped is not None:
-            attempts.append((io.BytesIO(stripped[0]), stripped[1]))
-        for source, metadata in attempts:
+        attempts = metadata.mended(_content(path))
+        if _is_heic(path):
+            if not register_heic():
+                raise PictureError("a HEIC picture; to read it: pip install pillow-heif") from error
+            attempts = (_content(path), *attempts)
+        for content in attempts:
             try:
-                return _decode_from(source, path, metadata, shorter_side, max_pixels)
+                return _decode_from(io.BytesIO(content), shorter_side, max_pixels)
             except (PictureError, MemoryError):
                 raise
             except Exception:
                 continue
-        if is_heic(head) and not register_heic():
-            raise PictureError(f"{path}: a HEIC picture; to read it: pip install pillow-heif") from error
         raise  # so it was not the metadata
 
 
-def picture_source(path: Path) -> Path | io.BytesIO:
-    """What Pillow is to open for the picture at `path`: the path itself, or the content where an archive has it.
+def _source(path: Path, most: int = -1) -> Path | io.BytesIO:
+    """What Pillow is to open for the picture at `path`: the path itself, or the content, at most its first `most`
+    bytes, where an archive has it.
 
-    Raises PictureError for what is no file or empty; OSError and ArchiveError when it cannot be read.
+    Raises PictureError for what is no file or empty; OSError and what `archives.find` raises when it cannot be read.
     """
-    member = archives.find(path)
-    if member is not None:
-        source, size = io.BytesIO(member.read()), member.size
+    if archives.find(path) is not None:
+        content = _content(path, most)
+        source, size = io.BytesIO(content), len(content)
     else:
-        source, status = path, path.stat()
+        source, status = path, os.stat(path)
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-            raise PictureError(f"{path}: not a file, but a {'folder' if path.is_dir() else 'pipe, socket or device'}")
+            raise PictureError(f"not a file, but a {'folder' if os.path.isdir(path) else 'pipe, socket or device'}")
     if size == 0:
-        raise PictureError(f"{path}: the file is empty")
+        raise PictureError("the file is empty")
     return source
 
 
-def _decode_from(
-    source: Path | io.BytesIO, path: Path, metadata: Metadata | None, shorter_side: int | None, max_pixels: int
-) -> _Picture:
-    """metadata: where `source` no longer has it."""
+def _content(path: Path, most: int = -1) -> bytes:
+    """The bytes of a file or of an archive's member, at most the first `most`."""
+    member = archives.find(path)
+    with open(path, "rb") if member is None else member[0].open(member[1]) as file:
+        return file.read(most)
+
+
+def _decode_from(source: Path | io.BytesIO, shorter_side: int | None, max_pixels: int) -> Image.Image:
     with Image.open(source) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise PictureError(f"{path}: {width} x {height} pixels are more than --max_pixels {max_pixels}")
-        if image.mode == "F":
-            raise PictureError(f"{path}: floating-point pixels have no known range; save it with 8 or 16 bits")
+            raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
+        if image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:  # the kind of its first picture: a smaller copy
+            raise PictureError(f"only its preview of {width} x {height} pixels can be read (a camera's raw "
+                               "file?); save it as a JPEG, PNG or plain TIFF")
         if shorter_side is not None and image.format == "JPEG":
             shrink = shorter_side / min(width, height)
             image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
         _scale_transparent_colour(image)
         image.load()
-        metadata = metadata or Metadata.of(image)
-        colour, alpha = _separate(image)
-        if image.format != "TIFF":  # Pillow has turned that
-            colour, alpha = metadata.upright(colour), alpha and metadata.upright(alpha)
-    to_srgb = srgb_conversion(metadata.profile, colour.mode) if metadata.profile else None
+        return _shown(image)
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    """A loaded picture as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
+    image = metadata.upright(image)
+    colour, alpha = _separate(image)
+    colour = metadata.in_srgb(colour, image.info.get("icc_profile"))
     if alpha is not None:
-        return _Picture(_on_white(colour.convert("RGB") if to_srgb is None else to_srgb(colour), alpha), alpha)
-    return _Picture(colour if to_srgb else colour.convert("RGB"), None, to_srgb)
+        colour.putalpha(alpha)
+    colour.info = {}  # a profile in there would be written into what is saved of it
+    return colour
 
 
-def _on_white(colour: Image.Image, alpha: Image.Image) -> Image.Image:
-    """colour: RGB, changed; alpha: L. Returns RGB."""
-    colour.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+def _on_white(picture: Image.Image) -> Image.Image:
+    """RGB or RGBA to RGB."""
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours, mode RGB, L or CMYK, and how opaque they are, mode L, None for all fully."""
+    if image.mode == "F":
+        raise PictureError("floating-point pixels have no known range; 8 or 16 bits are needed")
+    if image.mode.startswith("I"):  # 16-bit grey
+        values = np.asarray(image)
+        key = image.info.get("transparency")
+        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
+        return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        return image.convert("L" if is_grey else "RGB"), alpha if alpha.getextrema()[0] < 255 else None
+    return image if image.mode == "CMYK" else image.convert("L" if is_grey else "RGB"), None
+
+
+_FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
     """A PNG's one transparent colour counts in the file's bits, Pillow's pixels in 8."""
     key = image.info.get("transparency")
-    if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None or not image.tile:
-        return
-    rawmode = image.tile[0][3]
-    bits = re.search(r";(\d+)", rawmode if isinstance(rawmode, str) else rawmode[0])
-    in_8_bits = {"2": lambda value: 85 * (value & 3), "4": lambda value: 17 * (value & 15),
-                 "16": lambda value: value >> 8}.get(bits and bits[1], lambda value: value & 255)
-    image.info["transparency"] = tuple(map(in_8_bits, key)) if isinstance(key, tuple) else in_8_bits(key)
-
-
-def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours, mode RGB, L or CMYK, and how opaque they are, mode L, None for all fully."""
-    if image.mode.startswith("I"):  # 16-bit grey; 65535 / 257 = 255
-        values = np.asarray(image)
-        key = image.info.get("transparency")
-        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
-        return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
-    if image.has_transparency_data:
-        is_grey = image.mode in ("1", "L", "LA", "La")
-        try:
-            image = image.convert("LA" if is_grey else "RGBA")
-        except ValueError:  # a transparent colour that the picture cannot have
-            del image.info["transparency"]
-            return _separate(image)
-        alpha = image.getchannel("A")
-        return image.convert("L" if is_grey else "RGB"), alpha if alpha.getextrema()[0] < 255 else None
-    if image.mode in ("RGB", "L", "CMYK"):
-        return image, None
-    return image.convert("L" if image.mode == "1" else "RGB"), None
-
-
-_FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
-
-
-def _may_be_transparent(path: Path) -> bool:
-    """By the file's header alone; True where that cannot be read."""
-    try:
-        with Image.open(picture_source(Path(path))) as image:
-            return image.has_transparency_data
-    except Exception:
-        return True
+    bits = re.search(r"(?:L|RGB);(\d+)", str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
+    if bits and image.mode in ("L", "RGB") and key is not None:
+        bits = int(bits[1])
+        in_8_bits = [value >> 8 if bits == 16 else value * 255 // (2**bits - 1) for value in np.ravel(key).tolist()]
+        image.info["transparency"] = tuple(in_8_bits) if isinstance(key, tuple) else in_8_bits[0]
 
 
 @contextmanager
-def _one_line(path: Path):
-    """Within the block whatever goes wrong becomes a PictureError that names the file."""
+def _reading(path: Path):
+    """Within the block Pillow's limits are lifted, and whatever goes wrong becomes a PictureError of one line that
+    names the file."""
     try:
-        yield
-    except PictureError:
-        raise
+        with _lifted_limits():
+            yield
+    except PictureError as error:
+        raise PictureError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise PictureError(f"{path}: no such file") from error
     except PermissionError as error:
         raise PictureError(f"{path}: no permission to read it") from error
-    except archives.ArchiveError as error:
-        raise PictureError(f"{path}: {error}") from error
     except MemoryError as error:
-        raise PictureError(f"{path}: {_size_in_words(path)} not enough memory for it is free") from error
+        width, height = picture_size(path) or "??"
+        raise PictureError(f"{path}: {width} x {height} pixels; not enough memory for it is free") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise PictureError(f"{path}: not a readable picture ({reason})") from error
 
 
-def _size_in_words(path: Path) -> str:
+# Below real paintings, for which --max_pixels stands in, and below the size of real files' texts and profiles.
+_LIMITS = ((Image, "MAX_IMAGE_PIXELS", None), (PngImagePlugin, "MAX_TEXT_CHUNK", 2**26),
+           (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28))
+_lock, _lifted = threading.Lock(), []  # a list of Pillow's own limits for each block that is entered
+
+
+@contextmanager
+def _lifted_limits():
+    """Pillow's limits are those of the whole program: they are lifted only while one of its threads reads a picture
+    here."""
+    with _lock:
+        _lifted.append(_lifted[-1] if _lifted else [getattr(module, name) for module, name, _ in _LIMITS])
+        for module, name, value in _LIMITS:
+            setattr(module, name, value)
     try:
-        with Image.open(picture_source(Path(path))) as image:
-            return f"{image.width} x {image.height} pixels;"
-    except Exception:
-        return "a large picture;"
+        yield
+    finally:
+        with _lock:
+            own = _lifted.pop()
+            if not _lifted:
+                for (module, name, _), value in zip(_LIMITS, own):
+                    setattr(module, name, value)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -400,13 +387,8 @@ class FolderContents:
     left_out: dict[str, list[Path]]
 
     def describe_left_out(self) -> str:
-        """As in "3 files are no pictures, 1 link is broken"; empty when nothing was left out."""
-        one = {NO_PICTURE: "file is no picture", BROKEN_LINK: "link is broken", UNREADABLE: "file cannot be read",
-               PIPE: "is a pipe, socket or device"}
-        many = {NO_PICTURE: "files are no pictures", BROKEN_LINK: "links are broken", UNREADABLE:
-                "files cannot be read", PIPE: "are pipes, sockets or devices"}
-        return ", ".join(f"{len(paths)} {(one if len(paths) == 1 else many)[reason]}"
-                         for reason, paths in self.left_out.items())
+        """As in "other files: 3, broken links: 1"; empty when nothing was left out."""
+        return ", ".join(f"{reason}: {len(paths)}" for reason, paths in self.left_out.items())
 
 
 def is_searched(path: Path) -> bool:
@@ -423,15 +405,19 @@ def look_through(folder: Path, flag: str) -> FolderContents:
     """
     folder = Path(folder)
     if archives.is_archive(folder):
-        files, left_out = _members(folder, flag), {}
+        try:
+            files, left_out = [folder / name for name in archives.members(folder)], {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{flag} {folder}: {getattr(error, 'strerror', None) or error}") from error
     elif folder.is_dir():
         files, left_out = _files_below(folder, flag)
     else:
         raise UserError(f"{flag} {folder}: no such folder or .zip archive")
-    pictures, others = [], []
-    for path in files:
-        (pictures if str(path).lower().endswith(PICTURE_SUFFIXES) else others).append(path)
-    for path, reason in zip(others, _look_at(others)):
+    pictures = [path for path in files if str(path).lower().endswith(PICTURE_SUFFIXES)]
+    others = [path for path in files if not str(path).lower().endswith(PICTURE_SUFFIXES)]
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
+        reasons = list(pool.map(_reason_to_leave_out, others))
+    for path, reason in zip(others, reasons):
         if reason is None:
             pictures.append(path)
         else:
@@ -442,13 +428,6 @@ def look_through(folder: Path, flag: str) -> FolderContents:
         first = next((path.name for paths in left_out.values() for path in paths), None)
         raise UserError(f"{flag} {folder}: no picture in it; " + (f"{found} ({first})" if found else "it is empty"))
     return contents
-
-
-def _members(archive: Path, flag: str) -> list[Path]:
-    try:
-        return archives.members(archive)
-    except (archives.ArchiveError, OSError) as error:
-        raise UserError(f"{flag} {archive}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _files_below(folder: Path, flag: str) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -517,64 +496,29 @@ def _look_through(folder: Path, flag: str, output: Path | None) -> FolderContent
     return contents
 
 
-def _look_at(paths: list[Path]) -> list[str | None]:
-    """The reason for leaving each file out, None for pictures."""
-    if not paths:
-        return []
-    parts = [paths[place : place + 64] for place in range(0, len(paths), 64)]
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
-        heads = [head for part in pool.map(lambda part: [*map(_head, part)], parts) for head in part]
-    reasons = []
-    for path, head in zip(paths, heads):
-        if head is None:
-            reasons.append(UNREADABLE)
-        else:
-            reasons.append(None if _is_picture(path, head) else NO_PICTURE)
-    return reasons
-
-
-def _head(path: Path) -> bytes | None:
+def _reason_to_leave_out(path: Path) -> str | None:
+    """None for a picture, told by what Pillow makes of its header, whatever its name. Text is none, but a Netpbm's."""
     try:
-        member = archives.find(path)
-        if member is not None:
-            return member.head(64)
-        with open(path, "rb", buffering=0) as file:
-            return file.read(64)
-    except (OSError, archives.ArchiveError):
-        return None
+        if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", _content(path, 64)):  # asking Pillow takes 40 times as long
+            return NO_PICTURE
+        with _lifted_limits(), Image.open(_source(path, ENOUGH_TO_TELL)) as image:
+            return NO_PICTURE if image.format in NOT_DECODED else None
+    except UnidentifiedImageError:
+        return None if _is_heic(path) else NO_PICTURE
+    except OSError:
+        return UNREADABLE
+    except Exception:
+        return NO_PICTURE
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture, told by its content."""
-    head = _head(path)
-    return head is not None and _is_picture(path, head)
+    return _reason_to_leave_out(path) is None
 
 
-def _is_picture(path: Path, head: bytes) -> bool:
-    """By content: the first 64 bytes, and where these do not say, by what Pillow makes of the file's header."""
-    if head.startswith(SIGNATURES) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
-        return True
-    if is_avif(head) or is_heic(head):
-        return True
-    is_text = not head.translate(None, PRINTABLE)
-    if is_text and not head.startswith(TEXT_PICTURES):
-        return False
-    try:
-        member = archives.find(path)
-        source = path if member is None else io.BytesIO(member.head(ENOUGH_TO_TELL))
-        with Image.open(source) as image:
-            return image.format not in NOT_DECODED and (image.format != "EPS" or has_ghostscript())
-    except Exception:
-        return False
-
-
-def is_avif(head: bytes) -> bool:
-    return head[4:8] == b"ftyp" and (head[8:12] in (b"avif", b"avis") or b"avif" in head[16:64])
-
-
-def is_heic(head: bytes) -> bool:
-    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-    return head[4:8] == b"ftyp" and head[8:12] in brands and not is_avif(head)
+def _is_heic(path: Path) -> bool:
+    """Whether it is a picture that pillow-heif reads, not Pillow."""
+    return _content(path, 12)[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftyphevx", b"ftypmif1", b"ftypmsf1")
 
 
 @lru_cache
@@ -631,24 +575,25 @@ class FailedPictures:
 
     def __init__(self, folder: Path, flag: str, total: int, left_out: str = "") -> None:
         """left_out: what else is in the folder, see `FolderContents.describe_left_out`."""
-        self.folder, self.flag, self.total, self.left_out = folder, flag, total, left_out
+        self.where, self.total, self.left_out = f"{flag} {folder}", total, left_out
         self.paths: set[str] = set()
 
     def add(self, path: Path, reason: str) -> None:
         """Raises UserError when more than a tenth of the folder's pictures have failed."""
-        if str(path) in self.paths:
-            return
-        self.paths.add(str(path))
-        note_of_process(f"skipped {reason}")
-        if len(self.paths) > MAX_FAILED_SHARE * self.total:
-            raise UserError(
-                f"{self.flag} {self.folder}: {len(self.paths)} of {self.total} pictures cannot be used "
-                f"(the last: {reason}); mend or remove them, at most 10% may fail"
-            )
+        if str(path) not in self.paths:
+            self.paths.add(str(path))
+            note_of_process(f"skipped {reason}")
+            self.check(len(self.paths), self.total, reason)
+
+    def check(self, failed: int, total: int, reason: str) -> None:
+        """Raises UserError, with the `reason` of the last, when more than a tenth of `total` pictures have failed."""
+        if failed > MAX_FAILED_SHARE * total:
+            raise UserError(f"{self.where}: {failed} of {total} pictures cannot be used (the last: {reason}); mend or "
+                            "remove them, at most 10% may fail")
 
     def summary(self) -> str:
         counts = [f"{self.total} pictures", f"{len(self.paths)} skipped", self.left_out]
-        return f"{self.flag} {self.folder}: {', '.join(filter(None, counts))}"
+        return f"{self.where}: {', '.join(filter(None, counts))}"
 
 
 def open_folder(
@@ -659,9 +604,8 @@ def open_folder(
     Raises UserError as `find_pictures` and `_usable` do.
     """
     contents = _look_through(folder, flag, output)
-    paths = contents.pictures
-    failed = FailedPictures(folder, flag, len(paths), contents.describe_left_out())
-    return _usable(paths, lambda path: load_picture(path, shorter_side=1, max_pixels=max_pixels), failed), failed
+    failed = FailedPictures(folder, flag, len(contents.pictures), contents.describe_left_out())
+    return _usable(contents.pictures, lambda path: load_picture(path, 1, max_pixels), failed), failed
 
 
 def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPictures) -> list[Path]:
@@ -670,26 +614,17 @@ def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPic
     Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts;
     the rest are met as they are drawn. Raises UserError when over a tenth fail.
     """
-    sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
-
     def reason(path: Path) -> str | None:
         try:
             load(path)
         except PictureError as error:
             return str(error)
 
+    sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
     with ThreadPoolExecutor(usable_cores()) as pool:
-        reasons = dict(zip(sample, pool.map(reason, sample)))
-    broken = {path: text for path, text in reasons.items() if text is not None}
-    where = f"{failed.flag} {failed.folder}"
-    if len(broken) == len(sample):
-        raise UserError(f"{where}: none of {len(sample)} pictures can be used ({next(iter(broken.values()))})")
-    # Over a tenth of a sample says the same of the folder; of a small folder the sample is all of it.
-    if len(broken) > MAX_FAILED_SHARE * len(sample):
-        raise UserError(
-            f"{where}: {len(broken)} of {len(sample)} pictures cannot be used "
-            f"(the first: {next(iter(broken.values()))}); mend or remove them, at most 10% may fail"
-        )
+        broken = {path: text for path, text in zip(sample, pool.map(reason, sample)) if text is not None}
+    if broken:  # over a tenth of a sample says the same of the folder
+        failed.check(len(broken), len(sample), list(broken.values())[-1])
     for path, text in broken.items():
         failed.add(path, text)
     return [path for path in paths if path not in broken]

@@ -1,21 +1,24 @@
-"""Process plumbing: bad-input errors, device, seed, signals, checkpoint files, metric logging."""
+"""What every row stands on: bad-input errors, lines on stderr, processes, device and memory, random state, signals,
+files that survive a kill."""
 
-import ctypes
+import io
 import os
 import pickle
 import random
+import resource
 import secrets
 import signal
 import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
@@ -170,13 +173,11 @@ def gather(value) -> list:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: by its affinity, and by the quota of its control group (Linux)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
+    """The cores that this process may use: by its affinity, and by the quota of its control group."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no control groups of version 2, or no quota ("max")
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups of version 2, or no quota ("max")
-        pass
     return cores
 
 
@@ -191,7 +192,6 @@ def worker_count(asked: int | None) -> int:
 def resolve_device(gpu_no: int | None) -> torch.device:
     """The device of `--gpu_no`: None picks GPU 0 when there is one, else the CPU; -1 is the CPU.
 
-    On the CPU, freed memory stays with the process from here on, see `keep_freed_memory`.
     A GPU becomes torch's current one, so that nothing is put on another. Raises UserError when a GPU is asked for that
     is not there.
     """
@@ -200,10 +200,7 @@ def resolve_device(gpu_no: int | None) -> torch.device:
         gpu_no = int(os.environ["LOCAL_RANK"])  # torchrun: one GPU a process
     if gpu_no is None:
         gpu_no = 0 if count else -1
-        if not count and torch.backends.mps.is_available():
-            note("Apple's GPU (MPS) is not supported: the CPU computes")
     if gpu_no == -1:
-        keep_freed_memory()
         return torch.device("cpu")
     if gpu_no < -1:
         raise UserError(f"--gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
@@ -223,81 +220,39 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-# glibc's mallopt parameters, and its own defaults for them.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
-
-
-def keep_freed_memory(keep: bool = True) -> bool:
-    """Let malloc keep freed memory for its next use, instead of giving large blocks back to the kernel.
-
-    A feature map is tens of MiB: given back and asked for anew at every layer, its pages must be mapped
-    and zeroed each time, which can take longer than the layer's arithmetic. The price: the process stays
-    as large as its peak. `keep=False` restores malloc's default. Returns whether malloc (glibc's) took it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max = (2**31 - 1, 0) if keep else (_TRIM_THRESHOLD, _MMAP_MAX)
-    return bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold) and mallopt(_M_MMAP_MAX, mmap_max))
-
-
-def release_freed_memory() -> None:
-    """Give the kernel what malloc (glibc's) keeps, see `keep_freed_memory`: blocks of many sizes leave gaps between
-    them, and the process grows."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on the device; None where that cannot be told (the CPU without Linux).
-
-    On the CPU: what the machine, the control group (version 2) and `ulimit -v` leave, the least of them, and what
-    malloc has been given back and keeps.
-    """
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on the device. On the CPU: what the machine, `ulimit -v` and `ulimit -d`,
+    and the control groups leave, the least of them."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        left = [_kibibytes("/proc/meminfo", "MemAvailable:")]
-        import resource  # not on Windows
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            left.append(limit - _kibibytes("/proc/self/status", "VmSize:"))
-    except (OSError, ValueError):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(files["file"])  # files in memory make way
-        left.append(int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError, KeyError):  # no control groups of version 2, or no limit ("max")
-        pass
-    return max(0, min(left)) + _kept_by_malloc()
+    used = psutil.Process().memory_info()
+    left = [psutil.virtual_memory().available, *_left_by_control_groups()]
+    for limit, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
+        most = resource.getrlimit(limit)[0]
+        if most != resource.RLIM_INFINITY:
+            left.append(most - taken)
+    return max(0, min(left))
 
 
-def _kibibytes(path: str, name: str) -> int:
-    """The bytes of a line "name  number kB"."""
-    (line,) = [line for line in Path(path).read_text().splitlines() if line.startswith(name)]
-    return int(line.split()[1]) * 1024
+# Where the limit stands, what is taken, and the part of it that files take, which makes way.
+_GROUPS_2 = ("memory.max", "memory.current", "file")
+_GROUPS_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
 
 
-class _MallocInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]
-
-
-def _kept_by_malloc() -> int:
-    """Bytes that glibc's malloc holds and nobody uses, see `keep_freed_memory`; 0 where it does not tell."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
-    if mallinfo is None:
-        return 0
-    mallinfo.restype = _MallocInfo
-    return mallinfo().fordblks
+def _left_by_control_groups() -> Iterator[int]:
+    """Bytes that each control group leaves that this process is in and that limits memory, of version 2 and 1: a
+    container's, a job's under SLURM or systemd, and those above it."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, names = ("/sys/fs/cgroup", _GROUPS_2) if controllers == "" else ("/sys/fs/cgroup/memory", _GROUPS_1)
+        for folder in (Path(root + group), *Path(root + group).parents):
+            with suppress(OSError, ValueError, KeyError):  # no such file, or no limit ("max")
+                limit, taken = (int((folder / name).read_text()) for name in names[:2])
+                files = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                yield limit - taken + int(files[names[2]])
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -418,32 +373,44 @@ def catch_stop_signals():
 # --------------------------------------------------------------------------------------------- files
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+@contextmanager
+def replacing(path: Path, durable: bool = False):
+    """A temporary file beside `path`, open for writing, that becomes `path` at the end of the block.
 
-    A kill at any moment leaves either the old file or the new one, never half of one.
+    A kill at any moment leaves either the old file or the new one, never half of one; with `durable`, a crash of the
+    machine does, too. Raises OSError that names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:  # the rename itself is only on the disk once the folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)  # a write does not say whose it was
         raise
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    # The rename itself is only durable once the folder's entry is on the disk.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+
+def write_atomically(path: Path, write, durable: bool = False) -> None:
+    """Put what `write(file)` writes into `path`, see `replacing`.
+
+    `write` gets memory, not the file: libraries do not pass on why a disk took no more of theirs.
+    """
+    content = io.BytesIO()
+    write(content)
+    with replacing(path, durable) as file:
+        file.write(content.getbuffer())
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -466,11 +433,12 @@ def make_folder(path: Path, flag: str) -> Path:
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a dictionary of plain types and tensors to `path` atomically. Raises UserError when it cannot."""
+    """Write a dictionary of plain types and tensors to `path`, see `replacing`. Raises UserError when it cannot."""
     try:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        raise UserError(f"{path}: the checkpoint cannot be written ({error}); the last one is untouched") from error
+        write_atomically(path, lambda file: torch.save(checkpoint, file), durable=True)
+    except OSError as error:
+        kept = "; the one before is untouched" if Path(path).exists() else ""
+        raise UserError(f"{path}: the checkpoint cannot be written ({error.strerror}){kept}") from error
 
 
 def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:

@@ -29,7 +29,7 @@ from network import NetworkConfig, build_from_vgg
 from train import TrainConfig
 from training.sampling import PictureCache, TrainingPictures, training_batches
 from training.step import TransferTrainer
-from utils import UserError, autocast_dtype, keep_freed_memory, resolve_device, seed_everything, time_in_turns
+from utils import UserError, autocast_dtype, resolve_device, seed_everything, time_in_turns
 from weights import load_vgg
 
 PUBLISHED = {
@@ -76,8 +76,6 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     first = trainer(config)
     plain = PlainTrainer(first.network.state_dict(), vgg, config.weights, config.learning_rates, config.l0_eps, device)
     steps = {"plain": plain.step}
-    if device.type == "cpu":
-        steps["plain, memory kept"] = plain.step  # see utils.keep_freed_memory
     steps["this trainer"] = first.step
     if arguments.default_format:
         steps["this trainer, default format"] = in_default_format(trainer(config)).step
@@ -93,17 +91,6 @@ def in_default_format(trainer: TransferTrainer) -> TransferTrainer:
     trainer.losses.to(memory_format=torch.contiguous_format)
     trainer.losses.formats = dict.fromkeys(trainer.losses.formats, torch.contiguous_format)
     return trainer
-
-
-def prepared(name: str, call: Callable, device: torch.device) -> Callable:
-    """`call` under the memory settings that its variant has."""
-
-    def run():
-        if device.type == "cpu":
-            keep_freed_memory(name != "plain")
-        return call()
-
-    return run
 
 
 def step_dtype(config: TrainConfig, device: torch.device) -> str:
@@ -135,8 +122,7 @@ def measure_steps(
 
         return run
 
-    calls = [prepared(name, turn(step), device) for name, step in steps.items()]
-    times = time_in_turns(calls, arguments.turns, device)
+    times = time_in_turns([turn(step) for step in steps.values()], arguments.turns, device)
     results = {}
     for (name, step), seconds in zip(steps.items(), times):
         result = results[name] = {"seconds": spread([each / count for each in seconds])}
@@ -147,7 +133,7 @@ def measure_steps(
         result["teraflop_per_second"] = result["teraflop_per_step"] * result["iterations_per_second"]
         dtype = result["dtype"] = "float32" if name.startswith("plain") else step_dtype(config, device)
         result["share_of_peak"] = result["teraflop_per_second"] * 1e12 / peaks[dtype]
-        memory = peak_memory(prepared(name, lambda step=step: step(content, style), device), device)
+        memory = peak_memory(lambda step=step: step(content, style), device)
         result["peak_mib"] = None if memory is None else memory / 2**20
     return results
 
@@ -226,7 +212,6 @@ def measure_end_to_end(
         def use(content, style, step=step, overlap=not is_plain):
             step(content.to(device, non_blocking=overlap), style.to(device, non_blocking=overlap))
 
-        prepared(name, lambda: None, device)()
         results[name] = rate(batches, use, arguments.seconds, 3, device)
         if not is_plain:
             batches.close()

@@ -13,7 +13,7 @@ import torch
 from data import center_crop, denormalize, find_pictures, load_resized, prepare_picture
 from network import StyleTransferNetwork
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
-from utils import UserError, make_folder
+from utils import UserError, make_folder, write_atomically
 
 ROOT = Path(__file__).parent.parent
 WEB = ROOT / "exporting" / "page"
@@ -129,7 +129,7 @@ def write_page(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, content in files.items():
             (beside / name).parent.mkdir(exist_ok=True)
-            (beside / name).write_bytes(content)
+            write_atomically(beside / name, lambda file, content=content: file.write(content))
         beside.chmod(0o755)  # for a web server; mkdtemp's are private
         beside.replace(path)  # which may be there, and empty
     finally:

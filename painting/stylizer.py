@@ -16,7 +16,7 @@ from data import (
     from_pil,
     load_alpha,
     normalize,
-    picture_source,
+    picture_size,
     pixels_to_pil,
     prepare_picture,
     to_pil,
@@ -85,11 +85,8 @@ def load_transparency(path: Path, config, flag: str) -> Image.Image | None:
 
 def too_large(path: Path) -> str:
     """What to say of a picture that there is too little memory for."""
-    try:
-        with Image.open(picture_source(Path(path))) as picture:  # reads no pixel
-            size = f"{picture.width} x {picture.height} pixels are"
-    except Exception:  # whatever Pillow's decoders raise: the size is an extra
-        size = "it is"
+    size = picture_size(path)
+    size = "it is" if size is None else f"{size[0]} x {size[1]} pixels are"
     return f"{path}: {size} too much for the memory; a smaller --imsize or --cropsize, or a smaller copy of it, helps"
 
 

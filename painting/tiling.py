@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import normalize
 from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork, conv_layers
-from utils import progress_bar, release_freed_memory
+from utils import progress_bar
 
 TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture would not fit
 KEPT_FEATURES = 512 * 2**20  # bytes of bottleneck features that are kept; of more, each tile is encoded again
@@ -105,7 +105,7 @@ class TiledPicture:
                     each.add(feature, cut(weight, rows, columns))
                 if self.kept is None:
                     kept = self._keep(feature, rows, columns, kept)
-                self._end_tile(bar)
+                bar.update()
         self.kept = kept
         return [tuple(statistic.to(feature.dtype) for statistic in each.result()) for each in moments]
 
@@ -132,7 +132,7 @@ class TiledPicture:
                 shown = self._pixels_of(tile)
                 yield *shown, cut(decoded, *_within(shown, self._pixels_of(read)))
                 del decoded
-                self._end_tile(bar)
+                bar.update()
 
     def feature(self, rows: range, columns: range) -> Tensor:
         """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""
@@ -156,11 +156,6 @@ class TiledPicture:
     def _bar(self, description: str):
         """A progress bar, shown where there is something to wait for."""
         return progress_bar(len(self.tiles), description, "tile", hidden=len(self.tiles) == 1, leave=False)
-
-    def _end_tile(self, bar) -> None:
-        bar.update()
-        if len(self.tiles) > 1 and self.pixels.device.type == "cpu":
-            release_freed_memory()
 
 
 def _within(spans: Sequence[range], read: Sequence[range]) -> list[range]:

@@ -29,8 +29,8 @@ from utils import (
     make_folder,
     note,
     progress_bar,
+    replacing,
     resolve_device,
-    write_atomically,
 )
 
 # Container, encoder and its settings, by the suffix of a file to write. Quick enough to keep up with a small network.
@@ -468,7 +468,8 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
         first = next(frames, None)
         if first is None:
             raise UserError(f"{clip.source}: no frame of it can be read" + (f" ({clip.fault})" if clip.fault else ""))
-        write_atomically(target, write)
+        with replacing(target) as file:
+            write(file)
     return painted
 
 

@@ -28,7 +28,6 @@ from data import (
 from training import sampling
 from training.sampling import CropConfig, PictureCache, TrainingPictures, check_failures, training_batches
 
-PILLOW_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # pixels, Pillow's own default; twice that is an error there
 MANY = 10**9
 
 
@@ -201,16 +200,13 @@ def test_enlarging_beyond_max_pixels_is_refused(tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_picture_above_the_limit_of_pillow(tmp_path, monkeypatch):
+def test_picture_above_the_limit_of_pillow(tmp_path):
     """182 million pixels, one byte each to write, 1/64 of them to read."""
     path = tmp_path / "huge.jpg"
     Image.new("L", (14_000, 13_000), 120).save(path)
     actual = load_picture(path, shorter_side=1000)
     assert actual.size == (1750, 1625)
     assert actual.getpixel((900, 900)) == (120, 120, 120)
-    with monkeypatch.context() as limited:  # with Pillow's default it would not
-        limited.setattr(Image, "MAX_IMAGE_PIXELS", PILLOW_LIMIT)
-        assert "DecompressionBomb" in refused(path, shorter_side=1000)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +386,6 @@ def test_a_tenth_of_a_folder_may_fail(tmp_path, capsys, good, broken):
 def test_more_than_a_tenth_may_not(tmp_path, good, broken):
     message = user_error(open_folder, make_folder(tmp_path, good, broken), "--content_dir", MANY)
     assert "--content_dir" in message and "broken_0" in message
-    assert ("none of" in message) == (good == 0)
 
 
 def test_pictures_above_max_pixels_count_as_failed(tmp_path, capsys):

@@ -1,24 +1,38 @@
 """Files that survive a kill, the checkpoints of a run, metrics, device, seed, signals, the wandb key."""
 
+import contextlib
+import errno
+import io
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, read_metrics, user_error
+from helpers import CPU, ROOT, read_metrics, user_error
+from PIL import Image
 from torch.testing import assert_close
 
+from data import save_picture
+from exporting.webpage import write_page
+from pruning.plots import plot_l0_map
+from pruning.responses import Responses
 from training.run_folder import CheckpointFolder, MetricFile, wandb_key_is_configured
+from training.sampling import PictureCache
 from utils import (
+    UserError,
     autocast_dtype,
     catch_stop_signals,
     check_processes,
     load_checkpoint,
     make_folder,
     random_state,
+    replacing,
     resolve_device,
     restore_random_state,
     save_checkpoint,
@@ -59,30 +73,105 @@ def test_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error, ol
 def test_old_file_is_whole_while_the_new_one_is_written(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-    seen = []
-
-    def write(file):
+    with replacing(path) as file:
         file.write(b"new")
         file.flush()
-        seen.append(path.read_bytes())
-
-    write_atomically(path, write)
-    assert seen == [b"old"] and path.read_bytes() == b"new"
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_checkpoint_on_a_full_disk(tmp_path, monkeypatch, error):
+WRITERS = {
+    "checkpoint": lambda path: save_checkpoint({"weights": torch.zeros(10_000)}, path),
+    "picture": lambda path: save_picture(Image.effect_noise((200, 100), 60).convert("RGB"), path.with_suffix(".png")),
+    "cached picture": lambda path: PictureCache(path.parent)._write(np.zeros((100, 100, 3), np.uint8), path),
+    "array": lambda path: write_atomically(path, lambda file: np.savez(file, zeros=np.zeros(10_000))),
+    "plot": lambda path: plot_l0_map(Responses(np.random.default_rng(0).random((90, 90)) - 0.5, [], 45), path),
+    "text": lambda path: write_text_atomically(path, "text " * 10_000),
+    "metrics": lambda path: MetricFile(path).append({"loss": "1" * 30_000}),
+    "page": lambda path: write_page(path / "page", {"index.html": b"x" * 30_000}),
+    "stream": lambda path: write_stream(path),  # as a video is written
+}
+
+
+def write_stream(path: Path) -> None:
+    with replacing(path) as file:
+        file.write(b"x" * 30_000)
+
+
+def said_of(kind: str, path: Path) -> str:
+    """What is said where a file of this kind cannot be written: by an error, as `main` words it, or on stderr."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            WRITERS[kind](path)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return stderr.getvalue().strip()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_what_the_disk_refuses_is_said_with_the_reason(tmp_path, monkeypatch, kind, number):
+    """Whichever call meets it, opening, writing or renaming; nothing is left behind."""
+    real = open
+
+    class Refusing(io.FileIO):
+        def write(self, content):
+            raise OSError(number, os.strerror(number))
+
+    def refuse(path, mode="r", *more, **named):
+        if not str(path).startswith(str(tmp_path)) or mode[0] not in "wa":
+            return real(path, mode, *more, **named)
+        if number in (errno.EROFS, errno.EACCES):
+            raise OSError(number, os.strerror(number))
+        return io.BufferedWriter(Refusing(path, mode[0])) if "b" in mode else io.TextIOWrapper(
+            io.BufferedWriter(Refusing(path, mode[0])))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    said = said_of(kind, tmp_path / "file")
+    assert str(tmp_path) in said and os.strerror(number) in said and len(said.splitlines()) == 1
+    assert "untouched" not in said  # there was none before
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
+def test_a_full_disk_is_said_to_be_full(tmp_path):
+    """One of 8 kB, for every kind of file that a mode writes."""
+    script = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+              f"import pathlib, conftest, test_utils; file = pathlib.Path({str(tmp_path)!r}) / 'file'\n"
+              f"for kind in test_utils.WRITERS: print(test_utils.said_of(kind, file))")
+    result = subprocess.run(["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size=8k tmpfs {tmp_path} || exit 77; "
+                             f"exec {sys.executable} -"], input=script, text=True, capture_output=True, timeout=200)
+    if result.returncode in (1, 77) and not result.stdout:
+        pytest.skip(f"no file system of its own here: {result.stderr[-200:]}")
+    said = result.stdout.splitlines()
+    assert len(said) == len(WRITERS), result.stderr
+    assert all(str(tmp_path) in line and "No space left on device" in line for line in said), said
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "check_point.pth"
     save_checkpoint({"iteration": 1}, path)
 
-    def full_disk(checkpoint, file):
-        file.write(b"some")
-        raise error
+    def no_space(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    assert str(path) in user_error(save_checkpoint, {"iteration": 2}, path)
+    monkeypatch.setattr(os, "replace", no_space)
+    assert user_error(save_checkpoint, {"iteration": 2}, path) == (
+        f"{path}: the checkpoint cannot be written (No space left on device); the one before is untouched")
     assert load_checkpoint(path) == {"iteration": 1}
     assert os.listdir(tmp_path) == ["check_point.pth"]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_only_what_is_durable_waits_for_the_disk(tmp_path, monkeypatch, durable):
+    """The file, and then its folder."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    write_atomically(tmp_path / "a.bin", lambda file: file.write(b"content"), durable)
+    assert [Path(each).suffix for each in synced] == [".tmp", ""] * durable
+    assert (tmp_path / "a.bin").read_bytes() == b"content"
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -136,20 +225,6 @@ def test_checkpoints_without_hard_links(tmp_path, monkeypatch):
         folder.save({"iteration": iteration}, iteration)
     assert load_checkpoint(folder.newest) == {"iteration": 2}
     assert sorted(os.listdir(tmp_path)) == ["check_point.pth", "check_point_0000002.pth"]
-
-
-def test_failed_save_keeps_the_newest_checkpoint(tmp_path, monkeypatch):
-    folder = CheckpointFolder(tmp_path, keep=2)
-    folder.save({"iteration": 1}, 1)
-    with monkeypatch.context() as broken:
-
-        def full_disk(checkpoint, file):
-            raise OSError(28, "No space left on device")
-
-        broken.setattr(torch, "save", full_disk)
-        user_error(folder.save, {"iteration": 2}, 2)
-    assert load_checkpoint(folder.newest) == {"iteration": 1}
-    assert sorted(os.listdir(tmp_path)) == ["check_point.pth", "check_point_0000001.pth"]
 
 
 # ------------------------------------------------------------------------------------------------ metrics

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import archives
 from data import MAX_PIXELS, FailedPictures, PictureError, load_resized, load_triple
-from utils import UserError, keep_freed_memory, note, write_atomically
+from utils import UserError, note, write_atomically
 
 WAIT = 1  # seconds for a batch, between two looks whether the run is to stop
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
-DECODING = 2  # goes up when the same file gives other pixels than before: what is cached is then made anew
+DECODING = 3  # goes up when the same file gives other pixels than before: what is cached is then made anew
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PictureCache:
         """Where the cached picture belongs. Raises PictureError when `path` cannot be looked at."""
         try:
             real, version = archives.identity(path)
-        except (OSError, archives.ArchiveError) as error:
+        except (OSError, ValueError) as error:
             raise PictureError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         # What decides the pixels: the file and how it is decoded.
         picture = _digest(real, size, self.max_pixels)
@@ -251,7 +251,6 @@ def _begin_worker(_worker: int) -> None:
     # and needs its workers alive until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    keep_freed_memory(False)  # the main process's setting would keep the largest decoded picture for ever
 
 
 def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -163,6 +164,7 @@ def _with_dashes(message: str, mode: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
     process, mode = "", "train"
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # broken tags, say: what is needed of them is checked
     try:
         check_processes()
         if process_count() > 1:  # each says its own errors: it may be the only one that failed

@@ -416,7 +416,7 @@ def full_disk(*_):
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp"])
 def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     message = user_error(save_picture, Image.new("RGB", (12, 8)), tmp_path / name)
     assert message == f"{tmp_path / name}: the picture (12 x 8) cannot be written (No space left on device)"
     assert os.listdir(tmp_path) == []

@@ -17,13 +17,9 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.requirements: requirements.txt $(VENV)/.made
-	@echo "installing requirements.txt into $(VENV) (torch is large: a few minutes)"
-	$(PIP) -r requirements.txt
-	@touch $@
-
-$(VENV)/.requirements-dev: requirements-dev.txt requirements-metrics.txt requirements-export.txt requirements-video.txt $(VENV)/.requirements
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.requirements $(VENV)/.requirements-dev: $(VENV)/.%: %.txt pyproject.toml $(VENV)/.made
+	@echo "installing $< into $(VENV) (torch is large: a few minutes)"
+	$(PIP) -r $<
 	@touch $@
 
 demo: $(VENV)/.requirements

@@ -128,8 +128,8 @@ def need_packages(format: str) -> None:
             if TorchVersion(package.__version__) >= oldest:
                 continue
             reason = f"got {name} {package.__version__}, {oldest} or newer is needed"
-        raise UserError(f"--save_path: {ONNX} files need more packages ({reason}); "
-                        "pip install -r requirements-export.txt")
+        raise UserError(f"--save_path: {ONNX} files need more packages ({reason}); in the toolkit's folder: "
+                        "pip install '.[export]'")
 
 
 # ------------------------------------------------------------------------------------------------ formats

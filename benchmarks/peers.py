@@ -5,7 +5,7 @@ as int8 ONNX files. It paints 384 x 384 pixels, so every picture is prepared as 
 resized or padded on the way through it (its style network takes 256 x 256 and scales the square down itself). What is
 measured are the pictures as a user would save them, of 8 bits, for the peer and for ours. All on the CPU.
 
-    pip install -r requirements-peers.txt
+    pip install '.[peers]'
     python benchmarks/peers.py --load_path model-store/compact.pth model-store/tiny.pth --content_dir PHOTOS \\
         --style_dir PAINTINGS --holdout 0.1 --pairs 100 --save_path OUT
 
@@ -74,7 +74,7 @@ class LitePeer:
             self.open_engine = lambda: StyleTransfer(device="cpu", threads=threads)
             self.engine = self.open_engine()
         except ImportError as error:
-            raise UserError(f"{PEER}: {error}; pip install -r requirements-peers.txt") from error
+            raise UserError(f"{PEER}: {error}; in the toolkit's folder: pip install '.[peers]'") from error
 
     def paint(self, content: Image.Image, style: Image.Image) -> Image.Image:
         """content, style: SIDE x SIDE, RGB, as is the picture that it returns."""

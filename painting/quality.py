@@ -68,8 +68,8 @@ def load_stlpips(trunk: str = "alex") -> nn.Module:
     try:
         from stlpips_pytorch import stlpips
     except ImportError as error:
-        raise UserError(f"--metrics stlpips: {error}; pip install -r requirements-metrics.txt, "
-                        "or name other metrics") from error
+        raise UserError(f"--metrics stlpips: {error}; in the toolkit's folder: pip install "
+                        "'.[metrics]', or name other metrics") from error
     # Not by the package's own loader: with torch before 2.6 it would run code pickled in the file.
     network = stlpips.LPIPS(net=trunk, variant="shift_tolerant", pretrained=False, verbose=False)
     file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / f"{trunk}_shift_tolerant.pth"

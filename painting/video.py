@@ -71,7 +71,8 @@ def _import(module: str, package: str, wanted_by: str):
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(f"{wanted_by} needs the package {package}: pip install -r requirements-video.txt") from error
+        raise UserError(f"{wanted_by} needs the package {package}; in the toolkit's folder: pip install "
+                        "'.[video]'") from error
 
 
 def _import_av(wanted_by: str):
@@ -79,7 +80,7 @@ def _import_av(wanted_by: str):
     av = _import("av", "av", f"{wanted_by}: a video")
     if int(av.__version__.split(".")[0]) < _LEAST_AV:
         raise UserError(f"{wanted_by}: a video needs version {_LEAST_AV} of the package av, or a newer one, not "
-                        f"{av.__version__}: pip install -r requirements-video.txt")
+                        f"{av.__version__}; in the toolkit's folder: pip install '.[video]'")
     return av
 
 

@@ -158,7 +158,7 @@ def test_refusals(folders, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     assert peers.main(flags(folders, *model, *save, "--pairs", 1)) == 2
     captured = capsys.readouterr()
-    assert "pip install -r requirements-peers.txt" in captured.err and captured.err.count("\n") == 1
+    assert "pip install '.[peers]'" in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """Export mode: every format paints this toolkit's pictures at any size, a broken file never stays."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -439,7 +440,7 @@ def test_missing_package_is_named(tmp_path, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     flags = {"mode": "export", "load_path": write_model(tmp_path / "model.pth", small_network())}
     message = refusal(capsys, *words(flags | {"save_path": tmp_path / "new" / "model.onnx"}))
-    assert package in message and "pip install -r requirements-export.txt" in message
+    assert package in message and "pip install '.[export]'" in message
     assert not (tmp_path / "new").exists()
     assert main(words(flags | {"save_path": tmp_path / "model.safetensors"})) == 0
 
@@ -459,8 +460,8 @@ def test_old_packages_are_named(tmp_path, capsys, monkeypatch):
 
 
 def test_requirements_are_those_that_are_checked():
-    lines = (ROOT / "requirements-export.txt").read_text().splitlines()
-    assert {line for line in lines if not line.startswith("#")} == {
+    (line,) = re.findall(r"^export = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(re.findall(r'"([^"]+)"', line)) == {
         f"{name}>={oldest}" for name, oldest in export_module.ONNX_PACKAGES.items()}
 
 

@@ -138,7 +138,7 @@ def test_missing_package_is_one_line(monkeypatch, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # `import` then raises as for a package that is not there
     message = user_error(load_stlpips)
-    assert "--metrics stlpips" in message and missing in message and "requirements-metrics.txt" in message
+    assert "--metrics stlpips" in message and missing in message and "'.[metrics]'" in message
 
 
 # -------------------------------------------------------------------------------------------------- losses

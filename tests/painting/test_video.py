@@ -386,7 +386,7 @@ def test_values_that_cannot_be(capsys, flag, value):
 def test_package_that_is_not_there(clip, model, tmp_path, capsys, monkeypatch, module, package, more):
     monkeypatch.setitem(sys.modules, module, None)
     line = refusal(capsys, *words(model | {"content": clip, "save_path": tmp_path / "out.mp4"} | more))
-    assert f"needs the package {package}: pip install -r requirements-video.txt" in line
+    assert f"needs the package {package}; in the toolkit's folder: pip install '.[video]'" in line
     assert not list(tmp_path.iterdir())
 
 

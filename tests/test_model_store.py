@@ -3,14 +3,17 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers import ROOT, read_pixels, words
 
 from data import find_pictures, normalize, prepare_picture
+from main import main
 from network import LossNetwork
 from weights import BUNDLED_VGG19, COMPACT_MODEL, conv_indices, load_network, load_vgg
 
-STORE = Path(__file__).parent.parent / "model-store"
+STORE = ROOT / "model-store"
 SUMS = dict(reversed(line.split()) for line in (STORE / "SHA256SUMS").read_text().splitlines())
 
 
@@ -31,9 +34,15 @@ def test_every_shipped_file_is_listed_and_described():
 
 
 @pytest.mark.parametrize("name", sorted(SUMS.keys() - {BUNDLED_VGG19.name}))
-def test_model_loads(name):
-    network, _ = load_network(STORE / name)
-    assert network.config.backbone == "vgg19"
+def test_model_paints_what_it_painted(name, tmp_path):
+    """Within what rounding does on any processor; model-store/README.md says how the pictures are made."""
+    assert load_network(STORE / name)[0].config.backbone == "vgg19"
+    golden = ROOT / "tests" / "golden"
+    assert main(words({"mode": "test", "gpu_no": -1, "load_path": STORE / name, "save_path": tmp_path / "painted.png",
+                       "content": golden / "content.png", "style": golden / "style.png"})) == 0
+    actual, desired = read_pixels(tmp_path / "painted.png"), read_pixels(golden / f"{Path(name).stem}.png")
+    assert desired.shape == (96, 96, 3) and desired.std() > 20
+    assert np.abs(actual - desired).max() <= 2
 
 
 def test_activations_of_the_bundled_vgg_are_of_order_one():

@@ -1,6 +1,7 @@
-"""The house: every module stands in a row, and imports only from the rows below."""
+"""The house: every module stands in a row, and imports only from the rows below; what is cited is there."""
 
 import ast
+import re
 
 import pytest
 from helpers import ROOT
@@ -71,3 +72,27 @@ def test_wings_use_only_the_wings_that_they_may(wing):
     used = {other.split(".")[0] for module, path in MODULES.items() if module.split(".")[0] == wing
             for other in imported(path.read_text()) & MODULES.keys()}
     assert not used & set(WINGS) - {wing, *MAY_USE[wing]}
+
+
+def test_few_modules_lie_at_the_root():
+    assert len(list(ROOT.glob("*.py"))) <= 15
+
+
+# --------------------------------------------------------------------------------------------- citations
+
+WRITTEN = {"report.md", "gradients.py"}  # by speedrun.sh, and by a test
+
+
+def test_cited_files_are_there():
+    """Every document and program names files by their path from the root or from its own folder, or by their name."""
+    folders = ("docs", "tests", "benchmarks", "examples", "imgs", "model-store", *WINGS)
+    files = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*")
+                                  if "node_modules" not in path.parts)]
+    names = {path.name for path in files} | {str(path.relative_to(ROOT)) for path in files} | WRITTEN
+    missing = []
+    for path in files:
+        if path.suffix in (".md", ".py", ".sh", ".json", ".mjs"):
+            cited = re.findall(r"(?<![\w*/{}$.-])[\w./-]*\w\.(?:md|py|sh)\b", path.read_text())
+            missing += [(path.name, name) for name in cited if name.rpartition("/")[2].lstrip(".") not in WRITTEN
+                        and name not in names and not (path.parent / name).exists()]
+    assert not missing

@@ -1,15 +1,21 @@
 # make demo   paint the bundled pictures with the shipped models, then train, prune and paint again (CPU, minutes)
 # make test   run all tests
+# make test-numeric  run the tests that compare computed numbers again, with the instructions of the oldest processors
 # make test-browser  run the tests of the page for the browser (needs Node.js and Chromium)
 # make lint   check the code with ruff (settings: pyproject.toml)
-# make clean  remove what the three made
+# make clean  remove what the others made
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-browser lint clean
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --dist worksteal
+NUMERIC := tests/test_network.py tests/test_loss.py tests/test_model_store.py tests/painting/test_tiling.py \
+	tests/painting/test_padding.py tests/training/test_speed.py tests/training/test_muon.py tests/pruning \
+	tests/exporting/test_export.py
+
+.PHONY: demo test test-numeric test-browser lint clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -26,7 +32,10 @@ demo: $(VENV)/.requirements
 	PYTHON=$(RUN) bash demo.sh
 
 test: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --dist worksteal tests
+	$(PYTEST) tests
+
+test-numeric: $(VENV)/.requirements-dev
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMERIC)
 
 exporting/page/node_modules/.made: exporting/page/package.json
 	npm install --prefix exporting/page --no-package-lock --no-audit --no-fund --loglevel error

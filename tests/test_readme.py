@@ -140,6 +140,11 @@ def test_command_of_main_parses(page, words, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""  # no flag without an effect
 
 
+def test_numeric_tests_are_there():
+    (paths,) = re.findall(r"^NUMERIC := ((?:.*\\\n)*.*)", read("Makefile"), re.MULTILINE)
+    assert all((ROOT / path).exists() for path in paths.replace("\\", "").split())
+
+
 def test_every_mode_and_benchmark_has_a_command():
     modes = {words[words.index("--mode") + 1] for case in every_command(r"main\.py") for words in [case.values[1]]}
     assert modes == set(main.MODES)

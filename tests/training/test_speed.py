@@ -88,7 +88,7 @@ def test_bfloat16_curves_stay_together():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_step_equals_eager_step():
-    """Losses and gradients, also where a check measures the terms of weight 0. (tests/training/test_gpu.py has every layer: on a
+    """Losses and gradients, also where a check measures the terms of weight 0. (test_gpu.py has every layer: on a
     CPU that compiles for minutes.)"""
     settings = dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON
     settings |= {"shift_loss_weight": 30.0, "xor_loss_weight": 0.0}

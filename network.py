@@ -1,7 +1,7 @@
 """The networks and their configuration: encoder, AdaIN, decoder, the loss network; and what a network costs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -20,10 +20,7 @@ ENCODERS = {
     "vgg16": (64, 64, POOL, 128, 128, POOL, 256, 256, 256),  # to relu3_3
 }
 # The loss network goes on to the deepest tap; taps are indices in torchvision's `vgg.features`.
-_LOSS_NETWORKS = {
-    "vgg19": ENCODERS["vgg19"],
-    "vgg16": (*ENCODERS["vgg16"], POOL, 512, 512, 512),
-}
+_LOSS_NETWORKS = {"vgg19": ENCODERS["vgg19"], "vgg16": (*ENCODERS["vgg16"], POOL, 512, 512, 512)}
 _LOSS_TAPS = {
     "vgg19": {"relu1_1": 1, "relu2_1": 6, "relu3_1": 11, "relu4_1": 20},
     # relu2_2 as the paper has it; the original implementation taps relu2_1 in its place.
@@ -132,10 +129,9 @@ def _pooling_layer(pooling: str, channels: int) -> nn.Module:
     return (nn.MaxPool2d if pooling == "max" else nn.AvgPool2d)(2, 2)
 
 
-def _encoder_layers(layout, widths: tuple[int, ...], pooling: str, padding: str = "zeros") -> nn.Sequential:
+def _encoder_layers(layout, widths: Sequence[int], pooling: str, padding: str) -> nn.Sequential:
     """VGG layers numbered as in torchvision's `vgg.features`: conv, ReLU, ..., pooling."""
-    remaining = iter(widths)
-    layers, width_in = [], 3
+    layers, width_in, remaining = [], 3, iter(widths)
     for entry in layout:
         if entry == POOL:
             layers.append(_pooling_layer(pooling, width_in))
@@ -146,13 +142,12 @@ def _encoder_layers(layout, widths: tuple[int, ...], pooling: str, padding: str 
     return nn.Sequential(*layers)
 
 
-def _decoder_layers(layout, width_in: int, widths: tuple[int, ...], upsampling: str = "nearest") -> nn.Sequential:
+def _decoder_layers(config: NetworkConfig) -> nn.Sequential:
     """The encoder mirrored: convs in reverse order, each pooling a x2 upsampling."""
-    remaining = iter(widths)
-    layers = []
-    for entry in reversed(layout):
+    layers, width_in, remaining = [], config.bottleneck_width, iter(config.decoder_widths)
+    for entry in reversed(ENCODERS[config.backbone]):
         if entry == POOL:
-            layers.append(nn.Upsample(scale_factor=2, mode=upsampling))
+            layers.append(nn.Upsample(scale_factor=2, mode=config.upsampling))
         else:
             width = next(remaining)
             layers += [nn.ReflectionPad2d(1), nn.Conv2d(width_in, width, 3), nn.ReLU(inplace=True)]
@@ -228,37 +223,12 @@ def pad_to_stride(image: Tensor, stride: int) -> Tensor:
     return resized(image, *(torch.sym_max(2, (side + stride - 1) // stride) * stride for side in image.shape[2:]))
 
 
-class Encoder(nn.Module):
-    """VGG up to the bottleneck: (B, 3, H, W), ImageNet-normalised, to (B, C, H/stride, W/stride), >= 0."""
+class _Part(nn.Module):
+    """Encoder or decoder."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
-        # One block in a list: the original implementation's key names are `layers.0.<index>`.
-        layout = ENCODERS[config.backbone]
-        self.layers = nn.ModuleList([_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding)])
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.layers[0](image)
-
-    def features(self, image: Tensor) -> list[Tensor]:
-        """The output of every conv after its ReLU, shallow to deep; the last is what `forward` returns."""
-        features = []
-        for layer in self.layers[0]:
-            image = layer(image)
-            if isinstance(layer, nn.ReLU):
-                features.append(image)
-        return features
-
-
-class Decoder(nn.Module):
-    """The mirrored encoder: (B, C, H/stride, W/stride) to (B, 3, H, W), ImageNet-normalised."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        layout = ENCODERS[config.backbone]
-        self.layers = nn.ModuleList([
-            _decoder_layers(layout, config.bottleneck_width, config.decoder_widths, config.upsampling)
-        ])
+        self.layers = nn.ModuleList([layers])  # the original implementation's key names are `layers.0.<index>`
 
     def forward(self, feature: Tensor) -> Tensor:
         for step in self._steps(feature.device.type):
@@ -266,31 +236,46 @@ class Decoder(nn.Module):
         return feature
 
     def features(self, feature: Tensor) -> list[Tensor]:
-        """The output of every conv but the last after its ReLU, then the picture that `forward` returns."""
+        """The output of every conv, after its ReLU where it has one; the last is what `forward` returns."""
         features = []
         for step in self._steps(feature.device.type):
             feature = step(feature)
             if isinstance(step, nn.ReLU):
                 features.append(feature)
-        return [*features, feature]
+        return features if isinstance(step, nn.ReLU) else [*features, feature]
 
-    def _steps(self, device_type: str) -> list[Callable]:
-        """`self.layers[0]`, with each nearest upsampling and the conv after it as one `upsampled_conv`.
+    def _steps(self, device_type: str) -> Iterable[Callable[[Tensor], Tensor]]:
+        return self.layers[0]
+
+
+class Encoder(_Part):
+    """VGG up to the bottleneck: (B, 3, H, W), ImageNet-normalised, to (B, C, H/stride, W/stride), >= 0."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        layout = ENCODERS[config.backbone]
+        super().__init__(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
+
+
+class Decoder(_Part):
+    """The mirrored encoder: (B, C, H/stride, W/stride) to (B, 3, H, W), ImageNet-normalised."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(_decoder_layers(config))
+
+    def _steps(self, device_type: str) -> Iterable[Callable[[Tensor], Tensor]]:
+        """The layers, with each nearest upsampling and the conv after it as one `upsampled_conv`.
 
         Not where a CPU convolves in bfloat16: its transposed convolutions take two to three times as long then, with
         their gradients, as all multiply-adds of the two layers (torch 2.14 with AMX).
         """
-        if device_type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return list(self.layers[0])
-        remaining = iter(self.layers[0])
-        steps = []
-        for layer in remaining:
-            if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
-                next(remaining)  # its reflection padding
-                conv = next(remaining)
+        layers = iter(self.layers[0])
+        is_fused = not (device_type == "cpu" and torch.is_autocast_enabled("cpu"))
+        for layer in layers:
+            if is_fused and isinstance(layer, nn.Upsample) and layer.mode == "nearest":
+                next(layers)  # its reflection padding
+                conv = next(layers)
                 layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
-            steps.append(layer)
-        return steps
+            yield layer
 
 
 class StyleTransferNetwork(nn.Module):
@@ -353,10 +338,10 @@ class LossNetwork(nn.Module):
 
 
 def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[StyleTransferNetwork, LossNetwork]:
-    """A full network with the VGG's weights in its encoder and a new decoder, and the loss network.
+    """A full network with the VGG's weights, from `load_vgg`, in its encoder and a new decoder; and the loss network.
 
-    vgg: from `load_vgg`. The decoder gets He initialisation from torch's global generator: torch's own
-    shrinks the signal by half at every layer, and the first thousand iterations go into undoing that.
+    The decoder gets He initialisation from torch's global generator: torch's own shrinks the signal by half at every
+    layer, and the first thousand iterations go into undoing that.
     """
     network = StyleTransferNetwork(config)
     encoder = network.encoder.layers[0]
@@ -366,8 +351,7 @@ def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[Style
 
 
 def build_loss_network(config: NetworkConfig, vgg: dict[str, Tensor]) -> LossNetwork:
-    """The frozen VGG that a network of `config` learns from: of its backbone, and padding as it does. vgg: from
-    `load_vgg`."""
+    """The frozen VGG, from `load_vgg`, that a network of `config` learns from: of its backbone, padding as it does."""
     loss_network = LossNetwork(config.backbone, config.padding)
     loss_network.layers.load_state_dict(vgg)
     return loss_network
@@ -420,21 +404,20 @@ class ConvLayer:
 
 def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
     """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures."""
-    layers, width_in, side, widths = [], 3, size, iter(config.widths)
-    last = {len(config.encoder_widths) - 1: "bottleneck", len(config.widths) - 1: "output"}
-    layout = ENCODERS[config.backbone]
-    for part, entries in (("encoder", layout), ("decoder", layout[::-1])):
-        is_encoder = part == "encoder"
-        index = 0  # in the part's layers
-        for entry in entries:
-            if entry == POOL:
-                side, index = side // 2 if is_encoder else 2 * side, index + 1
-                continue
-            # The encoder's are conv and ReLU, the decoder's padding, conv and ReLU.
-            name = f"{part}.layers.0.{index if is_encoder else index + 1}"
-            positions = (2 if is_encoder else 1) * side * side
-            layers.append(ConvLayer(name, last.get(len(layers), part), width_in, next(widths), positions))
-            width_in, index = layers[-1].width, index + (2 if is_encoder else 3)
+    with torch.device("meta"):  # a network without its weights
+        modules = StyleTransferNetwork(config).named_modules()
+    kinds = {len(config.encoder_widths): "bottleneck", len(config.widths): "output"}
+    layers, side = [], size
+    for name, module in modules:
+        part = name.partition(".")[0]
+        if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)):
+            side //= 2
+        elif isinstance(module, nn.Upsample):
+            side *= 2
+        elif isinstance(module, nn.Conv2d):
+            kind = kinds.get(len(layers) + 1, part)
+            positions = side * side * (2 if part == "encoder" else 1)
+            layers.append(ConvLayer(name, kind, module.in_channels, module.out_channels, positions))
     return layers
 
 
@@ -451,12 +434,6 @@ def count_macs(config: NetworkConfig, size: int) -> int:
 def bottleneck_conv(config: NetworkConfig) -> str:
     """The name of the encoder's last conv, whose output channels are the bottleneck."""
     return next(layer.name for layer in conv_layers(config, size=0) if layer.kind == "bottleneck")
-
-
-def macs_per_channel_pair(backbone: str, size: int) -> tuple[int, ...]:
-    """Multiply-adds of every conv, encoder then decoder, for each of its pairs of an input and an output channel:
-    filter taps x positions, counted as in `count_macs`. size: a multiple of the stride, pixels."""
-    return tuple(9 * layer.positions for layer in conv_layers(NetworkConfig.full(backbone), size))
 
 
 @torch.inference_mode()

@@ -25,9 +25,9 @@ class Style:
     mean: Tensor
     std: Tensor
 
-    def regions(self, size: tuple[int, int], stride: int) -> list[tuple["Style", None]]:
-        """Itself, everywhere."""
-        return [(self, None)]
+    def regions(self, size: tuple[int, int], stride: int) -> tuple[list["Style"], list[Tensor]]:
+        """Itself, and no weights: it is everywhere."""
+        return [self], []
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,27 +38,26 @@ class MaskedStyle:
     black: Style
     mask: Image.Image  # L
 
-    def regions(self, size: tuple[int, int], stride: int) -> list[tuple[Style, Tensor]]:
+    def regions(self, size: tuple[int, int], stride: int) -> tuple[list[Style], list[Tensor]]:
         """The styles with their weights at every bottleneck position of a content picture of `size`, (height, width):
-        (1, 1, h, w), 0..1, together 1, each the mean of the mask over the position's pixels. Without a style that is
-        nowhere. Raises UserError for a mask of another aspect."""
+        (1, 1, h, w), 0..1, together 1, each the mean of the mask over the position's pixels. A style alone, without
+        weights, where the other is nowhere. Raises UserError for a mask of another aspect."""
         check_mask(self.mask, size)
-        height, width = size
-        mask = self.mask
-        if mask.size != (width, height):
-            mask = mask.resize((width, height), Image.Resampling.BILINEAR)
+        mask = self.mask if self.mask.size == size[::-1] else self.mask.resize(size[::-1], Image.Resampling.BILINEAR)
         weights = np.asarray(mask.reduce(stride), np.float32) / 255.0
-        # At least 2 x 2 positions, as StyleTransferNetwork.pad.
+        # At least 2 x 2 positions, as `network.pad_to_stride`.
         weights = np.pad(weights, [(0, max(0, 2 - side)) for side in weights.shape], mode="edge")
+        if weights.min() == 1.0 or weights.max() == 0.0:
+            return [self.white if weights.min() == 1.0 else self.black], []
         weights = torch.from_numpy(weights).to(self.white.mean.device)[None, None]
-        return [(style, each) for style, each in ((self.white, weights), (self.black, 1.0 - weights)) if each.any()]
+        return [self.white, self.black], [weights, 1.0 - weights]
 
 
 def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
     """Raises UserError for a mask of another aspect than a content picture of `size`, (height, width)."""
     height, width = size
     if abs(mask.height * width / mask.width - height) > max(1.0, ASPECT * height):
-        raise UserError(f"--mask: {mask.width} x {mask.height} pixels, the content picture has {width} x {height}; "
+        raise UserError(f"mask: {mask.width} x {mask.height} pixels, the content picture has {width} x {height}; "
                         "the same aspect is needed")
 
 
@@ -83,18 +82,18 @@ def combine(
 
 
 def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
-    """Raises UserError, naming the flag, where so many styles cannot be made one by these weights or this mask."""
+    """Raises UserError where so many styles cannot be made one by these weights or this mask."""
     if mask is not None and (styles != 2 or weights is not None):
-        got = "--style_weights, too" if weights is not None else f"{styles} style{'s' * (styles != 1)}"
-        raise UserError(f"--mask: got {got}; two styles are needed, for its white and its black")
+        got = "style_weights, too" if weights is not None else f"{styles} style{'s' * (styles != 1)}"
+        raise UserError(f"mask: got {got}; two styles are needed, for its white and its black")
     if weights is not None:
-        named = f"--style_weights {' '.join(f'{weight:g}' for weight in weights)}"
+        named = f"style_weights {' '.join(f'{weight:g}' for weight in weights)}"
         if len(weights) != styles:
             raise UserError(f"{named}: {len(weights)} for {styles} style{'s' * (styles != 1)}; one each is needed")
         if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
             raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
     elif mask is None and styles != 1:
-        raise UserError(f"got {styles} styles; to make one of them, --style_weights, or --mask with two, is needed")
+        raise UserError(f"got {styles} styles; to make one of them, style_weights, or mask with two, is needed")
 
 
 # ------------------------------------------------------------------------------------------------ colours
@@ -103,7 +102,7 @@ def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
 def check_colors(pixels: Tensor, preserved: str) -> None:
     """Raises UserError where a content picture, (1, 3, H, W), uint8, has no colours to preserve."""
     if int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY:
-        raise UserError(f"--preserve_color {preserved}: the content picture is grey; one with colours is needed")
+        raise UserError(f"preserve_color {preserved}: the content picture is grey; one with colours is needed")
 
 
 def keep_colors(content: Tensor, painted: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ class Painting:
     def _skip(self, pictures: Pictures, number: int, error: UnusablePicture) -> None:
         if not pictures.are_many:
             raise error
-        self.skipped.add(pictures, number, str(error))
+        self.skipped.add(pictures, number, f"--{error}")
 
     # ------------------------------------------------------------------------------------------- inputs
 
@@ -254,12 +254,12 @@ class Painting:
             if self.mask is not None:
                 check_mask(self.mask, tuple(picture.shape[2:]))
         except UserError as error:
-            raise UnusablePicture(f"--{flag} {path}: {error}") from error
+            raise UnusablePicture(f"{flag} {path}: {error}") from error
         alpha = load_transparency(path, self.config, flag)
         with usable(path, flag), workers.computing(None if alone else _pixels(picture)):
             opened = [model.stylizer.open(picture) for model in self.models]
-            for model, each in zip(self.models, opened):
-                model.stylizer.content_statistics(each)  # encodes it
+            for each in opened:
+                each.statistics()  # encodes it
         self._show_input([picture], ("content", number))
         return _Content(picture, alpha, opened)
 

@@ -174,6 +174,6 @@ def load_measurable(path: Path, config, flag: str, measured_by: str) -> Tensor:
     picture = load_input(path, config, flag)
     height, width = picture.shape[2:]
     if min(height, width) < MIN_SIDE:
-        raise UnusablePicture(f"--{flag} {path}: {width} x {height} pixels; {measured_by} needs {MIN_SIDE} or more on "
+        raise UnusablePicture(f"{flag} {path}: {width} x {height} pixels; {measured_by} needs {MIN_SIDE} or more on "
                               "each side")
     return picture

@@ -48,38 +48,39 @@ def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tup
     """`load_network`, refusing a network of another backbone than asked for."""
     network, checkpoint = load_network(Path(load_path), swap_max_pool)
     if backbone is not None and backbone != network.config.backbone:
-        raise UserError(f"--backbone {backbone}: {load_path} is a {network.config.backbone} network "
+        raise UserError(f"backbone {backbone}: {load_path} is a {network.config.backbone} network "
                         f"with {network.config.bottleneck_width} bottleneck channels")
     return network, checkpoint
 
 
 class UnusablePicture(UserError):
-    """A picture that cannot be read, or that there is too little memory for; the message names its flag and path."""
+    """A picture that cannot be read, or that there is too little memory for; the message names its argument and path.
+    """
 
 
 @contextmanager
-def usable(path: Path, flag: str):
-    """Within the block, what is wrong with the picture at `path` is raised as an UnusablePicture."""
+def usable(path: Path, name: str):
+    """Within the block, what is wrong with the picture at `path` is raised as an UnusablePicture. name: of the argument
+    that named it."""
     try:
         yield
-    except PictureError as error:
-        reason = too_large(path) if isinstance(error.__cause__, MemoryError) else error
-        raise UnusablePicture(f"--{flag} {reason}") from error
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
+    except (PictureError, MemoryError, RuntimeError) as error:
+        if lacks_memory(error) or isinstance(error.__cause__, MemoryError):
+            raise UnusablePicture(f"{name} {too_large(path)}") from error
+        if not isinstance(error, PictureError):
             raise
-        raise UnusablePicture(f"--{flag} {too_large(path)}") from error
+        raise UnusablePicture(f"{name} {error}") from error
 
 
-def load_input(path: Path, config, flag: str) -> Tensor:
+def load_input(path: Path, config, name: str) -> Tensor:
     """One picture as (1, 3, H, W), uint8. Raises UnusablePicture when it cannot be used."""
-    with usable(path, flag):
+    with usable(path, name):
         return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
 
 
-def load_transparency(path: Path, config, flag: str) -> Image.Image | None:
+def load_transparency(path: Path, config, name: str) -> Image.Image | None:
     """The alpha of a picture, mode L, as large as `load_input` has it; None without one. Raises UnusablePicture."""
-    with usable(path, flag):
+    with usable(path, name):
         return load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
 
 
@@ -87,7 +88,7 @@ def too_large(path: Path) -> str:
     """What to say of a picture that there is too little memory for."""
     size = picture_size(path)
     size = "it is" if size is None else f"{size[0]} x {size[1]} pixels are"
-    return f"{path}: {size} too much for the memory; a smaller --imsize or --cropsize, or a smaller copy of it, helps"
+    return f"{path}: {size} too much for the memory; a smaller imsize or cropsize, or a smaller copy of it, helps"
 
 
 class Stylizer:
@@ -112,48 +113,36 @@ class Stylizer:
         if isinstance(model, StyleTransferNetwork):
             self.network, device = copy.deepcopy(model), device or next(model.parameters()).device
         else:
-            self.network, _ = load_network(Path(model))
+            self.network, _ = load_network(Path(model), flag="model")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.network.to(self.device, memory_format=torch.channels_last)
         if upsampling not in (None, *UPSAMPLINGS):
-            raise UserError(f"--upsampling {upsampling}: one of {', '.join(UPSAMPLINGS)} is needed")
+            raise UserError(f"upsampling {upsampling}: one of {', '.join(UPSAMPLINGS)} is needed")
         self.network.use(upsampling)
         if tile is not None and tile < least_tile(self.network.config):
-            raise UserError(f"--tile {tile}: {least_tile(self.network.config)} pixels or more are needed")
+            raise UserError(f"tile {tile}: {least_tile(self.network.config)} pixels or more are needed")
         self.tile = tile
         self._told = set()  # sizes of pictures of which `_tile_for` has said that they are painted in tiles
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
-
-    @torch.inference_mode()
     def encode_style(self, picture) -> Style:
         """All that painting takes from a style picture."""
-        (statistics,) = self.open(picture, "style").statistics()
-        return Style(*statistics)
-
-    @torch.inference_mode()
-    def content_statistics(self, content: Tensor | TiledPicture) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of a content picture's bottleneck, (B, C, 1, 1) each. content: see `paint`."""
-        (statistics,) = self.open(content, "content").statistics()
-        return statistics
+        return Style(*self.open(picture, "style").statistics()[0])
 
     @torch.inference_mode()
     def paint(
         self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
-        content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
+        keeps_colors: bool = False,
     ) -> Tensor:
         """content: (B, 3, H, W), uint8, any size and device, or what `open` made of it, which is encoded only once.
 
-        strength: from 0, the decoder's copy of the content, to 1, the full style. content_statistics: what to align by
-        in place of the content's own, not for a MaskedStyle. keeps_colors: see `control.keep_colors`.
+        strength: from 0, the decoder's copy of the content, to 1, the full style. keeps_colors: see
+        `control.keep_colors`.
         Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device. Raises UserError for a mask of
         another aspect.
         """
-        content = self.open(content, "content")
-        painted = torch.empty(content.pixels.shape, dtype=self.dtype, device=self.device)
-        for rows, columns, tile in self._painted(content, style, strength, content_statistics, keeps_colors):
+        content = self.open(content)
+        painted = torch.empty(content.pixels.shape, dtype=next(self.network.parameters()).dtype, device=self.device)
+        for rows, columns, tile in self._painted(content, style, strength, keeps_colors):
             cut(painted, rows, columns).copy_(tile)
         return painted
 
@@ -163,13 +152,12 @@ class Stylizer:
         keeps_colors: bool = False,
     ) -> Image.Image:
         """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises NotFinite."""
-        content = self.open(content, "content")
+        content = self.open(content)
         painted = Image.new("RGB", content.pixels.shape[:1:-1])
-        for rows, columns, tile in self._painted(content, style, strength, keeps_colors=keeps_colors):
+        for rows, columns, tile in self._painted(content, style, strength, keeps_colors):
             painted.paste(to_pil(denormalize(tile)), (columns.start, rows.start))
         return painted
 
-    @torch.inference_mode()
     def stylize(
         self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
         preserve_color: str | None = None, style_size: int | None = None,
@@ -186,8 +174,8 @@ class Stylizer:
         fit each other.
         """
         if preserve_color not in (None, *PRESERVED):
-            raise UserError(f"--preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
-        content = self.open(content, "content")
+            raise UserError(f"preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
+        content = self.open(content)
         if preserve_color is not None:
             check_colors(content.pixels, preserve_color)
         styles = style if isinstance(style, (list, tuple)) else [style]
@@ -214,38 +202,31 @@ class Stylizer:
             self._told.add(pixels.shape)
             height, width = pixels.shape[2:]
             note(f"{width} x {height} pixels would take about {needed / 2**30:.1f} GiB in one piece, "
-                 f"{free / 2**30:.1f} GiB are free: painted in tiles of {tile} pixels (--tile)")
+                 f"{free / 2**30:.1f} GiB are free: painted in tiles of {tile} pixels (tile)")
         return tile
 
     def _style(self, style, size: int | None, colors_of: Tensor | None) -> Style:
         """One style of `stylize`; colors_of: the pixels whose colours it gets first."""
         if isinstance(style, Style):
             if size is not None or colors_of is not None:
-                raise UserError(f"{'--style_size' if size else '--preserve_color histogram'}: a style that is encoded "
+                raise UserError(f"{'style_size' if size else 'preserve_color histogram'}: a style that is encoded "
                                 "already cannot be changed; a picture is needed")
             return style
         pixels = _pixels(style, "style", size)
         return self.encode_style(pixels if colors_of is None else match_colors(pixels, colors_of))
 
     def _painted(
-        self, content: TiledPicture, style: Style | MaskedStyle, strength: float,
-        content_statistics: tuple[Tensor, Tensor] | None = None, keeps_colors: bool = False,
+        self, content: TiledPicture, style: Style | MaskedStyle, strength: float, keeps_colors: bool
     ) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile of `content` painted, see `TiledPicture.paint`."""
-        regions = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
-        weights = [weight for _, weight in regions]
-        if content_statistics is None:
-            statistics = content.statistics() if len(regions) == 1 else content.statistics(weights)
-        elif len(regions) == 1:
-            statistics = [content_statistics]
-        else:
-            raise ValueError("content statistics are of the whole picture, a mask's are of its regions")
+        styles, weights = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
+        statistics = content.statistics(weights)
 
         def align_regions(feature: Tensor, rows: range, columns: range) -> Tensor:
-            parts = (align(feature, *of_content, each.mean, each.std, strength)
-                     for (each, _), of_content in zip(regions, statistics))
-            if len(regions) == 1:
-                return next(parts)
+            parts = [align(feature, *of_content, each.mean, each.std, strength)
+                     for each, of_content in zip(styles, statistics)]
+            if not weights:
+                return parts[0]
             return sum(part * cut(weight, rows, columns) for part, weight in zip(parts, weights))
 
         for rows, columns, tile in content.paint(align_regions):
@@ -277,14 +258,14 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
             return from_pil(picture)
         except PictureError as error:
             raise UserError(f"{name}: {error}") from error
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
-        picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
-    if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 4 and picture.shape[1] == 3:
-        if picture.numel():
-            return picture
     got = type(picture).__name__
     if isinstance(picture, (np.ndarray, Tensor)):
         got = f"{got} of shape {tuple(picture.shape)} and type {str(picture.dtype).removeprefix('torch.')}"
+        if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
+            picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
+        if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 4 \
+                and picture.shape[1] == 3 and picture.numel():
+            return picture
     raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
                     "(H, W, 3) or a tensor (1, 3, H, W)")
 
@@ -293,9 +274,8 @@ def half_dtype(device: torch.device) -> torch.dtype | None:
     """What matrix units of the device compute in, finely enough for pictures: float16 on GPUs of compute capability 7.0
     or newer. Other GPUs have none; those of CPUs compute in bfloat16, and a decoder in it changes pictures of the
     models in model-store by up to 18 of 255, in float16 by up to 2."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
-        return torch.float16
-    return None
+    is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return torch.float16 if is_fast else None
 
 
 def decode_in_half(stylizer: Stylizer, name: str) -> None:
@@ -309,12 +289,12 @@ def decode_in_half(stylizer: Stylizer, name: str) -> None:
     if dtype is None:
         return
     content, style = (prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE))
-    opened, code = stylizer.open(content), stylizer.encode_style(style)
+    content, code = stylizer.open(content), stylizer.encode_style(style)
     decoder = stylizer.network.decoder
     in_float32, in_half = decoder.forward, torch.autocast(stylizer.device.type, dtype)(decoder.forward)
     pictures = []
     for decoder.forward in (in_float32, in_half):
-        pictures.append((denormalize(stylizer.paint(opened, code)) * 255.0).round())
+        pictures.append((denormalize(stylizer.paint(content, code)) * 255.0).round())
     change = (pictures[0] - pictures[1]).abs().max().item()
     if not change <= MOST_CHANGE:  # or it is not a number
         decoder.forward = in_float32

@@ -66,8 +66,8 @@ class TiledPicture:
     def __init__(self, network: StyleTransferNetwork, pixels: Tensor, tile: int | None = None) -> None:
         """pixels: (B, 3, H, W), uint8, any size and device.
 
-        tile: side in pixels, `least_tile` or more, of what passes through the network at once, halo included; None: the
-        whole picture.
+        tile: side in pixels, `least_tile` or more, of what passes through the network at once, halo included (where
+        features are not kept, the encoder's halo comes to what is decoded); None: the whole picture.
         """
         self.network, self.pixels = network, pixels
         self.stride = network.config.stride
@@ -95,6 +95,7 @@ class TiledPicture:
             self._statistics = self._measured([torch.ones(1, 1, *self.grid, device=parameter.device)])
         return self._statistics
 
+    @torch.inference_mode()
     def _measured(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         moments = [Moments() for _ in weights]
         kept = self.kept

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import loss as losses
-from network import NetworkConfig, least_kept, macs_per_channel_pair
+from network import NetworkConfig, conv_layers, least_kept
 
 # The parts that the channel and xor losses act on; of the encoder, "bottleneck" takes the last layer only.
 COMPACT_LAYERS = {
@@ -73,6 +73,12 @@ def spare_strongest(norm: Tensor, widths: tuple[int, ...]) -> Tensor:
         for means, of_layer in zip(norm.mean(dim=0).split(widths), spared.split(widths)):
             of_layer.scatter_(0, means.topk(least_kept(len(means))).indices, True)
     return torch.where(spared, norm.detach(), norm)
+
+
+def macs_per_channel_pair(backbone: str, size: int) -> tuple[int, ...]:
+    """Multiply-adds of every conv, encoder then decoder, for each of its pairs of an input and an output channel:
+    filter taps x positions, counted as in `count_macs`. size: a multiple of the stride, pixels."""
+    return tuple(9 * layer.positions for layer in conv_layers(NetworkConfig.full(backbone), size))
 
 
 class NetworkCost:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import picture_network, random_picture, read_pixels, refusal, user_error, words, write_model, write_noise
+from helpers import picture_network, random_picture, read_pixels, user_error, words, write_model, write_noise
 from PIL import Image
 from torch.testing import assert_close
 
@@ -13,7 +13,6 @@ from network import align
 from painting import video
 from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from painting.stylizer import Stylizer
-from painting.tiling import Moments
 
 CONTENT, *STYLES = (random_picture(seed, size) for seed, size in enumerate([(56, 75), (40, 50), (33, 61)]))
 
@@ -67,7 +66,7 @@ def test_mixed_styles_are_mixed_features(stylizer, codes):
 
 @pytest.mark.parametrize("weights", [(1,), (1, 2, 3), (0, 0), (-1, 2), (float("nan"), 1), (float("inf"), 1), ()])
 def test_weights_that_do_not_fit_are_refused(stylizer, weights):
-    assert "--style_weights" in user_error(stylizer.stylize, CONTENT, STYLES, style_weights=weights)
+    assert "style_weights" in user_error(stylizer.stylize, CONTENT, STYLES, style_weights=weights)
 
 
 # -------------------------------------------------------------------------------------------------- masks
@@ -114,36 +113,19 @@ def test_weights_on_the_grid_are_means_of_the_mask(codes):
     mask = np.zeros((20, 8), np.uint8)
     mask[:8, :2] = 204  # of 8 x 8 pixels a quarter at 0.8
     mask[16:, :] = 255  # the last position has 4 rows in the picture
-    (_, white), (_, black) = MaskedStyle(*codes, mask_of(mask)).regions((20, 8), 8)
+    _, (white, black) = MaskedStyle(*codes, mask_of(mask)).regions((20, 8), 8)
     assert_close(white[0, 0], torch.tensor([[0.2, 0.2], [0.0, 0.0], [1.0, 1.0]]), rtol=0, atol=1e-6)
     assert_close(white + black, torch.ones(1, 1, 3, 2))
 
 
-def test_weighted_statistics_by_hand():
-    """Whole weights are repeated observations' mean; zeros are left out, as if they had not been there."""
-    feature = torch.tensor([1.0, 5.0, 7.0, 100.0]).reshape(1, 1, 2, 2)
-    moments = Moments()
-    moments.add(feature, torch.tensor([[1.0, 1.0], [1.0, 0.0]])[None, None])
-    mean, std = moments.result()
-    assert_close((mean.item(), std.item()), (13 / 3, torch.tensor([1.0, 5.0, 7.0]).std().item()), rtol=1e-6, atol=0)
-    moments = Moments()
-    moments.add(feature, torch.tensor([[3.0, 1.0], [0.0, 0.0]])[None, None])
-    mean, std = moments.result()
-    # mean (3 * 1 + 5) / 4; deviations 3 * 1 + 9 = 12, over 4 - (9 + 1) / 4
-    assert_close((mean.item(), std.item()), (2.0, (12 / 1.5) ** 0.5), rtol=1e-6, atol=0)
-
-
-def test_masks_that_do_not_fit_are_refused(stylizer, codes, tmp_path):
+def test_masks_that_do_not_fit_are_refused(stylizer, tmp_path):
     line = user_error(stylizer.stylize, CONTENT, STYLES, mask=np.zeros((75, 56), np.uint8))
-    assert "--mask: 56 x 75 pixels" in line and "75 x 56" in line
-    assert "--mask: got 1 style;" in user_error(stylizer.stylize, CONTENT, STYLES[0], mask=np.zeros((56, 75), np.uint8))
-    assert "--mask: got 3 styles" in user_error(stylizer.stylize, CONTENT, [*STYLES, STYLES[0]], mask=CONTENT)
-    assert "--style_weights, too" in user_error(stylizer.stylize, CONTENT, STYLES, mask=CONTENT, style_weights=(1, 1))
+    assert "mask: 56 x 75 pixels" in line and "75 x 56" in line
+    assert "mask: got 1 style;" in user_error(stylizer.stylize, CONTENT, STYLES[0], mask=np.zeros((56, 75), np.uint8))
+    assert "mask: got 3 styles" in user_error(stylizer.stylize, CONTENT, [*STYLES, STYLES[0]], mask=CONTENT)
+    assert "style_weights, too" in user_error(stylizer.stylize, CONTENT, STYLES, mask=CONTENT, style_weights=(1, 1))
     assert "missing.png" in user_error(stylizer.stylize, CONTENT, STYLES, mask=tmp_path / "missing.png")
     assert "got 2 styles" in user_error(stylizer.stylize, CONTENT, STYLES)
-    mask = MaskedStyle(*codes, mask_of(np.eye(56, 75) * 255))
-    with pytest.raises(ValueError, match="regions"):
-        stylizer.paint(CONTENT, mask, content_statistics=stylizer.content_statistics(CONTENT))
 
 
 def test_mask_files_and_pictures_are_the_same_mask(stylizer, tmp_path):
@@ -229,17 +211,17 @@ def test_histogram_paints_in_the_matched_style(stylizer):
     assert stylizer.stylize(content, STYLES[0], preserve_color="histogram").tobytes() == desired.tobytes()
     assert desired.tobytes() != stylizer.stylize(content, STYLES[0]).tobytes()
     code = stylizer.encode_style(STYLES[0])
-    assert "--preserve_color histogram" in user_error(stylizer.stylize, content, code, preserve_color="histogram")
+    assert "preserve_color histogram" in user_error(stylizer.stylize, content, code, preserve_color="histogram")
 
 
 @pytest.mark.parametrize("preserved", ["luma", "histogram"])
 def test_colours_of_a_grey_picture_are_refused(stylizer, preserved):
     grey = CONTENT[:, :1].repeat(1, 3, 1, 1)
     assert "the content picture is grey" in user_error(stylizer.stylize, grey, STYLES[0], preserve_color=preserved)
-    assert "--preserve_color hue" in user_error(stylizer.stylize, CONTENT, STYLES[0], preserve_color="hue")
+    assert "preserve_color hue" in user_error(stylizer.stylize, CONTENT, STYLES[0], preserve_color="hue")
 
 
-# ------------------------------------------------------------------------------------------ size, and tiles
+# --------------------------------------------------------------------------------------------------- size
 
 
 def test_style_size_resizes_the_style_alone(stylizer, tmp_path):
@@ -250,22 +232,7 @@ def test_style_size_resizes_the_style_alone(stylizer, tmp_path):
         assert stylizer.stylize(CONTENT, picture, style_size=24).tobytes() == desired.tobytes()
     assert desired.size == (75, 56)
     assert stylizer.stylize(CONTENT, path, style_size=24).tobytes() == desired.tobytes()
-    assert "--style_size" in user_error(stylizer.stylize, CONTENT, stylizer.encode_style(small), style_size=24)
-
-
-@pytest.mark.parametrize("settings", [
-    {"mask": np.linspace(0, 255, 110 * 123).reshape(110, 123).astype(np.uint8)},
-    {"style_weights": (0.4, 0.6), "preserve_color": "luma", "strength": 0.7},
-    {"mask": np.eye(110, 123, dtype=np.uint8) * 255, "preserve_color": "histogram"},
-])
-@pytest.mark.parametrize("limit", [0, 2**40])
-def test_every_control_is_the_same_in_tiles(stylizer, settings, limit, monkeypatch):
-    monkeypatch.setattr("painting.tiling.KEPT_FEATURES", limit)
-    content = random_picture(0, (110, 123))
-    tiled = Stylizer(stylizer.network, tile=104)
-    assert len(tiled.open(content).tiles) > 4
-    whole, pieces = (np.asarray(each.stylize(content, STYLES, **settings), int) for each in (stylizer, tiled))
-    assert np.abs(whole - pieces).max() <= 1 and (whole == pieces).mean() > 0.999
+    assert "style_size" in user_error(stylizer.stylize, CONTENT, stylizer.encode_style(small), style_size=24)
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -303,13 +270,6 @@ def test_each_flag_paints_what_the_class_does(stylizer, flags, tmp_path, name, v
     assert not np.array_equal(actual, painted_by(flags | {"style": first, "style_strength": 0.8}))
 
 
-def test_weights_and_masks_of_one_style_alone(flags, tmp_path):
-    Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
-    alone = painted_by(flags | {"style": flags["style"][0]})
-    for more in ({"style_weights": (1, 0)}, {"mask": tmp_path / "white.png"}):
-        assert np.array_equal(painted_by(flags | more), alone)
-
-
 def test_joined_styles_are_one_for_many_contents(flags, tmp_path):
     """Their pictures are named by both, and stand in one column of the sheet."""
     contents = [flags["content"], write_noise(tmp_path / "d.png", (40, 56), 8)]
@@ -341,46 +301,13 @@ def test_luma_is_what_is_measured(flags, tmp_path, capsys):
     assert values[0] != values[1]
 
 
-@pytest.mark.parametrize("change, needed", [
-    ({"style_weights": 0.7}, "--style_weights 0.7: 1 for 2 styles"),
-    ({"style_weights": (0, 0)}, "--style_weights 0 0: numbers of 0 or more"),
-    ({"style_weights": (1, -1)}, "got -1"),
-    ({"style_weights": (1, 1), "metrics": "ssim"}, "--metrics compares with one style picture"),
-    ({"style_weights": (1, 1), "mask": "MASK"}, "--mask: got --style_weights, too"),
-    ({"mask": "MASK", "style": "STYLE"}, "--mask: got 1 style;"),
-    ({"mask": "MASK", "cropsize": 24}, "--cropsize cuts the content alone"),
-    ({"mask": "TALL"}, "--mask: 40 x 56 pixels, the content picture has 56 x 40"),
-    ({"mask": "none.png"}, "none.png: no such file"),
-    ({"mask": ""}, "--mask is empty"),
-    ({"preserve_color": "luma", "content": "GREY", "style": "STYLE"}, "luma: the content picture is grey"),
-    ({"preserve_color": "hue"}, "hue"),
-    ({"style_size": 0}, "got 0"),
-    ({"tile": 71, "style": "STYLE"}, "--tile 71: 72 pixels or more"),
-])
-def test_what_does_not_fit_is_refused_in_one_line(flags, tmp_path, capsys, change, needed):
-    Image.new("L", (56, 40), 128).save(tmp_path / "mask.png")
-    Image.new("L", (40, 56), 128).save(tmp_path / "tall.png")
-    Image.new("RGB", (56, 40), (9, 9, 9)).save(tmp_path / "grey.png")
-    names = {"MASK": tmp_path / "mask.png", "TALL": tmp_path / "tall.png", "GREY": tmp_path / "grey.png",
-             "STYLE": flags["style"][0]}
-    change = {flag: names.get(value, value) if isinstance(value, str) else value for flag, value in change.items()}
-    assert needed in refusal(capsys, *words(flags | change))
-    assert not flags["save_path"].exists()
-
-
 def test_contents_that_do_not_fit_are_skipped_among_others(flags, tmp_path, capsys):
     Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
     other = write_noise(tmp_path / "other.png", (56, 40), 3)
     flags |= {"content": [flags["content"], other], "mask": tmp_path / "white.png", "save_path": tmp_path / "out"}
     assert main(words(flags)) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "contact_sheet.png"}
-    assert f"skipped --content {other}: --mask: 56 x 40 pixels" in capsys.readouterr().err
-
-
-def test_the_mask_is_not_overwritten(flags, tmp_path, capsys):
-    Image.new("L", (56, 40), 255).save(tmp_path / "mask.png")
-    line = refusal(capsys, *words(flags | {"mask": tmp_path / "mask.png", "save_path": tmp_path / "mask.png"}))
-    assert "would overwrite --mask" in line
+    assert f"content {other}: mask: 56 x 40 pixels" in capsys.readouterr().err
 
 
 def test_frames_of_a_video_keep_their_colours_in_a_style_of_its_size(stylizer, flags, tmp_path, monkeypatch):

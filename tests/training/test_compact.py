@@ -32,10 +32,17 @@ from network import (
     count_macs,
     count_parameters,
     least_kept,
-    macs_per_channel_pair,
 )
 from train import train
-from training.compaction import ChannelCensus, CompactLosses, Epsilon, NetworkCost, TargetSteering, selected_widths
+from training.compaction import (
+    ChannelCensus,
+    CompactLosses,
+    Epsilon,
+    NetworkCost,
+    TargetSteering,
+    macs_per_channel_pair,
+    selected_widths,
+)
 from training.step import METRICS
 from utils import save_checkpoint
 from weights import load_network

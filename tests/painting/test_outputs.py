@@ -461,7 +461,7 @@ def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_
     module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (Stylizer, "paint_picture")}[where]
     monkeypatch.setattr(module, name, short_of_memory(kind))
     line = refusal(capsys, *words(flags))
-    assert f"--content {flags['content']}: 32 x 24 pixels" in line and "--imsize" in line and "--cropsize" in line
+    assert f"--content {flags['content']}: 32 x 24 pixels" in line and "imsize" in line and "cropsize" in line
 
 
 def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch):

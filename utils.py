@@ -203,9 +203,9 @@ def resolve_device(gpu_no: int | None) -> torch.device:
     if gpu_no == -1:
         return torch.device("cpu")
     if gpu_no < -1:
-        raise UserError(f"--gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
+        raise UserError(f"gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
     if gpu_no >= count:
-        raise UserError(f"--gpu_no {gpu_no}: this machine has {count} usable CUDA GPU(s); use -1 for the CPU")
+        raise UserError(f"gpu_no {gpu_no}: this machine has {count} usable CUDA GPU(s); use -1 for the CPU")
     torch.cuda.set_device(gpu_no)
     return torch.device("cuda", gpu_no)
 

@@ -51,12 +51,16 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
     else:
         path = BUNDLED_VGG19 if source == "bundled" else Path(source)
         if source == "bundled" and backbone != "vgg19":
-            raise UserError(f"--vgg_weights bundled: there are bundled weights for vgg19, not for {backbone}")
+            raise UserError(f"vgg_weights bundled: there are bundled weights for vgg19, not for {backbone}")
         if source == "bundled" and not path.exists():
-            raise UserError(f"--vgg_weights bundled: {path} is not there; use imagenet, random or a path")
-        weights = _read_vgg_file(path)
+            raise UserError(f"vgg_weights bundled: {path} is not there; use imagenet, random or a path")
+        weights = (_read_safetensors(path, "vgg_weights")[0] if path.suffix == SAFETENSORS
+                   else load_checkpoint(path, "vgg_weights"))
         origin = f"{source} ({_digest(path)})"
-    return _select_vgg(backbone, source, weights), origin
+    wanted = {f"features.{name}": tensor for name, tensor in LossNetwork(backbone).layers.state_dict().items()}
+    _check_tensors(f"vgg_weights {source}", weights, wanted,
+                   f"a {backbone} file with torchvision's keys up to {list(wanted)[-1]} is needed")
+    return {name.removeprefix("features."): weights[name].float() for name in wanted}, origin
 
 
 def _digest(path: Path) -> str:
@@ -107,17 +111,11 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
             torch.hub.download_url_to_file(entry.url, file, hash_prefix=file.stem.rsplit("-")[-1], progress=True)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
         raise UserError(
-            f"--vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
-            f"({error}); put the file there, or use --vgg_weights bundled, random or a path"
+            f"vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
+            f"({error}); put the file there, or use bundled, random or a path"
         ) from error
     # Not by torchvision's own loader: it would run code pickled in a file of that name.
-    return load_checkpoint(file, flag="--vgg_weights imagenet:"), f"imagenet (torchvision {entry}, {_digest(file)})"
-
-
-def _read_vgg_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == SAFETENSORS:
-        return _read_safetensors(path, "--vgg_weights")[0]
-    return load_checkpoint(path, flag="--vgg_weights")
+    return load_checkpoint(file, flag="vgg_weights imagenet:"), f"imagenet (torchvision {entry}, {_digest(file)})"
 
 
 def _read_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -133,26 +131,17 @@ def _read_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[st
         raise UserError(f"{flag} {path}: not a safetensors file ({error})") from error
 
 
-def _select_vgg(backbone: str, source: str, weights: dict) -> dict[str, Tensor]:
-    """The tensors that the loss network needs, checked for presence, shape and finiteness."""
-    selected = {}
-    for name, wanted in LossNetwork(backbone).layers.state_dict().items():
-        key = f"features.{name}"
-        tensor = weights.get(key)
-        if not isinstance(tensor, Tensor):
-            raise UserError(
-                f"--vgg_weights {source}: no tensor {key}; a {backbone} file with torchvision's keys up to "
-                f"features.{conv_indices(backbone)[-1]} is needed, this one has {len(weights)} entries"
-            )
-        if tensor.shape != wanted.shape:
-            raise UserError(
-                f"--vgg_weights {source}: {key} has shape {tuple(tensor.shape)}, "
-                f"{backbone} needs {tuple(wanted.shape)}"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"--vgg_weights {source}: {key} holds values that are not finite")
-        selected[name] = tensor.float()
-    return selected
+def _check_tensors(source: str, found: dict, wanted: dict[str, Tensor], needed: str) -> None:
+    """Raises UserError, with what is `needed`, for a tensor that is missing, of another shape or not finite."""
+    for name, tensor in wanted.items():
+        actual = found.get(name)
+        if not isinstance(actual, Tensor):
+            others = [str(each) for each in found if str(each).endswith(name)]
+            raise UserError(f"{source}: no tensor {name}{f', but {others[0]}' if others else ''}; {needed}")
+        if actual.shape != tensor.shape:
+            raise UserError(f"{source}: {name} has shape {tuple(actual.shape)}, not {tuple(tensor.shape)}; {needed}")
+        if not actual.isfinite().all():
+            raise UserError(f"{source}: {name} holds values that are not finite")
 
 
 # ---------------------------------------------------------------------------------------- model files
@@ -242,17 +231,17 @@ def load_network(
                         f"state_dict itself; found {found})")
     state_dict = unwrap_names(f"{flag} {path}", checkpoint["state_dict"])
     try:
-        if "config" in checkpoint:
-            config = NetworkConfig.from_dict(checkpoint["config"])
-        else:
-            config = _config_from_tensors(state_dict, "avg" if swap_max_pool else "max")
+        config = (NetworkConfig.from_dict(checkpoint["config"]) if "config" in checkpoint
+                  else _config_from_tensors(state_dict, "avg" if swap_max_pool else "max"))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error
     if swap_max_pool and config.pooling != "avg":
-        raise UserError(f"--swap_max_pool: {path} was made with {config.pooling} pooling; leave the flag out")
+        raise UserError(f"swap_max_pool: {path} was made with {config.pooling} pooling; leave the flag out")
     with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out
         wanted = StyleTransferNetwork(config).state_dict()
-    _check_tensors(f"{flag} {path}", state_dict, wanted)
+    _check_tensors(f"{flag} {path}", state_dict, wanted, "its configuration says so")
+    if extra := state_dict.keys() - wanted.keys():
+        raise UserError(f"{flag} {path}: the tensor {min(extra)} belongs to no layer of this network")
     network = StyleTransferNetwork(config)
     network.load_state_dict(state_dict)
     return network.eval(), checkpoint
@@ -262,7 +251,7 @@ def load_teacher(path: Path, student: NetworkConfig) -> tuple[StyleTransferNetwo
     """`load_network` of `--teacher`. Raises UserError when its bottleneck is not as large as the student's."""
     teacher, checkpoint = load_network(path, flag="--teacher")
     if teacher.config.stride != student.stride:
-        raise UserError(f"--teacher {path} is a {teacher.config.backbone} network, with a bottleneck of "
+        raise UserError(f"teacher {path} is a {teacher.config.backbone} network, with a bottleneck of "
                         f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
     return teacher, checkpoint
 
@@ -275,52 +264,24 @@ def _holds_tensors(value) -> bool:
 def unwrap_names(source: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by their names without WRAPPERS: of the whole network, of a part of it, several around each other.
 
-    Raises UserError, naming `source`, when tensors of one module have different wrappers: whether they are of one
-    network cannot be told.
+    Raises UserError, naming `source`, when a tensor is there twice, with a wrapper and without.
     """
-    first, plain = {}, {}  # first: by module, the wrappers in it and the name of a tensor that has them
-    for key, tensor in state_dict.items():
-        module = wrappers = ""
-        for part in str(key).split("."):
-            if part in WRAPPERS:
-                wrappers += f"{part}."
-                continue
-            expected, example = first.setdefault(module, (wrappers, key))
-            if wrappers != expected:
-                raise UserError(f"{source}: prefixes are mixed, {example} and {key}; every tensor of a network needs "
-                                f"the same ({' or '.join(f'{name}.' for name in WRAPPERS[:2])}), or none")
-            module, wrappers = f"{module}{part}.", ""
-        plain[f"{module}{wrappers}".removesuffix(".")] = tensor
-    return plain
+    names = {key: ".".join(part for part in str(key).split(".") if part not in WRAPPERS) for key in state_dict}
+    first = {}
+    for key, name in names.items():
+        if first.setdefault(name, key) != key:
+            raise UserError(f"{source}: prefixes are mixed, {first[name]} and {key} are one tensor of the network")
+    return {name: state_dict[key] for key, name in names.items()}
 
 
 def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> NetworkConfig:
     """Read backbone and widths off the conv tensors. Raises ValueError when they fit no backbone."""
-    found = {str(key).removesuffix(".weight"): tensor.shape[0] for key, tensor in state_dict.items()
-             if tensor.dim() == 4}
+    found = {name.removesuffix(".weight"): tensor.shape[0] for name, tensor in state_dict.items() if tensor.dim() == 4}
     for backbone in BACKBONES:
         config = NetworkConfig.full(backbone, pooling)
         convs = [layer.name for layer in conv_layers(config, size=0)]
         if found.keys() == set(convs):
             return config.with_widths([found[conv] for conv in convs])
-    counts = ", ".join(f"{sum(name.startswith(f'{part}.layers.0.') for name in found)} {part} convs"
-                       for part in ("encoder", "decoder"))
-    others = [str(key) for key in state_dict if not str(key).startswith(("encoder.layers.0.", "decoder.layers.0."))]
-    raise ValueError(f"found {counts} under <part>.layers.0.<n>, which is neither {' nor '.join(BACKBONES)}"
-                     f"{f'; a tensor there is called {others[0]}' if others else ''}")
-
-
-def _check_tensors(source: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for key in wanted.keys() - found.keys():
-        others = [name for name in found if str(name).endswith(f".{key}")]  # under a prefix that is none of WRAPPERS
-        raise UserError(f"{source}: the tensor {key} is missing{f'; there is {others[0]}' if others else ''}")
-    for key in found.keys() - wanted.keys():
-        raise UserError(f"{source}: the tensor {key} belongs to no layer of this network")
-    for key, tensor in found.items():
-        if tensor.shape != wanted[key].shape:
-            raise UserError(
-                f"{source}: {key} has shape {tuple(tensor.shape)}, "
-                f"its configuration says {tuple(wanted[key].shape)}"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"{source}: {key} holds values that are not finite")
+    others = [name for name in found if not name.startswith(("encoder.layers.0.", "decoder.layers.0."))]
+    raise ValueError(f"its {len(found)} convs, {(others or [*found, 'none'])[0]} among them, are those of neither "
+                     f"{' nor '.join(BACKBONES)}")

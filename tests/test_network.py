@@ -414,7 +414,7 @@ def test_swap_max_pool_against_the_file_is_refused(tmp_path):
     torch.save(model_checkpoint(small_network(pooling="avg")), tmp_path / "avg.pth")
     torch.save(model_checkpoint(small_network(pooling="blur")), tmp_path / "blur.pth")
     assert "blur pooling" in user_error(load_network, tmp_path / "blur.pth", swap_max_pool=True)
-    assert "--swap_max_pool" in user_error(load_network, tmp_path / "max.pth", swap_max_pool=True)
+    assert "swap_max_pool" in user_error(load_network, tmp_path / "max.pth", swap_max_pool=True)
     assert load_network(tmp_path / "avg.pth", swap_max_pool=True)[0].config.pooling == "avg"
 
 
@@ -649,7 +649,7 @@ def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg, suffix, dam
     path = tmp_path / f"vgg{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     message = user_error(load_vgg, "vgg19", str(path))
-    assert "--vgg_weights" in message and str(path) in message and key in message
+    assert "vgg_weights" in message and str(path) in message and key in message
 
 
 def test_vgg16_file_cut_at_the_encoder_is_refused(tmp_path, random_vgg):
@@ -667,7 +667,7 @@ def test_other_files_are_no_vgg_weights(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = user_error(load_vgg, "vgg19", str(tmp_path / name))
-    assert "--vgg_weights" in message and str(tmp_path / name) in message
+    assert "vgg_weights" in message and str(tmp_path / name) in message
 
 
 def test_vgg_file_with_code_is_refused_and_not_run(tmp_path):
@@ -706,7 +706,7 @@ IMAGENET_FILES = {"vgg19": "vgg19-dcbb9e9d.pth", "vgg16": "vgg16-397923af.pth"}
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_imagenet_without_network_and_cache(hub, backbone):
     message = user_error(load_vgg, backbone, "imagenet")
-    for needed in ("--vgg_weights imagenet", IMAGENET_FILES[backbone], str(hub), "bundled", "random", "path"):
+    for needed in ("vgg_weights imagenet", IMAGENET_FILES[backbone], str(hub), "bundled", "random", "path"):
         assert needed in message
 
 
@@ -722,7 +722,7 @@ def test_damaged_imagenet_file_in_the_cache_is_refused(hub, content):
     """The message of a missing file asks to put one there by hand; what was put there may be anything."""
     (hub / IMAGENET_FILES["vgg19"]).write_bytes(content)
     message = user_error(load_vgg, "vgg19", "imagenet")
-    assert "--vgg_weights imagenet" in message and IMAGENET_FILES["vgg19"] in message
+    assert "vgg_weights imagenet" in message and IMAGENET_FILES["vgg19"] in message
 
 
 def test_code_in_the_imagenet_file_of_the_cache_is_refused_and_not_run(hub, tmp_path):

@@ -290,7 +290,7 @@ def test_resolve_device(monkeypatch, gpus, asked, desired):
 def test_gpu_that_is_not_there_is_refused(monkeypatch, gpus, asked):
     pretend_gpus(monkeypatch, gpus)
     message = user_error(resolve_device, asked)
-    assert f"--gpu_no {asked}" in message and "-1" in message
+    assert f"gpu_no {asked}" in message and "-1" in message
 
 
 def test_autocast_dtype():

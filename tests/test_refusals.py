@@ -1,56 +1,80 @@
 """Bad input: one clear line on stderr and exit code 2. Every refusal of the command line that needs no more than flags
 and a few files is a row here: what is given, and the words that the line must have.
 
-`{tmp}` in a value is a folder of the test's own, with the files of `write_files`.
+`{tmp}` in a value is a folder of the test's own, see `files`; a refusal leaves no new file in it.
 """
 
-from pathlib import Path
+import shlex
+import shutil
 
 import pytest
-from helpers import picture_network, refusal, write_model, write_noise, write_picture
-from PIL import Image
+import torch
+from helpers import refusal, small_network, write_model, write_noise
 
-
-def write_files(folder: Path) -> None:
-    """A model, and pictures of 56 x 40 pixels: a content, two styles, a grey one, a mask, an upright mask."""
-    write_model(folder / "model.pth", picture_network())
-    for number, name in enumerate(("content", "style", "other")):
-        write_noise(folder / f"{name}.png", (40, 56), number)
-    write_picture(folder / "grey.png", (56, 40), (9, 9, 9))
-    Image.new("L", (56, 40), 128).save(folder / "mask.png")
-    Image.new("L", (40, 56), 128).save(folder / "upright.png")
-
-
-def read_files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
+TEST = "--gpu_no -1 --load_path {tmp}/model.pth --content {tmp}/a.png --style {tmp}/b.png --save_path {tmp}/out.png "
+FOLDERS = "--content_dir {tmp}/content --style_dir {tmp}/style --save_path {tmp}/out "
+TRAIN = "--gpu_no -1 --vgg_weights random --imsize 40 --cropsize 32 --batch_size 2 --num_workers 0 " + FOLDERS
+PRUNE = "--gpu_no -1 --load_path {tmp}/model.pth --imsize 32 --cropsize 32 --prune_nums 0 " + FOLDERS
 
 # A row: mode, flags ("--imsize 0 --save_path {tmp}/out"), words that the line must have.
 COMMAND_LINE = (
+    ("paint", "", "argument --mode: invalid choice: 'paint'"),
+    ("prune_eval", "--view_strength 1", "unrecognized arguments: --view_strength 1 (see python main.py --mode prune "),
+    ("test", TEST + "--load_pat x", "unrecognized arguments: --load_pat x"),
+    ("test", TEST + "--swap_max_pool x", "unrecognized arguments: x"),
+    ("prune", PRUNE + "--content {tmp}/a.png {tmp}/b.png", "--content {tmp}/a.png {tmp}/b.png: one value is needed"),
+    ("train", "", "--content_dir is needed in train mode"),
+    ("prune", "--load_path {tmp}/model.pth", "--save_path is needed in prune mode"),
+    ("test", "--style ''", "--style is empty"),
+    ("test", TEST + "--style_strength 1.5", "--style_strength: got 1.5, a number from 0 to 1 is needed"),
+    ("test", TEST + "--style_strength nan", "--style_strength: got nan"),
+    ("test", TEST + "--imsize 0", "--imsize: got 0, a whole number, 1 or more, is needed"),
+    ("test", TEST + "--cropsize large", "--cropsize: got 'large'"),
+    ("test", TEST + "--amp bf16", "--amp: invalid choice: 'bf16'"),
+    ("test", TEST + "--gpu_no 99", "--gpu_no 99: this machine has"),
+    ("test", TEST + "--gpu_no -2", "--gpu_no -2: expected -1 for the CPU"),
+    ("test", TEST + "--backbone vgg16", "--backbone vgg16"),
+    ("test", TEST + "--max_pixels 100", ("--content {tmp}/a.png", "--max_pixels 100")),
+    ("test", TEST + "--content {tmp}/content", "--save_path {tmp}/out.png: one file cannot hold"),
+    ("test", TEST + "--content {tmp}/content --save_path {tmp}/text.jpg/out", "--save_path {tmp}/text.jpg/out"),
+    ("test", TEST + "--content {tmp}/content --save_path {tmp}/text", ("--save_path {tmp}/text", "folder is needed")),
+    ("test", TEST + "--content {tmp}/content --save_path {tmp}/out --holdout 1e-9",
+     "--holdout 1e-09 holds none of its 2 pictures out"),
+    *(("test", TEST + f"--load_path {{tmp}}/{name}", f"--load_path {{tmp}}/{name}")
+      for name in ("text", "empty.pth", "cut.pth", "other.pth", "tensor.pth", "folder", "missing.pth")),
+    *(("test", TEST + f"--{flag} {{tmp}}/{name}", f"--{flag} {{tmp}}/{name}")
+      for flag in ("content", "style") for name in ("text.jpg", "empty.jpg", "cut.png", "missing.jpg")),
+    ("train", TRAIN + "--cropsize 100", "--cropsize 100: a multiple of 8"),
+    ("train", TRAIN + "--encoder_lr 0 --decoder_lr 0", "nothing would be learned"),
+    ("train", TRAIN + "--batch_size 0", "--batch_size: got 0"),
+    ("train", TRAIN + "--lr inf", "--lr: got inf"),
+    ("train", TRAIN + "--l0_eps 0", "--l0_eps: got '0', a number above 0 or relative:NUMBER is needed"),
+    ("train", TRAIN + "--style_loss histogram", "--style_loss: invalid choice: 'histogram'"),
+    ("train", TRAIN + "--resume always", "--resume: invalid choice: 'always'"),
+    ("train", TRAIN + "--content_dir {tmp}/none", "--content_dir {tmp}/none: no such folder"),
+    ("train", TRAIN + "--vgg_weights {tmp}/none.pth", "--vgg_weights {tmp}/none.pth: no such file"),
+    ("train", TRAIN + "--vgg_weights bundled --backbone vgg16", "not for vgg16"),
+    ("train", TRAIN + "--content_dir {tmp}/folder", ("--content_dir {tmp}/folder", "no picture in it")),
+    ("train", TRAIN + "--style_dir {tmp}/broken", ("--style_dir {tmp}/broken", "1 of 1 pictures")),
+    ("train", TRAIN + "--content_dir {tmp}/some --load_path {tmp}/model.pth --max_iter 9",
+     ("--content_dir {tmp}/some", "1 of 9 pictures")),
+    ("distill", "--holdout 1 " + FOLDERS, "--holdout: got 1, a number from 0 to 0.9 is needed"),
+    ("prune", PRUNE + "--prune_num 6", "--prune_num 6: the network has 6 bottleneck channels, at most 5"),
+    ("prune", PRUNE + "--prune_num -1", "--prune_num: got -1"),
+    ("prune", PRUNE + "--prune_channels 3 6", "channel 6"),
+    ("prune", PRUNE + "--prune_channels 3 3", "more than once"),
+    ("prune", PRUNE + "--prune_num 3 --prune_channels 3", "give one of the two"),
+    ("prune", PRUNE + "--prune_nums 0 600", "--prune_nums 600"),
+    ("prune", PRUNE + "--backbone vgg16", "--backbone vgg16"),
+    ("prune", PRUNE + "--content {tmp}/none.jpg", "{tmp}/none.jpg"),
+    ("prune", PRUNE + "--content_dir {tmp}/none", "{tmp}/none"),
+    ("prune", PRUNE + "--responses {tmp}/none.npz", "{tmp}/none.npz"),
 )
 
 TRAINING = (
 )
 
-PAINT = "--gpu_no -1 --load_path {tmp}/model.pth --content {tmp}/content.png --save_path {tmp}/out.png "
-PAINT_IN_ONE = PAINT + "--style {tmp}/style.png "
-PAINT_IN_TWO = PAINT + "--style {tmp}/style.png {tmp}/other.png "
 PAINTING = (
-    ("test", PAINT_IN_TWO + "--style_weights 0.7", "--style_weights 0.7: 1 for 2 styles"),
-    ("test", PAINT_IN_TWO + "--style_weights 0 0", "--style_weights 0 0: numbers of 0 or more"),
-    ("test", PAINT_IN_TWO + "--style_weights 1 -1", "got -1"),
-    ("test", PAINT_IN_TWO + "--style_weights 1 1 --metrics ssim", "--metrics compares with one style picture"),
-    ("test", PAINT_IN_TWO + "--style_weights 1 1 --mask {tmp}/mask.png", "--mask: got style_weights, too"),
-    ("test", PAINT_IN_ONE + "--mask {tmp}/mask.png", "--mask: got 1 style;"),
-    ("test", PAINT_IN_TWO + "--mask {tmp}/mask.png --cropsize 24", "--cropsize cuts the content alone"),
-    ("test", PAINT_IN_TWO + "--mask {tmp}/upright.png", "mask: 40 x 56 pixels, the content picture has 56 x 40"),
-    ("test", PAINT_IN_TWO + "--mask {tmp}/none.png", "{tmp}/none.png: no such file"),
-    ("test", PAINT_IN_ONE + "--content {tmp}/grey.png --preserve_color luma", "luma: the content picture is grey"),
-    ("test", PAINT_IN_ONE + "--preserve_color hue", "hue"),
-    ("test", PAINT_IN_ONE + "--style_size 0", "got 0"),
-    ("test", PAINT_IN_ONE + "--tile 71", "--tile 71: 72 pixels or more"),
-    ("test", PAINT_IN_ONE + "--backbone vgg16", "--backbone vgg16: {tmp}/model.pth is a vgg19 network"),
-    ("test", PAINT_IN_TWO + "--mask {tmp}/mask.png --save_path {tmp}/mask.png", "would overwrite --mask"),
 )
 
 PICTURES_AND_FILES = (
@@ -65,11 +89,40 @@ EXPORTING = (
 ROWS = COMMAND_LINE + TRAINING + PAINTING + PICTURES_AND_FILES + PRUNING + EXPORTING
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model of 6 channels in each layer, pictures and folders of pictures, and what is none of these."""
+    folder = tmp_path_factory.mktemp("files")
+    whole = write_model(folder / "model.pth", small_network()).read_bytes()
+    for number, name in enumerate(("a.png", "b.png", *(f"{kind}/{each}.png" for kind in ("content", "style", "some")
+                                                       for each in range(8 if kind == "some" else 2)))):
+        write_noise(folder / name, (40, 48), number)
+    picture = (folder / "a.png").read_bytes()
+    for name, content in (("text", b"text"), ("text.jpg", b"text"), ("broken/a.jpg", b"text"), ("empty.jpg", b""),
+                          ("empty.pth", b""), ("cut.pth", whole[:9000]), ("cut.png", picture[:900]),
+                          ("some/cut.png", picture[:900]), ("folder/notes.txt", b"text")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    torch.save({"weights": 1}, folder / "other.pth")
+    torch.save(torch.zeros(3), folder / "tensor.pth")
+    return folder
+
+
+@pytest.fixture
+def tmp(files, tmp_path):
+    """`files`, in a folder of the test's own."""
+    return shutil.copytree(files, tmp_path / "files")
+
+
+def shown_files(folder) -> set:
+    """All files in the folder but hidden ones, as the lock of a run is."""
+    return {path for path in folder.rglob("[!.]*") if path.is_file()}
+
+
 @pytest.mark.parametrize("mode, flags, words", ROWS)
-def test_bad_input_is_one_line(mode, flags, words, capsys, tmp_path):
-    write_files(tmp_path)
-    before = read_files(tmp_path)
-    line = refusal(capsys, "--mode", mode, *flags.replace("{tmp}", str(tmp_path)).split())
+def test_bad_input_is_one_line(mode, flags, words, capsys, tmp):
+    before = shown_files(tmp)
+    line = refusal(capsys, "--mode", mode, *shlex.split(flags.replace("{tmp}", str(tmp))))
     for word in words if isinstance(words, tuple) else (words,):
-        assert word.replace("{tmp}", str(tmp_path)) in line
-    assert read_files(tmp_path) == before  # nothing is written, nothing lost
+        assert word.replace("{tmp}", str(tmp)) in line
+    assert shown_files(tmp) == before

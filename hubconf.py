@@ -3,7 +3,7 @@
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-dependencies = ["torch", "torchvision", "PIL", "numpy", "tqdm"]
+dependencies = ["torch", "torchvision", "PIL", "numpy", "tqdm", "psutil"]
 
 # By its path: the program may have a package of its own by the name of ours.
 _spec = spec_from_file_location("apart", Path(__file__).parent / "painting" / "apart.py")

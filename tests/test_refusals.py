@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import refusal, small_network, write_model, write_noise
+from helpers import refusal, small_network, write_model, write_noise, write_picture
+from PIL import Image
 
 TEST = "--gpu_no -1 --load_path {tmp}/model.pth --content {tmp}/a.png --style {tmp}/b.png --save_path {tmp}/out.png "
 FOLDERS = "--content_dir {tmp}/content --style_dir {tmp}/style --save_path {tmp}/out "
@@ -74,7 +75,23 @@ COMMAND_LINE = (
 TRAINING = (
 )
 
+IN_TWO = TEST + "--style {tmp}/a.png {tmp}/b.png "
 PAINTING = (
+    ("test", IN_TWO + "--style_weights 0.7", "--style_weights 0.7: 1 for 2 styles"),
+    ("test", IN_TWO + "--style_weights 0 0", "--style_weights 0 0: numbers of 0 or more"),
+    ("test", IN_TWO + "--style_weights 1 -1", "got -1"),
+    ("test", IN_TWO + "--style_weights 1 1 --metrics ssim", "--metrics compares with one style picture"),
+    ("test", IN_TWO + "--style_weights 1 1 --mask {tmp}/mask.png", "--mask: got style_weights, too"),
+    ("test", TEST + "--mask {tmp}/mask.png", "--mask: got 1 style;"),
+    ("test", IN_TWO + "--mask {tmp}/mask.png --cropsize 24", "--cropsize cuts the content alone"),
+    ("test", IN_TWO + "--mask {tmp}/upright.png", "mask: 40 x 48 pixels, the content picture has 48 x 40"),
+    ("test", IN_TWO + "--mask {tmp}/none.png", "{tmp}/none.png: no such file"),
+    ("test", IN_TWO + "--mask ''", "--mask is empty"),
+    ("test", IN_TWO + "--mask {tmp}/mask.png --save_path {tmp}/mask.png", "would overwrite --mask"),
+    ("test", TEST + "--content {tmp}/grey.png --preserve_color luma", "luma: the content picture is grey"),
+    ("test", TEST + "--preserve_color hue", "hue"),
+    ("test", TEST + "--style_size 0", "got 0"),
+    ("test", TEST + "--tile 71", "--tile 71: 72 pixels or more"),
 )
 
 PICTURES_AND_FILES = (
@@ -91,12 +108,15 @@ ROWS = COMMAND_LINE + TRAINING + PAINTING + PICTURES_AND_FILES + PRUNING + EXPOR
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model of 6 channels in each layer, pictures and folders of pictures, and what is none of these."""
+    """A model of 6 channels in each layer, pictures, masks and folders of pictures, and what is none of these."""
     folder = tmp_path_factory.mktemp("files")
     whole = write_model(folder / "model.pth", small_network()).read_bytes()
     for number, name in enumerate(("a.png", "b.png", *(f"{kind}/{each}.png" for kind in ("content", "style", "some")
                                                        for each in range(8 if kind == "some" else 2)))):
         write_noise(folder / name, (40, 48), number)
+    write_picture(folder / "grey.png", (48, 40), (9, 9, 9))
+    for name, size in (("mask", (48, 40)), ("upright", (40, 48))):
+        Image.new("L", size, 128).save(folder / f"{name}.png")
     picture = (folder / "a.png").read_bytes()
     for name, content in (("text", b"text"), ("text.jpg", b"text"), ("broken/a.jpg", b"text"), ("empty.jpg", b""),
                           ("empty.pth", b""), ("cut.pth", whole[:9000]), ("cut.png", picture[:900]),

@@ -160,11 +160,10 @@ except ValueError as error:
                          ids=["own first", "own later"])
 def test_a_program_keeps_its_own_modules(tmp_path, program):
     """Its utils, data and network stay its own, imported before or after ours, and both work."""
-    for name in ("utils", "data"):
-        (tmp_path / f"{name}.py").write_text(f"NAME = 'my {name}'\n")
     (tmp_path / "network").mkdir()
     (tmp_path / "network" / "__init__.py").touch()
-    (tmp_path / "network" / "layers.py").write_text("NAME = 'my layers'\n")
-    (tmp_path / "program.py").write_text(program.format(root=str(ROOT)))
-    result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
+    for name in ("utils", "data", "network/layers"):
+        (tmp_path / f"{name}.py").write_text(f"NAME = 'my {name.rpartition('/')[2]}'\n")
+    command = [sys.executable, "-c", program.format(root=str(ROOT))]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

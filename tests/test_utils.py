@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import CPU, ROOT, read_metrics, user_error
@@ -29,6 +31,7 @@ from utils import (
     autocast_dtype,
     catch_stop_signals,
     check_processes,
+    free_memory,
     load_checkpoint,
     make_folder,
     random_state,
@@ -245,15 +248,11 @@ def test_metrics_are_appended_and_truncated(tmp_path):
 
 
 @pytest.mark.parametrize("half", ['{"iteration": 7, "tot', '{"iteration', "{", '{"iteration": 7', '{"total": 3}', "\n"])
-def test_half_written_last_line_is_dropped(tmp_path, half):
+def test_half_written_last_line_is_dropped_and_a_whole_one_ended(tmp_path, half):
     metrics = MetricFile(tmp_path / "metrics.jsonl")
     metrics.path.write_text('{"iteration": 5}\n' + half)
     metrics.truncate_after(10)
     assert metrics.path.read_text() == '{"iteration": 5}\n'
-
-
-def test_last_line_without_its_newline_is_kept_and_ended(tmp_path):
-    metrics = MetricFile(tmp_path / "metrics.jsonl")
     metrics.path.write_text('{"iteration": 5}\n{"iteration": 6}')
     metrics.truncate_after(6)
     metrics.append({"iteration": 7})
@@ -324,6 +323,43 @@ def test_random_state_round_trip(tmp_path):
     assert_close(torch.rand(5), desired, rtol=0, atol=0)
 
 
+# ------------------------------------------------------------------------------------------------ memory
+
+OWN, JOB = "/sys/fs/cgroup/user.slice/run-r1.scope", "/sys/fs/cgroup/memory/slurm/job_7"
+GROUPS = {
+    "version 2": {"/proc/self/cgroup": "1:name=systemd:/\n0::/user.slice/run-r1.scope\n", f"{OWN}/memory.max": "3000",
+                  f"{OWN}/memory.current": "500", f"{OWN}/memory.stat": "anon 400\nfile 100\ninactive_file 90\n"},
+    "above": {"/proc/self/cgroup": "0::/user.slice/run-r1.scope\n", f"{OWN}/memory.max": "max",
+              "/sys/fs/cgroup/user.slice/memory.max": "3000", "/sys/fs/cgroup/user.slice/memory.current": "500",
+              "/sys/fs/cgroup/user.slice/memory.stat": "file 100\n"},
+    "version 1": {"/proc/self/cgroup": "4:memory:/slurm/job_7\n0::/\n", f"{JOB}/memory.limit_in_bytes": "3000",
+                  f"{JOB}/memory.usage_in_bytes": "500", f"{JOB}/memory.stat": "cache 90\ntotal_cache 100\n"},
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_job_has_the_memory_that_its_control_group_leaves(monkeypatch, kind):
+    """Of systemd, SLURM or a container; files in memory make way."""
+
+    def read_text(path):
+        if str(path) in GROUPS[kind]:
+            return GROUPS[kind][str(path)]
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("utils.Path.read_text", read_text)
+    assert free_memory(CPU) == 2600
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_process_has_the_memory_that_ulimit_leaves(monkeypatch, limit):
+    before = free_memory(CPU)
+    number, real = getattr(resource, limit), resource.getrlimit
+    used = psutil.Process().memory_info()
+    taken = {"RLIMIT_AS": used.vms, "RLIMIT_DATA": used.data}[limit]
+    monkeypatch.setattr(resource, "getrlimit", lambda each: (taken + 2**20, -1) if each == number else real(each))
+    assert free_memory(CPU) <= 2**20 + 2**16 < before
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 
@@ -332,25 +368,17 @@ def test_first_signal_is_remembered_and_the_second_acts(number, code):
     acted = []
     before = signal.signal(number, lambda *arguments: acted.append(arguments[0]))
     try:
-        with catch_stop_signals() as request:
+        with pytest.raises(ZeroDivisionError), catch_stop_signals() as request:
             assert not request
             os.kill(os.getpid(), number)
-            assert request and request.exit_code == code
-            assert acted == []
+            assert request and request.exit_code == code and acted == []
             os.kill(os.getpid(), number)
             assert acted == [number]
-        os.kill(os.getpid(), number)
+            raise ZeroDivisionError
+        os.kill(os.getpid(), number)  # the handler is back, after an error, too
         assert acted == [number, number]
     finally:
         signal.signal(number, before)
-
-
-def test_handlers_are_put_back_after_an_error():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), catch_stop_signals():
-        assert signal.getsignal(signal.SIGTERM) != before[1]
-        raise ZeroDivisionError
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # -------------------------------------------------------------------------------------------------- wandb
@@ -365,50 +393,30 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def write_netrc(path: Path, host: str) -> None:
-    path.write_text(f"machine {host}\n  login user\n  password 0123456789abcdef\n")
-    path.chmod(0o600)
-
-
-def test_no_wandb_key(home):
-    assert not wandb_key_is_configured()
-
-
 def test_wandb_key_in_the_environment(home, monkeypatch):
+    assert not wandb_key_is_configured()
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     assert wandb_key_is_configured()
     monkeypatch.setenv("WANDB_API_KEY", "")
     assert not wandb_key_is_configured()
 
 
-@pytest.mark.parametrize("name", [".netrc", "_netrc"])
-def test_wandb_key_in_netrc(home, name):
-    write_netrc(home / name, "api.wandb.ai")
-    assert wandb_key_is_configured()
-
-
-def test_netrc_of_another_host(home):
-    write_netrc(home / ".netrc", "example.org")
-    assert not wandb_key_is_configured()
-
-
-def test_netrc_of_a_wandb_server_of_ones_own(home, monkeypatch):
-    write_netrc(home / ".netrc", "wandb.example.org")
-    assert not wandb_key_is_configured()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/api")
-    assert wandb_key_is_configured()
-
-
-def test_netrc_named_by_the_environment(home, monkeypatch):
-    write_netrc(home / "elsewhere", "api.wandb.ai")
-    assert not wandb_key_is_configured()
-    monkeypatch.setenv("NETRC", str(home / "elsewhere"))
-    assert wandb_key_is_configured()
-
-
-def test_damaged_netrc_is_no_key(home):
-    (home / ".netrc").write_text("machine\nnonsense {{{ here\n")
-    assert not wandb_key_is_configured()
+@pytest.mark.parametrize("name, host, variables, desired", [
+    (".netrc", "api.wandb.ai", {}, True),
+    ("_netrc", "api.wandb.ai", {}, True),
+    (".netrc", "example.org", {}, False),
+    (".netrc", "wandb.example.org", {}, False),
+    (".netrc", "wandb.example.org", {"WANDB_BASE_URL": "https://wandb.example.org/api"}, True),
+    ("elsewhere", "api.wandb.ai", {}, False),
+    ("elsewhere", "api.wandb.ai", {"NETRC": "~/elsewhere"}, True),
+    (".netrc", "nonsense {{{ here", {}, False),
+])
+def test_wandb_key_in_netrc(home, monkeypatch, name, host, variables, desired):
+    (home / name).write_text(f"machine {host}\n  login user\n  password 0123456789abcdef\n")
+    (home / name).chmod(0o600)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert wandb_key_is_configured() == desired
 
 
 # ------------------------------------------------------------------------------------------ processes

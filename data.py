@@ -396,12 +396,12 @@ def is_searched(path: Path) -> bool:
     return Path(path).is_dir() or archives.is_archive(path)
 
 
-def look_through(folder: Path, flag: str) -> FolderContents:
+def look_through(folder: Path, flag: str, output: Path | None = None) -> FolderContents:
     """What a folder and all its subfolders hold, or a .zip archive; links are followed, what is hidden is left out and
-    not counted.
+    not counted. What else is in it is said in a line.
 
     A file named as pictures are is taken for one; any other is looked at. Raises UserError, naming `flag`, when there
-    is no such folder or archive, or no picture in it.
+    is no such folder or archive, or no picture in it; and as `refuse_within` for an `output`.
     """
     folder = Path(folder)
     if archives.is_archive(folder):
@@ -416,17 +416,17 @@ def look_through(folder: Path, flag: str) -> FolderContents:
     pictures = [path for path in files if str(path).lower().endswith(PICTURE_SUFFIXES)]
     others = [path for path in files if not str(path).lower().endswith(PICTURE_SUFFIXES)]
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
-        reasons = list(pool.map(_reason_to_leave_out, others))
-    for path, reason in zip(others, reasons):
-        if reason is None:
-            pictures.append(path)
-        else:
-            left_out.setdefault(reason, []).append(path)
+        for path, reason in zip(others, pool.map(_reason_to_leave_out, others)):
+            (pictures if reason is None else left_out.setdefault(reason, [])).append(path)
     contents = FolderContents(sorted(pictures), left_out)
+    names = [path.name for paths in left_out.values() for path in paths]
+    found = f"{contents.describe_left_out()} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     if not pictures:
-        found = contents.describe_left_out()
-        first = next((path.name for paths in left_out.values() for path in paths), None)
-        raise UserError(f"{flag} {folder}: no picture in it; " + (f"{found} ({first})" if found else "it is empty"))
+        raise UserError(f"{flag} {folder}: no picture in it; {found if names else 'it is empty'}")
+    if output is not None:
+        refuse_within(output, folder, flag, contents.pictures)
+    if names:
+        note(f"{flag} {folder}: left out: {found}")
     return contents
 
 
@@ -480,20 +480,8 @@ def refuse_within(output: Path, folder: Path, flag: str, pictures: Iterable[Path
 
 
 def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[Path]:
-    """The pictures of `look_through`; what else is in the folder is said in a line. Raises UserError as that does, and
-    as `refuse_within` for an `output`."""
-    return _look_through(folder, flag, output).pictures
-
-
-def _look_through(folder: Path, flag: str, output: Path | None) -> FolderContents:
-    contents = look_through(folder, flag)
-    if output is not None:
-        refuse_within(output, folder, flag, contents.pictures)
-    if contents.left_out:
-        names = [path.name for paths in contents.left_out.values() for path in paths]
-        note(f"{flag} {folder}: left out: {contents.describe_left_out()} ({', '.join(names[:3])}"
-             f"{', ...' if len(names) > 3 else ''})")
-    return contents
+    """The pictures of `look_through`. Raises UserError as that does."""
+    return look_through(folder, flag, output).pictures
 
 
 def _reason_to_leave_out(path: Path) -> str | None:
@@ -603,7 +591,7 @@ def open_folder(
 
     Raises UserError as `find_pictures` and `_usable` do.
     """
-    contents = _look_through(folder, flag, output)
+    contents = look_through(folder, flag, output)
     failed = FailedPictures(folder, flag, len(contents.pictures), contents.describe_left_out())
     return _usable(contents.pictures, lambda path: load_picture(path, 1, max_pixels), failed), failed
 

@@ -13,9 +13,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms
 
-Turn = Image.Transpose
-TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
-         7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
+TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
 # 16 x 16 x 16 colours, greys among them, by which a profile is tried.
 COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64).transpose(1, 2, 0).astype(np.uint8))
 

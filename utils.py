@@ -275,14 +275,8 @@ def describe_device(device: torch.device) -> str:
     """The device's name as a person would write it beside a measurement."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = "CPU"
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
     return f"{model}, {torch.get_num_threads()} threads"
 
 
@@ -446,29 +440,21 @@ def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
 
     Raises UserError, naming `flag`, when the file is missing, unreadable, no checkpoint, or holds code.
     """
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{flag} {path}: no such file")
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a folder, a model file (.pth) is needed")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is refused below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) and "GLOBAL" in str(error):
-            raise UserError(
-                f"{flag} {path}: the file carries pickled code or objects other than tensors and plain "
-                "types; it was refused and nothing in it was run"
-            ) from error
-        raise UserError(f"{flag} {path}: not a model file (torch cannot read it)") from error
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
-    # torch.load passes on whatever the zip reader, the unpickler or a tensor constructor met in a
-    # damaged file, and documents no closed list of it.
-    except Exception as error:
-        kind = "a damaged model file" if zipfile.is_zipfile(path) else "not a model file"
-        raise UserError(f"{flag} {path}: {kind} (torch cannot read it: {type(error).__name__})") from error
+    except Exception as error:  # whatever the zip reader, the unpickler or a tensor's constructor met
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error) and "GLOBAL" in str(error):
+            reason = ("the file carries pickled code or objects other than tensors and plain types; it was refused and "
+                      "nothing in it was run")
+        else:
+            reason = f"{'a damaged' if zipfile.is_zipfile(path) else 'not a'} model file ({type(error).__name__})"
+        raise UserError(f"{flag} {path}: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, a dictionary is needed")
     return checkpoint

@@ -93,7 +93,7 @@ def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
         if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
             raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
     elif mask is None and styles != 1:
-        raise UserError(f"got {styles} styles; to make one of them, style_weights, or mask with two, is needed")
+        raise UserError(f"style: got {styles}; to make one of them, style_weights, or mask with two, is needed")
 
 
 # ------------------------------------------------------------------------------------------------ colours

@@ -125,7 +125,7 @@ def test_masks_that_do_not_fit_are_refused(stylizer, tmp_path):
     assert "mask: got 3 styles" in user_error(stylizer.stylize, CONTENT, [*STYLES, STYLES[0]], mask=CONTENT)
     assert "style_weights, too" in user_error(stylizer.stylize, CONTENT, STYLES, mask=CONTENT, style_weights=(1, 1))
     assert "missing.png" in user_error(stylizer.stylize, CONTENT, STYLES, mask=tmp_path / "missing.png")
-    assert "got 2 styles" in user_error(stylizer.stylize, CONTENT, STYLES)
+    assert "style: got 2;" in user_error(stylizer.stylize, CONTENT, STYLES)
 
 
 def test_mask_files_and_pictures_are_the_same_mask(stylizer, tmp_path):

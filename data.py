@@ -527,15 +527,17 @@ def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> t
     `_a` to `_d` does not count: such files are crops of one picture and stay together.
     Raises UserError, naming `flag`, when nothing is left to learn from.
     """
-
-    def place(path: Path) -> float:
-        stem = re.sub(r"_[a-d]$", "", path.stem)
-        return int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") / 2**64  # 0..1, evenly spread
-
-    held_out = [path for path in paths if place(path) < share]
+    held_out = [path for path in paths if is_held_out(path, share)]
     if len(held_out) == len(paths):
         raise UserError(f"{flag} {share}: all {len(paths)} pictures of {paths[0].parent} would be held out")
-    return [path for path in paths if place(path) >= share], held_out
+    return [path for path in paths if not is_held_out(path, share)], held_out
+
+
+def is_held_out(path: Path, share: float) -> bool:
+    """Whether `split_holdout` holds the picture out."""
+    stem = re.sub(r"_[a-d]$", "", path.stem)
+    place = int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") / 2**64  # 0..1, evenly spread
+    return place < share
 
 
 def find_split(folder: Path, flag: str, holdout: float, output: Path | None = None) -> tuple[list[Path], list[Path]]:

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -16,19 +16,27 @@ import torch
 from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
 from network import count_parameters
 from painting.control import PRESERVED, check_styles
-from painting.many import Model, Painting, Skipped
-from painting.pairs import Pair, Pictures, check_outputs, choose_pairs, find_inputs, output_names
+from painting.many import Model, Outcome, PairPainter
+from painting.pairs import (
+    Pair,
+    Pictures,
+    check_outputs,
+    choose_pairs,
+    find_inputs,
+    find_painted,
+    note_learned_from,
+    output_names,
+)
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, decode_in_half, open_mask, open_model
-from painting.video import makes_video, stylize_video
+from painting.video import check_video, makes_video, stylize_video
 from settings import amount, changed, count, fraction_below_1, rate, setting
 from utils import (
     UserError,
     allow_tf32,
     describe_device,
     is_first_process,
-    make_folder,
     note,
     process_group,
     resolve_device,
@@ -89,8 +97,11 @@ class TestConfig:
     pairs: int | None = setting(
         more="with every picture used equally often, give or take one", none="every content with every style")
     metrics: tuple[str, ...] | None = setting(
-        None, "measure content loss, style loss, SSIM or ST-LPIPS, and write metrics.json; without a name, all four",
-        "output", choices=tuple(METRICS), nargs="*", none="nothing is measured")
+        None, "measure content loss, style loss, SSIM, ST-LPIPS or flat tiles, and write metrics.json; without a name, "
+        "all", "output", choices=tuple(METRICS), nargs="*", none="nothing is measured")
+    painted: tuple[str, ...] | None = setting(
+        None, "pictures of the same pairs by other programs, to be measured, too: a name, and a folder with a picture "
+        "CONTENT_STYLE or CONTENT__STYLE of each pair, of the content's size", "output", metavar="NAME=FOLDER")
     vgg_weights: str = "imagenet"
     style_loss: str = "meanstd"
     seed: int = setting(0, more="of --pairs and of --vgg_weights random")
@@ -118,14 +129,14 @@ class TestConfig:
         return (getattr(self, kind), kind) if getattr(self, other) is None else (getattr(self, other), other)
 
     @property
-    def joins_styles(self) -> bool:
+    def combines_styles(self) -> bool:
         """Whether all styles make one together."""
         return self.style_weights is not None or self.mask is not None
 
     @property
     def names_many(self) -> bool:
         """Whether several contents or styles, or a folder of them, are named."""
-        named = [self.input(kind)[0] for kind in (("content",) if self.joins_styles else ("content", "style"))]
+        named = [self.input(kind)[0] for kind in (("content",) if self.combines_styles else ("content", "style"))]
         return any(len(paths) > 1 or is_searched(paths[0]) for paths in named)
 
     @property
@@ -141,11 +152,14 @@ class TestConfig:
         return Path(f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME)
 
     @property
+    def names_a_folder(self) -> bool:
+        """Whether the output is a folder that is there already, or has a name that ends in a slash."""
+        return (self.save_path or "").endswith(("/", os.sep)) or self.output.is_dir()
+
+    @property
     def writes_a_file(self) -> bool:
-        """Whether the output is a picture file: by its suffix, unless it is a folder already or ends in a slash."""
-        if (self.save_path or "").endswith(("/", os.sep)) or self.output.is_dir():
-            return False
-        return self.output.suffix.lower() in OUTPUT_FORMATS
+        """Whether the output is a picture file, by its suffix."""
+        return not self.names_a_folder and self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
         """Raises UserError for an empty path, a strength given twice, flags that exclude each other, or a save_path
@@ -156,24 +170,26 @@ class TestConfig:
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
-                raise UserError(f"--{flag} is empty; leave it out for the default")
+                raise UserError(f"{flag} is empty; leave it out for the default")
         for strength, times in Counter(self.style_strength).items():
             if times > 1:
-                raise UserError(f"--style_strength {_words(strength)}: given {times} times, once is enough")
-        if self.joins_styles and self.metrics is not None:
+                raise UserError(f"style_strength {_words(strength)}: given {times} times, once is enough")
+        if self.combines_styles and self.metrics is not None:
             flag = "style_weights" if self.mask is None else "mask"
-            raise UserError(f"--{flag}: --metrics compares with one style picture; leave one of the two out")
+            raise UserError(f"{flag}: --metrics compares with one style picture; leave one of the two out")
         if self.mask is not None and self.cropsize is not None:
-            raise UserError("--mask: --cropsize cuts the content alone; cut both beforehand")
+            raise UserError("mask: --cropsize cuts the content alone; cut both beforehand")
         if self.skip_existing and self.metrics is not None:
-            raise UserError("--skip_existing: --metrics measures what is painted now; leave one of the two out")
-        if self.save_path is None or self.writes_a_file or makes_video(self) or self.save_path.endswith(("/", os.sep)):
+            raise UserError("skip_existing: --metrics measures what is painted now; leave one of the two out")
+        if self.painted and self.metrics is None:
+            raise UserError("painted: what others painted is measured only; --metrics is needed, too")
+        if self.save_path is None or self.writes_a_file or self.names_a_folder or makes_video(self):
             return
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no picture format.
         name, suffix = self.output.name, self.output.suffix[1:].strip()
         looks_like_one = suffix[:1].isalpha() and suffix.isalnum() and len(suffix) <= LONGEST_SUFFIX
-        if (looks_like_one or name.lower() in OUTPUT_FORMATS) and not self.output.is_dir():
-            raise UserError(f"--save_path {self.save_path}: no picture format that can be written "
+        if looks_like_one or name.lower() in OUTPUT_FORMATS:
+            raise UserError(f"save_path {self.save_path}: no picture format that can be written "
                             f"({' '.join(OUTPUT_FORMATS)}); for a folder of this name, end it with /")
 
 
@@ -187,27 +203,12 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
-            raise UserError(f"--load_path {path}: this model is named twice")
+            raise UserError(f"load_path {path}: this model is named twice")
         stylizer = Stylizer(network, device=device, upsampling=config.upsampling, tile=config.tile)
         if config.amp == "auto":
             decode_in_half(stylizer, name)
         models.append(Model(name, file, stylizer, checkpoint))
     return models
-
-
-def _describe(model: Model) -> dict:
-    """Plain values for `metrics.json`."""
-    network = model.stylizer.network
-    return {
-        "name": model.name,
-        "file": str(model.file),
-        "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
-        "backbone": network.config.backbone,
-        "bottleneck_channels": network.config.bottleneck_width,
-        "parameters": count_parameters(network),
-        "iteration": model.checkpoint.get("iteration"),
-        "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
-    }
 
 
 def _open_meter(config: TestConfig, models: list[Model], device: torch.device) -> Meter | None:
@@ -218,7 +219,7 @@ def _open_meter(config: TestConfig, models: list[Model], device: torch.device) -
     losses = [metric for metric in config.measured if metric in LOSS_METRICS]
     for model, backbone in zip(models, backbones):
         if losses and backbone != backbones[0]:
-            raise UserError(f"--metrics {losses[0]}: {models[0].file} is a {backbones[0]} network and {model.file} one "
+            raise UserError(f"metrics {losses[0]}: {models[0].file} is a {backbones[0]} network and {model.file} one "
                             f"of {backbone}; their losses are not comparable, name other metrics")
     meter = Meter(config.measured, backbones[0], config.vgg_weights, config.style_loss, config.seed, device)
     for model in models if losses else ():
@@ -241,7 +242,7 @@ def test(given: dict) -> int:
     config = TestConfig(**given)
     config.check()
     if makes_video(config):
-        return stylize_video(config)
+        return _stylise_video(config)
     for flag in changed(config) & {"frame_rate", "temporal_smoothing"}:
         note(f"--{flag} has no effect on pictures")
     if not set(LOSS_METRICS) & set(config.measured):
@@ -253,61 +254,66 @@ def test(given: dict) -> int:
         return _stylise(config, device)
 
 
+def _stylise_video(config: TestConfig) -> int:
+    """Returns the exit code: 1 where not every frame could be read."""
+    if not is_first_process():  # one file, one process
+        return 0
+    target = check_video(config)
+    no_effect = {"holdout", "pairs", "skip_existing", "seed", "vgg_weights", "style_loss"}
+    if not is_searched(config.input("content")[0][0]):
+        no_effect.add("frame_rate")  # it is of a folder of frames
+    for flag in sorted(changed(config) & no_effect):
+        note(f"--{flag} has no effect on a video")
+    device = resolve_device(config.gpu_no)
+    allow_tf32(False)
+    (model,) = _open_models(config, device)
+    return stylize_video(config, model.stylizer, target)
+
+
 def _stylise(config: TestConfig, device: torch.device) -> int:
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
     mask = None
-    if config.joins_styles:
+    if config.combines_styles:
         check_styles(len(styles.paths), config.style_weights, config.mask)
-        styles = styles.joined()
+        styles = styles.combined()
         mask = None if config.mask is None else open_mask(config.mask)
-    pairs = choose_pairs(len(contents.paths), len(styles.names), config.pairs, config.seed)
+    pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
+    others = [find_painted(each, pairs, contents, styles) for each in config.painted or ()]
     names = model_names(config.load_path)
-    folder, files = _outputs(config, pairs, contents, styles, names)
-    variants = [name if len(config.style_strength) == 1 else f"{name} at {_words(strength)}"
-                for name, strength in product(names, config.style_strength)]
-    makers = {}
-    if len(variants) > 1 or config.pairs is not None and not config.is_single:
-        makers[COMPARISON] = comparison_sheet
+    columns = [name if len(config.style_strength) == 1 else f"{name} at {_words(strength)}"
+               for name, strength in product(names, config.style_strength)]
+    for other in others:
+        if other.name.casefold() in map(str.casefold, columns):
+            raise UserError(f"painted {other.name}={other.folder}: another row has this name; choose another")
+        columns.append(other.name)
+    sheets = []
+    if len(columns) > 1 or config.pairs is not None and not config.is_single:
+        sheets.append(comparison_sheet(pairs, columns))
     if config.names_many and config.pairs is None:
-        makers[CONTACT_SHEET] = contact_sheet
-    folders = {folder, *(path.parent for paths in files.values() for path in paths)}
-    written = [path for paths in files.values() for path in paths]
-    written += [folder / name for name in (*makers, *([METRICS_NAME] if config.measured else []))]
-    others = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
-    if mask is not None:
-        others.append(("--mask", Path(config.mask)))
-    if config.measured and config.vgg_weights not in VGG_SOURCES:
-        others.append(("--vgg_weights", Path(config.vgg_weights)))
-    check_outputs(written, () if config.writes_a_file else folders, (contents, styles), others, config.output)
+        sheets.append(contact_sheet(pairs, columns))
+    folder, files = _outputs(config, pairs, contents, styles, names)
+    written = [*chain.from_iterable(files.values()), *(folder / sheet.name for sheet in sheets)]
+    written += [folder / METRICS_NAME] * bool(config.measured)
+    read = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
+    read += [("--painted", path) for other in others for path in other.files.values()]
+    read += [(f"--{flag}", Path(getattr(config, flag))) for flag in ("mask", "vgg_weights")
+             if getattr(config, flag) not in (None, *VGG_SOURCES)]
+    check_outputs(written, () if config.writes_a_file else {path.parent for path in written}, (contents, styles), read,
+                  config.output)
 
     models = _open_models(config, device)
     meter = _open_meter(config, models, device)
-    sheets = [maker(pairs, variants) for maker in makers.values()]
-    skipped = Skipped()
-    painting = Painting(models, config, contents, styles, sheets, meter, skipped, mask)
-    values, kept = painting.paint(files, lambda: [make_folder(each, "--save_path") for each in folders])
-    if not values:
-        raise UserError(_nothing(pairs, contents, styles, skipped))
-    skipped.pairs = len(pairs) - len(values)
+    if meter is not None:
+        measured = {path for pair in pairs for path in (*contents.groups[pair[0]], *styles.groups[pair[1]])}
+        for model in models:
+            note_learned_from(model.name, model.checkpoint, [*measured])
+    painter = PairPainter(models, config, contents, styles, sheets=sheets, meter=meter, mask=mask, others=others)
+    outcome = painter.run(files)
+    if not outcome.values:
+        raise UserError(_nothing(pairs, contents, styles, outcome))
     if is_first_process():
-        pictures = len(values) * len(variants) - kept
-        wrote = f"{pictures} pictures" if pictures != 1 else next(iter(files[pair] for pair in values))[0].name
-        wrote += f" ({kept} were there already)" if kept else ""
-        for sheet in sheets:
-            if sheet.save(folder):
-                wrote += f", {sheet.name}"
-        if meter is not None:
-            measured = [pair for pair in pairs if pair in values]
-            measurement = Measurement(torch.stack([values[pair] for pair in measured]).numpy(), measured, variants,
-                                      meter.metrics)
-            print(measurement.table())
-            report = _report(measurement, models, contents, styles, config, meter, skipped)
-            _write_report(report, folder / METRICS_NAME)
-            wrote += f", {METRICS_NAME}"
-        note(f"wrote {wrote} to {folder}")
-        if skipped.pictures:
-            note(skipped.summary())
-    return 1 if skipped.pictures else 0
+        _report(config, pairs, columns, painter, outcome, folder, files)
+    return 1 if outcome.unusable else 0
 
 
 def _outputs(
@@ -317,7 +323,7 @@ def _outputs(
     one a strength. names: of the models. Raises UserError where `--save_path` is a file and cannot hold them."""
     save_path, to_file = config.output, config.writes_a_file
     if to_file and (config.measured or not config.is_single):
-        raise UserError(f"--save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
+        raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
                         f"{len(names)} model(s) at {len(config.style_strength)} strength(s)"
                         f"{', and their metrics' if config.measured else ''}; name a folder")
     if to_file:
@@ -325,7 +331,7 @@ def _outputs(
     strengths = config.style_strength
     endings = [""] if len(strengths) == 1 else [f"_{_words(strength)}" for strength in strengths]
     folders = [save_path / name for name in names] if len(names) > 1 else [save_path]
-    named = output_names(pairs, contents, styles, endings)
+    named = output_names(pairs, contents, styles, endings, (COMPARISON, CONTACT_SHEET))
     return save_path, {pair: [folder / name for folder in folders for name in named[pair]] for pair in pairs}
 
 
@@ -334,42 +340,68 @@ def _words(strength: float) -> str:
     return repr(float(strength)).removesuffix(".0")
 
 
-def _nothing(pairs: list[Pair], contents: Pictures, styles: Pictures, skipped: Skipped) -> str:
+def _nothing(pairs: list[Pair], contents: Pictures, styles: Pictures, outcome: Outcome) -> str:
     """Why nothing could be stylised."""
     for place, pictures in enumerate((contents, styles)):
-        reasons = [skipped.pictures.get((pictures.flag, number)) for number in sorted({pair[place] for pair in pairs})]
+        reasons = [outcome.unusable.get((pictures.flag, number)) for number in sorted({pair[place] for pair in pairs})]
         if all(reasons):
-            return (f"--{pictures.flag} {' '.join(pictures.named)}: none of {len(reasons)} pictures can be used "
+            return (f"{pictures.flag} {' '.join(pictures.named)}: none of {len(reasons)} pictures can be used "
                     f"({reasons[0]})")
-    return f"none of {len(pairs)} pairs can be stylised (the first: {skipped.reasons[0]})"
+    return f"none of {len(pairs)} pairs can be stylised (the first: {next(iter(outcome.unusable.values()))})"
+
+
+# ------------------------------------------------------------------------------------------------- report
 
 
 def _report(
-    measurement: Measurement, models: list[Model], contents: Pictures, styles: Pictures, config: TestConfig,
-    meter: Meter, skipped: Skipped,
-) -> dict:
+    config: TestConfig, pairs: list[Pair], columns: list[str], painter: PairPainter, outcome: Outcome, folder: Path,
+    files: dict[Pair, list[Path]],
+) -> None:
+    """Write the sheets and metrics.json, print the table, and say what was written and what could not be used."""
+    done = [pair for pair in pairs if pair in outcome.values]
+    pictures = sum(len(files[pair]) for pair in done) - outcome.kept
+    wrote = [f"{pictures} pictures" if pictures != 1 else files[done[0]][0].name]
+    wrote[0] += f" ({outcome.kept} were there already)" if outcome.kept else ""
+    wrote += [sheet.name for sheet in painter.sheets if sheet.save(folder)]
+    if painter.meter is not None:
+        values = torch.stack([outcome.values[pair] for pair in done]).numpy()
+        measurement = Measurement(values, done, columns, painter.meter.metrics)
+        print(measurement.table())
+        metrics = _metrics(config, measurement, painter, outcome) | {"pairs_left_out": len(pairs) - len(done)}
+        write_text_atomically(folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
+        wrote.append(METRICS_NAME)
+    note(f"wrote {', '.join(wrote)} to {folder}")
+    if outcome.unusable:
+        counts = [f"{count} {name}{'s' * (count != 1)}"
+                  for count, name in ((len(outcome.unusable), "picture"), (len(pairs) - len(done), "pair"))]
+        note("\n  ".join([f"could not be used: {counts[0]}; left out: {counts[1]}", *outcome.unusable.values()]))
+
+
+def _metrics(config: TestConfig, measurement: Measurement, painter: PairPainter, outcome: Outcome) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
+    meter, contents, styles = painter.meter, painter.contents, painter.styles
     packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
     settings = {name: value[0] if isinstance(value, tuple) and len(value) == 1 and name in SEVERAL else value
                 for name, value in asdict(config).items()}
+    painters = [_describe(model) | {"style_strength": strength}
+                for model, strength in product(painter.models, config.style_strength)]
+    painters += [{"painted": str(other.folder)} for other in painter.others]
     return {
         "models": [
-            _describe(model) | {
+            each | {
                 "name": measurement.names[number],
-                "style_strength": strength,
                 "metrics": measurement.summary(number),
                 "difference_from_first": measurement.summary(number, minus=0) if number else None,
             }
-            for number, (model, strength) in enumerate(product(models, config.style_strength))
+            for number, each in enumerate(painters)
         ],
         "interval": INTERVAL,
         "pairs": [
-            {"content": str(contents.paths[content]), "style": str(styles.paths[style]),
+            {"content": str(contents.groups[content][0]), "style": str(styles.groups[style][0]),
              "metrics": measurement.of_pair(number)}
             for number, (content, style) in enumerate(measurement.pairs)
         ],
-        "skipped": skipped.reasons,
-        "pairs_left_out": skipped.pairs,
+        "skipped": [*outcome.unusable.values()],
         "settings": settings,
         "vgg_weights_of_losses": meter.vgg_origin,
         "device": describe_device(meter.device),
@@ -377,9 +409,15 @@ def _report(
     }
 
 
-def _write_report(report: dict, path: Path) -> None:
-    """Write what was measured. Raises UserError, naming the file and the reason, when it cannot be written."""
-    try:
-        write_text_atomically(path, json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+def _describe(model: Model) -> dict:
+    """Plain values for `metrics.json`."""
+    network = model.stylizer.network
+    return {
+        "file": str(model.file),
+        "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
+        "backbone": network.config.backbone,
+        "bottleneck_channels": network.config.bottleneck_width,
+        "parameters": count_parameters(network),
+        "iteration": model.checkpoint.get("iteration"),
+        "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
+    }

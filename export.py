@@ -24,9 +24,9 @@ from exporting.graphs import ContentGraph, Graph, PairGraph, StyleGraph, fill_up
 from exporting.integers import INTEGER_MULTIPLE, quantize
 from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from network import StyleTransferNetwork
-from painting.pairs import choose_pairs, load_measurable
-from painting.quality import Measurement, Meter, ssim
-from painting.stylizer import open_model
+from painting.pairs import choose_pairs
+from painting.quality import Measurement, Meter, check_measurable, ssim
+from painting.stylizer import load_input, open_model, usable
 from settings import setting
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from weights import SAFETENSORS, find_model_file, load_network, pack_safetensors
@@ -280,10 +280,17 @@ def _load_pairs(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
     """`count` pairs, or all where there are fewer: pictures, and their numbers."""
     pairs = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
-    loaded = [{number: load_measurable(paths[kind][number], config, flag, "--int8")
+    loaded = [{number: _load_measurable(paths[kind][number], config, flag)
                for number in {pair[kind] for pair in pairs}}
               for kind, flag in enumerate(("content_dir", "style_dir"))]
     return [(loaded[0][content], loaded[1][style]) for content, style in pairs], pairs
+
+
+def _load_measurable(path: Path, config: ExportConfig, flag: str) -> Tensor:
+    picture = load_input(path, config, flag)
+    with usable(path, flag):
+        check_measurable(picture, path)
+    return picture
 
 
 def quantize_files(files: dict[Path, bytes], pictures: PicturePairs, config: ExportConfig) -> dict[Path, bytes]:
@@ -309,7 +316,8 @@ def compare(
     losses, alike, largest = [], [], []
     for content, style in pictures.held_out:
         painted = [painter(content / 255.0, style / 255.0, 1.0) for painter in painters]
-        losses.append(meter.measure(content, style, [normalize(picture * 255.0) for picture in painted]))
+        losses.append(meter.measure(meter.open_content(content), meter.open_style(style),
+                                    [normalize(picture * 255.0) for picture in painted]))
         alike.append(ssim(*painted).item())
         largest.append((painted[0] - painted[1]).abs().max().item())
     names = ["float32", "int8"]

@@ -25,19 +25,22 @@ def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "means
     kind: "meanstd" compares channel means and unbiased standard deviations (Huang & Belongie, eq. 13),
     "gram" the Gram matrices. The published weight of 100 counts on the second division.
     """
-    distance = _meanstd_distance if kind == "meanstd" else _gram_distance
-    layers = len(features)
-    return sum(distance(feature, target) for feature, target in zip(features, targets)) / layers / layers
+    return style_distance(style_statistics(features, kind), style_statistics(targets, kind))
 
 
-def _meanstd_distance(feature: Tensor, target: Tensor) -> Tensor:
-    std, mean = torch.std_mean(feature.float(), dim=(2, 3))  # (B, C) each
-    target_std, target_mean = torch.std_mean(target.float(), dim=(2, 3))
-    return F.mse_loss(std, target_std) + F.mse_loss(mean, target_mean)
+def style_statistics(features: list[Tensor], kind: str = "meanstd") -> list[tuple[Tensor, ...]]:
+    """What `style_loss` compares of every tap's features: standard deviations and means, (B, C) each, or the Gram
+    matrix, (B, C, C)."""
+    if kind == "meanstd":
+        return [torch.std_mean(feature.float(), dim=(2, 3)) for feature in features]
+    return [(gram_matrix(feature),) for feature in features]
 
 
-def _gram_distance(feature: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(gram_matrix(feature), gram_matrix(target))
+def style_distance(statistics: list[tuple[Tensor, ...]], targets: list[tuple[Tensor, ...]]) -> Tensor:
+    """`style_loss` of the `style_statistics` of features and targets."""
+    layers = len(statistics)
+    distances = (F.mse_loss(own, target) for layer in zip(statistics, targets) for own, target in zip(*layer))
+    return sum(distances) / layers / layers
 
 
 def gram_matrix(feature: Tensor) -> Tensor:

@@ -1,31 +1,35 @@
-"""Many pairs painted: each picture is decoded and encoded once, while others are computed and written."""
+"""Many pairs painted: each picture is decoded and encoded once; while one is painted, others are read and written."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from pathlib import Path
-from threading import Lock, Semaphore
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from data import NotFinite, denormalize, pixels_to_pil, read_written, save_picture, to_pil
+from data import (
+    NotFinite,
+    PictureError,
+    denormalize,
+    normalize,
+    pixels_to_pil,
+    prepare_picture,
+    read_written,
+    save_picture,
+    to_pil,
+)
 from painting.control import MaskedStyle, Style, check_colors, check_mask, combine, match_colors
-from painting.pairs import Pair, Pictures, load_measurable
-from painting.quality import Meter
-from painting.sheets import Sheet, side_by_side
+from painting.pairs import PaintedFolder, Pair, Pictures
+from painting.quality import MeasuredContent, Meter, check_measurable
+from painting.sheets import Key, Sheet, side_by_side
 from painting.stylizer import Stylizer, UnusablePicture, load_input, load_transparency, usable
 from painting.tiling import TiledPicture
-from utils import UserError, gather, note_of_process, progress_bar, share, usable_cores
+from utils import UserError, gather, make_folder, note_of_process, progress_bar, share, usable_cores
 
-MOST_WORKERS = 8
-PIXELS_AT_ONCE = 4_000_000  # of the pictures that a CPU computes at a time: an unpruned network takes 0.8 kB for each
-PIXELS_HELD = 16_000_000  # of the contents that are at hand
+MOST_THREADS = 8  # that read, and that write; as many pictures are read ahead
 
 
 @dataclass(frozen=True)
@@ -39,355 +43,242 @@ class Model:
 
 
 @dataclass
-class Skipped:
-    """What could not be used, said at once and again at the end."""
+class Outcome:
+    """What came of all pairs."""
 
-    pictures: dict[tuple[str, int], str] = field(default_factory=dict)  # the reason, by flag and number
-    pairs: int = 0  # left out because of it
-
-    @property
-    def reasons(self) -> list[str]:
-        return list(self.pictures.values())
-
-    def add(self, pictures: Pictures, number: int, reason: str) -> None:
-        if (pictures.flag, number) not in self.pictures:
-            note_of_process(f"skipped {reason}")
-            self.pictures[pictures.flag, number] = reason
-
-    def summary(self) -> str:
-        pictures, pairs = (f"{count} {name}{'s' * (count != 1)}"
-                           for count, name in ((len(self.pictures), "picture"), (self.pairs, "pair")))
-        return "\n".join((f"could not be used: {pictures}; left out: {pairs}",
-                          *(f"  {reason}" for reason in self.reasons)))
-
-
-# ------------------------------------------------------------------------------------------------ workers
-
-
-class Workers:
-    """Threads that decode, compute and write side by side; only so many compute at a time as the device has room for.
-
-    On a CPU each core computes a picture of its own, which takes less time than one picture after the other by all
-    cores. A large picture, and one that is alone, is computed by more of them.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        cores = usable_cores()
-        self.is_cpu = device.type == "cpu"
-        self.threads = torch.get_num_threads()
-        self.slots = min(cores, self.threads) if self.is_cpu else 1
-        self.count = max(self.slots, min(cores, MOST_WORKERS))
-        self.expected = 1
-        self._free, self._turn = Semaphore(self.slots), Lock()
-        self._pool = ThreadPoolExecutor(self.count)
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self.threads)  # for threads to come
-
-    def start(self, work: Callable, *arguments) -> Future:
-        """Have `work` done; works begin in the order in which they are given."""
-        return self._pool.submit(work, *arguments)
-
-    @contextmanager
-    def computing(self, pixels: int | None):
-        """Within the block this thread computes a picture of so many pixels; None: and no other computes.
-
-        Where fewer pictures are `expected` than there are cores, these share the cores.
-        """
-        taken = self.slots
-        if pixels is not None:
-            taken //= min(self.slots, self.expected)
-            taken = min(self.slots, max(taken, -(-self.slots * pixels // PIXELS_AT_ONCE)))
-        with self._turn:  # of several that wait, each would else hold a part of what the others need
-            for _ in range(taken):
-                self._free.acquire()
-        try:
-            if self.is_cpu:
-                torch.set_num_threads(taken)  # of this thread alone
-            yield
-        finally:
-            self._free.release(taken)
-
-
-# ----------------------------------------------------------------------------------------------- painting
+    values: dict[Pair, Tensor | None] = field(default_factory=dict)  # measured, of the pairs that could be painted
+    kept: int = 0  # pictures that were there already
+    unusable: dict[tuple[str, int], str] = field(default_factory=dict)  # the reasons, by flag and number
 
 
 @dataclass(frozen=True)
 class _Content:
-    """A content picture on its way through each model's network; alpha: how opaque it is, mode L."""
+    """A content picture, decoded, and on its way through each model's network."""
 
     picture: Tensor  # (1, 3, H, W), uint8
-    alpha: Image.Image | None
+    alpha: Image.Image | None  # L: how opaque it is
     opened: list[TiledPicture]
 
-    @property
-    def pixels(self) -> int:
-        return _pixels(self.picture)
+
+@dataclass(frozen=True)
+class _Style:
+    """A style, encoded."""
+
+    pictures: list[Tensor]  # (1, 3, H, W), uint8, each; none where no content needs them any more
+    codes: list[Style | MaskedStyle]  # for every model; none where each content colours the pictures first
+    measured: list  # what the meter takes of it
 
 
-class Painting:
-    """Paints pairs of pictures by every model at every strength."""
+class PairPainter:
+    """Paints pairs of pictures by every model at every strength, and measures them where there is a meter."""
 
     def __init__(
-        self, models: list[Model], config, contents: Pictures, styles: Pictures, sheets: list[Sheet],
-        meter: Meter | None, skipped: Skipped, mask: Image.Image | None = None,
+        self, models: Sequence[Model], config, contents: Pictures, styles: Pictures, *, sheets: Sequence[Sheet] = (),
+        meter: Meter | None = None, mask: Image.Image | None = None, others: Sequence[PaintedFolder] = (),
     ) -> None:
-        """config: a TestConfig. sheets: where all pictures are placed. mask: of `--mask`, mode L.
-
-        A picture of several that cannot be used, or that there is too little memory for, comes to `skipped`, and is
-        left out with all its pairs.
-        """
+        """config: a TestConfig. sheets: where all pictures are placed. mask: of `--mask`, mode L. others: pictures of
+        the same pairs, to be measured, too."""
         self.models, self.config, self.contents, self.styles = models, config, contents, styles
-        self.sheets, self.meter, self.skipped, self.mask = sheets, meter, skipped, mask
+        self.sheets, self.meter, self.mask, self.others = sheets, meter, mask, others
         self.matches_colors = config.preserve_color == "histogram"  # of the style, to each content's
-        self.variants = list(product(range(len(models)), config.style_strength))
-        self.device = models[0].stylizer.device
+        self.variants = [*product(range(len(models)), config.style_strength)]
+        self.outcome = Outcome()
+        self.threads = min(usable_cores(), MOST_THREADS)
 
-    def paint(
-        self, files: dict[Pair, list[Path]], begin: Callable[[], object]
-    ) -> tuple[dict[Pair, Tensor | None], int]:
-        """files: those to write of every pair, for each model one a strength. begin: is called before the first.
+    def run(self, files: dict[Pair, list[Path]]) -> Outcome:
+        """files: those to write of every pair, for each model one a strength.
 
-        Several processes share the pairs; each returns, and has on its sheets, what came out of all. Returns by pair
-        what the meter measured, (models * strengths, metrics), float64, or None without a meter; and how many pictures
-        were there already. Raises UserError for an output that is not finite or cannot be written, and for a picture
-        that was named alone and cannot be used.
+        Several processes share the pairs; each returns, and has on its sheets, what came out of all. A picture of
+        several that cannot be used, or that there is too little memory for, is left out with all its pairs. Raises
+        UserError for an output that is not finite or cannot be written, and for a picture that was named alone and
+        cannot be used.
         """
-        todo = [_Todo(pair, dict(enumerate(paths))) for pair, paths in files.items()]
-        values, kept = {}, 0
-        with Workers(self.device) as workers:
-            if self.config.skip_existing:
-                is_there = [all(path.exists() for path in each.paths.values()) for each in todo]
-                todo = [each for there in (True, False)  # shared out apart, so that all processes have as much to do
-                        for each in share([each for each, found in zip(todo, is_there) if found == there])]
-                kept = sum(future.result() for future in [workers.start(self._keep_written, each) for each in todo])
-                values = {each.pair: None for each in todo if not each.paths}
-                todo = sorted((each for each in todo if each.paths), key=lambda each: each.pair)
-            else:
-                todo = share(todo)
-            values |= self._paint_all(todo, begin, workers)
-            kept = self._gather(values, kept)
-            self._show_inputs(values, workers)
-        return values, kept
+        with ThreadPoolExecutor(self.threads) as self.readers, ThreadPoolExecutor(self.threads) as self.writers:
+            self.being_written = deque()
+            self._paint_all(self._left_to_paint(files) if self.config.skip_existing else
+                            {pair: dict(enumerate(files[pair])) for pair in share([*files])})
+            self._gather()
+            for pictures, kind, place in ((self.contents, "content", 0), (self.styles, "style", 1)):
+                numbers = sorted({pair[place] for pair in self.outcome.values if self._lacks((kind, pair[place]))})
+                for _ in self._usable(pictures, numbers, lambda number, of=pictures: self._load(of, number)):
+                    pass  # it is on the sheets now
+        return self.outcome
 
-    def _paint_all(
-        self, todo: list["_Todo"], begin: Callable[[], object], workers: Workers
-    ) -> dict[Pair, Tensor | None]:
-        """What the meter measured of those that could be painted."""
-        by_content = {number: [*same] for number, same in groupby(todo, key=lambda each: each.pair[0])}
-        contents = self._open_contents([*by_content], workers)
-        first = next(contents, None)  # where there is none, nothing else need be tried
-        workers.expected = styles = len({each.pair[1] for each in todo})
-        codes = self._encode_styles({each.pair[1] for each in todo}, workers) if first else {}
-        workers.expected = len(todo) if styles else 1
-        running, values = deque(), {}
-        with progress_bar(sum(len(each.paths) for each in todo), "stylise", "picture") as bar:
-            for number, content in chain([first] if first else (), contents):
-                for each in by_content[number]:
-                    if each.pair[1] not in codes:
-                        continue
-                    if begin is not None:
-                        begin()
-                        begin = None
-                    work = workers.start(self._paint_pair, each, content, codes[each.pair[1]], bar, workers)
-                    running.append((each.pair, work))
-                while running and running[0][1].done():
-                    self._collect(*running.popleft(), values)
-            while running:
-                self._collect(*running.popleft(), values)
+    def _left_to_paint(self, files: dict[Pair, list[Path]]) -> dict[Pair, dict[int, Path]]:
+        """This process's part of the pairs of which something is not there yet, each with those files by their column;
+        what is there is placed on the sheets."""
+        left = {}
+        is_there = {pair: all(path.exists() for path in paths) for pair, paths in files.items()}
+        # They are shared out apart, so that all processes have as much to do.
+        mine = [pair for there in (True, False) for pair in share([pair for pair in files if is_there[pair] == there])]
+        for pair, work in self._ahead(lambda pair: [*map(read_written, files[pair])], sorted(mine)):
+            pictures = work.result()
+            for column, picture in enumerate(pictures):
+                if picture is None:
+                    left.setdefault(pair, {})[column] = files[pair][column]
+                else:
+                    self._show((*pair, column), picture)
+                    self.outcome.kept += 1
+            if pair not in left:
+                self.outcome.values[pair] = None
+        return left
+
+    def _paint_all(self, files: dict[Pair, dict[int, Path]]) -> None:
+        styles = {}
+        for number, pictures in self._usable(self.styles, sorted({style for _, style in files}),
+                                             lambda number: self._load(self.styles, number)):
+            with usable(self.styles.groups[number][0], self.styles.flag):
+                styles[number] = self._encode_style(pictures)
+        by_content = {content: [*pairs] for content, pairs in groupby(sorted(files), key=lambda pair: pair[0])}
+        with progress_bar(sum(map(len, files.values())), "stylise", "picture") as bar:
+            for number, content in self._usable(self.contents, [*by_content] if styles else [], self._load_content):
+                try:
+                    with usable(self.contents.groups[number][0], self.contents.flag):
+                        measured = self.meter.open_content(content.picture) if self.meter else None
+                        for pair in by_content[number]:
+                            if pair[1] in styles:
+                                self.outcome.values[pair] = self._paint_pair(
+                                    pair, files[pair], content, styles[pair[1]], measured, bar)
+                except UnusablePicture as error:
+                    self._skip(self.contents, number, error)
             bar.total = bar.n  # what was left out counts no longer
-        return values
+        while self.being_written:
+            self.being_written.popleft().result()
 
-    def _collect(self, pair: Pair, work: Future, values: dict[Pair, Tensor | None]) -> None:
-        try:
-            values[pair] = work.result()
-        except UnusablePicture as error:
-            self._skip(self.contents, pair[0], error)
+    # ------------------------------------------------------------------------------------------- inputs
+
+    def _ahead(self, read: Callable, items: Iterable) -> Iterator[tuple[object, Future]]:
+        """Every item with what `read` makes of it; meanwhile it reads a few further ones."""
+        begun = deque()
+        for item in items:
+            begun.append((item, self.readers.submit(read, item)))
+            if len(begun) > self.threads:
+                yield begun.popleft()
+        yield from begun
+
+    def _usable(self, pictures: Pictures, numbers: list[int], read: Callable) -> Iterator[tuple[int, object]]:
+        """The numbers of these pictures with what `read` makes of each, without those that cannot be used."""
+        for number, work in self._ahead(read, numbers):
+            try:
+                yield number, work.result()
+            except UnusablePicture as error:
+                self._skip(pictures, number, error)
 
     def _skip(self, pictures: Pictures, number: int, error: UnusablePicture) -> None:
         if not pictures.are_many:
             raise error
-        self.skipped.add(pictures, number, f"--{error}")
+        if (pictures.flag, number) not in self.outcome.unusable:
+            note_of_process(f"skipped --{error}")
+            self.outcome.unusable[pictures.flag, number] = f"--{error}"
 
-    # ------------------------------------------------------------------------------------------- inputs
+    def _load(self, pictures: Pictures, number: int) -> list[Tensor]:
+        """The pictures of a content or a style, (1, 3, H, W), uint8, each; the sheets show them. Raises
+        UnusablePicture, also for one that is too small to be measured."""
+        config, kind = self.config, "content"
+        if pictures is self.styles:
+            config, kind = replace(config, imsize=config.style_size or config.imsize), "style"
+        loaded = []
+        for path in pictures.groups[number]:
+            loaded.append(load_input(path, config, pictures.flag))
+            if self.meter is not None:
+                with usable(path, pictures.flag):
+                    check_measurable(loaded[-1], path)
+        if self._lacks((kind, number)):
+            self._show((kind, number), side_by_side([pixels_to_pil(picture) for picture in loaded]))
+        return loaded
 
-    def _open_contents(self, numbers: list[int], workers: Workers) -> Iterator[tuple[int, _Content]]:
-        """Those that can be used, in order; further ones are opened meanwhile."""
-        left, begun, ahead = deque(numbers), deque(), 1
-        while left or begun:
-            while left and len(begun) <= ahead:
-                begun.append((left[0], workers.start(self._open_content, left.popleft(), workers)))
-            number, work = begun.popleft()
-            content = self._result(work, self.contents, number, self._open_content, workers)
-            if content is not None:
-                ahead = max(1, min(workers.count, PIXELS_HELD // content.pixels))
-                yield number, content
-
-    def _encode_styles(self, numbers: set[int], workers: Workers) -> dict[int, list]:
-        """Those that can be used, see `_encode_style`."""
-        begun = [(number, workers.start(self._encode_style, number, workers)) for number in sorted(numbers)]
-        codes = {number: self._result(work, self.styles, number, self._encode_style, workers)
-                 for number, work in begun}
-        return {number: code for number, code in codes.items() if code is not None}
-
-    def _result(self, work: Future, pictures: Pictures, number: int, again: Callable, workers: Workers):
-        """What has come of a picture; None where it cannot be used. One that failed beside others may have lacked the
-        memory that they took, and gets another chance."""
-        try:
-            return work.result()
-        except UnusablePicture:
-            try:
-                return again(number, workers, alone=True)
-            except UnusablePicture as error:
-                self._skip(pictures, number, error)
-
-    def _open_content(self, number: int, workers: Workers, alone: bool = False) -> _Content:
-        path, flag = self.contents.paths[number], self.contents.flag
-        (picture,) = self._load(self.contents, number)
+    def _load_content(self, number: int) -> _Content:
+        (path,), (picture,) = self.contents.groups[number], self._load(self.contents, number)
         try:
             if self.config.preserve_color is not None:
                 check_colors(picture, self.config.preserve_color)
             if self.mask is not None:
                 check_mask(self.mask, tuple(picture.shape[2:]))
         except UserError as error:
-            raise UnusablePicture(f"{flag} {path}: {error}") from error
-        alpha = load_transparency(path, self.config, flag)
-        with usable(path, flag), workers.computing(None if alone else _pixels(picture)):
-            opened = [model.stylizer.open(picture) for model in self.models]
-            for each in opened:
-                each.statistics()  # encodes it
-        self._show_input([picture], ("content", number))
-        return _Content(picture, alpha, opened)
+            raise UnusablePicture(f"{self.contents.flag} {path}: {error}") from error
+        alpha = load_transparency(path, self.config, self.contents.flag)
+        return _Content(picture, alpha, [model.stylizer.open(picture) for model in self.models])
 
-    def _encode_style(self, number: int, workers: Workers, alone: bool = False) -> list:
-        """For every model a Style or MaskedStyle; the pictures themselves where each content colours them first."""
-        pictures = self._load(self.styles, number)
-        with usable(self.styles.of(number)[0], self.styles.flag), \
-                workers.computing(None if alone else max(map(_pixels, pictures))):
-            codes = pictures if self.matches_colors else self._combine(pictures)
-        self._show_input(pictures, ("style", number))
-        return codes
+    def _encode_style(self, pictures: list[Tensor]) -> _Style:
+        measured = self.meter.open_style(pictures[0]) if self.meter else []
+        if self.matches_colors:
+            return _Style(pictures, [], measured)
+        return _Style([], self._codes(pictures), measured)
 
-    def _combine(self, pictures: list[Tensor]) -> list[Style | MaskedStyle]:
+    def _codes(self, pictures: list[Tensor]) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
         return [combine([model.stylizer.encode_style(each) for each in pictures], self.config.style_weights, self.mask)
                 for model in self.models]
 
-    def _load(self, pictures: Pictures, number: int) -> list[Tensor]:
-        """A picture, or those of a style, (1, 3, H, W), uint8, each. Raises UnusablePicture, also for one that is too
-        small to be measured."""
-        config = self.config
-        if pictures is self.styles and config.style_size is not None:
-            config = replace(config, imsize=config.style_size)
-        load = load_input if self.meter is None else partial(load_measurable, measured_by="--metrics")
-        return [load(path, config, pictures.flag) for path in pictures.of(number)]
-
     # ------------------------------------------------------------------------------------------ outputs
 
-    def _paint_pair(self, todo: "_Todo", content: _Content, codes: list, bar, workers: Workers) -> Tensor | None:
-        """Returns what the meter measured. Raises UnusablePicture when the content needs too much memory."""
-        outputs = {}
-        try:
-            return self._paint_outputs(todo, content, codes, outputs, bar, workers, content.pixels)
-        except UnusablePicture:  # for lack of the memory that others took, perhaps
-            return self._paint_outputs(todo, content, codes, outputs, bar, workers, None)
-
-    def _paint_outputs(
-        self, todo: "_Todo", content: _Content, codes: list, outputs: dict[int, Tensor], bar, workers: Workers,
-        pixels: int | None,
+    def _paint_pair(
+        self, pair: Pair, files: dict[int, Path], content: _Content, style: _Style, measured: MeasuredContent | None,
+        bar,
     ) -> Tensor | None:
-        number, style = todo.pair
-        with usable(self.contents.paths[number], self.contents.flag):
-            if self.matches_colors:
-                with workers.computing(pixels):
-                    codes = self._combine([match_colors(each, content.picture) for each in codes])
-            for column, path in list(todo.paths.items()):
-                place, strength = self.variants[column]
-                model = self.models[place]
-                painted = content.opened[place], codes[place], strength
-                keeps = self.config.preserve_color == "luma"
-                try:
-                    with workers.computing(pixels):
-                        if self.meter is None:
-                            picture = model.stylizer.paint_picture(*painted, keeps_colors=keeps)
-                        else:
-                            outputs[column] = model.stylizer.paint(*painted, keeps_colors=keeps)
-                            picture = to_pil(denormalize(outputs[column]))
-                except NotFinite as error:
-                    raise UserError(f"--load_path {model.file}: its picture of {self.contents.paths[number]} and "
-                                    f"{' '.join(map(str, self.styles.of(style)))} has values that are not finite") \
-                        from error
-                save_picture(picture, path, content.alpha)
-                self._show(picture, (*todo.pair, column))
-                del todo.paths[column]
-                with bar.get_lock():
-                    bar.update()
-            if self.meter is None:
-                return None
-            (picture,) = self._load(self.styles, style)
-            with workers.computing(pixels):
-                return self.meter.measure(content.picture, picture, list(outputs.values())).cpu()
+        """Paint a pair into the files, by their column. Returns what the meter measured."""
+        codes = style.codes or self._codes([match_colors(each, content.picture) for each in style.pictures])
+        keeps_colors = self.config.preserve_color == "luma"
+        others = [self._painted_by_other(other, pair, content.picture) for other in self.others]
+        outputs = []
+        for column, path in files.items():
+            place, strength = self.variants[column]
+            model, inputs = self.models[place], (content.opened[place], codes[place], strength)
+            try:
+                if self.meter is None:
+                    picture = model.stylizer.paint_picture(*inputs, keeps_colors=keeps_colors)
+                else:
+                    outputs.append(model.stylizer.paint(*inputs, keeps_colors=keeps_colors))
+                    picture = to_pil(denormalize(outputs[-1]))
+            except NotFinite as error:
+                named = " ".join(map(str, (*self.contents.groups[pair[0]], *self.styles.groups[pair[1]])))
+                raise UserError(f"load_path {model.file}: its picture of {named} has values that are not finite") \
+                    from error
+            self._show((*pair, column), picture)
+            self._write(picture, path, content.alpha)
+            bar.update()
+        for column, picture in enumerate(others, len(self.variants)):
+            self._show((*pair, column), pixels_to_pil(picture))
+            outputs.append(normalize(picture.to(self.meter.device)))
+        return None if self.meter is None else self.meter.measure(measured, style.measured, outputs).cpu()
 
-    def _keep_written(self, todo: "_Todo") -> int:
-        """Take off those that are there already. Returns how many."""
-        pictures = {column: read_written(path) for column, path in todo.paths.items()}
-        for column, picture in pictures.items():
-            if picture is not None:
-                self._show(picture, (*todo.pair, column))
-                del todo.paths[column]
-        return sum(picture is not None for picture in pictures.values())
+    def _painted_by_other(self, other: PaintedFolder, pair: Pair, content: Tensor) -> Tensor:
+        """The picture of a pair, (1, 3, H, W), uint8. Raises UserError where it is not of the content's size."""
+        flag, path = f"painted {other.name}={other.folder}", other.files[pair]
+        try:
+            picture = prepare_picture(path, max_pixels=self.config.max_pixels)
+        except PictureError as error:
+            raise UserError(f"{flag}: {error}") from error
+        (height, width), needed = picture.shape[2:], content.shape[2:]
+        if (height, width) != tuple(needed):
+            raise UserError(f"{flag}: {path} has {width} x {height} pixels, its content as it is painted "
+                            f"{needed[1]} x {needed[0]} (--imsize, --cropsize); the same size is needed")
+        return picture
+
+    def _write(self, picture: Image.Image, path: Path, alpha: Image.Image | None) -> None:
+        """Have a picture written; waits while as many others as there are threads still are. Raises UserError, also for
+        one of those."""
+        make_folder(path.parent, "save_path")
+        self.being_written.append(self.writers.submit(save_picture, picture, path, alpha))
+        if len(self.being_written) > self.threads:
+            self.being_written.popleft().result()
 
     # ------------------------------------------------------------------------------------------- sheets
 
-    def _show(self, picture: Image.Image, key: tuple) -> None:
+    def _lacks(self, key: Key) -> bool:
+        return any(sheet.lacks(key) for sheet in self.sheets)
+
+    def _show(self, key: Key, picture: Image.Image) -> None:
         for sheet in self.sheets:
-            sheet.place(picture, key)
+            sheet.add(key, picture)
 
-    def _show_input(self, pictures: list[Tensor], key: tuple) -> None:
-        if self.sheets:
-            self._show(side_by_side([pixels_to_pil(each) for each in pictures]), key)
-
-    def _show_inputs(self, pairs: Iterable[Pair], workers: Workers) -> None:
-        """Contents and styles of these pairs, where all their pictures were there and nothing else needed them."""
-        started = []
-        for pictures, kind, place in ((self.contents, "content", 0), (self.styles, "style", 1)):
-            for number in sorted({pair[place] for pair in pairs}):
-                if any(sheet.lacks((kind, number)) for sheet in self.sheets):
-                    started.append((pictures, number, workers.start(self._open_input, pictures, kind, number)))
-        for pictures, number, work in started:
-            try:
-                work.result()
-            except UnusablePicture as error:
-                self._skip(pictures, number, error)
-
-    def _open_input(self, pictures: Pictures, kind: str, number: int) -> None:
-        self._show_input(self._load(pictures, number), (kind, number))
-
-    def _gather(self, values: dict[Pair, Tensor | None], kept: int) -> int:
-        """Add what the other processes have, to `values`, on the sheets, and of pictures that they skipped. Returns the
-        sum of `kept`."""
-        own = values.copy(), self.skipped.pictures, [sheet.placed for sheet in self.sheets], kept
-        total = 0
-        for theirs, skipped, placed, count in gather(own):
-            values |= theirs
-            self.skipped.pictures |= skipped
+    def _gather(self) -> None:
+        """Add what came out of the other processes to the outcome and to the sheets."""
+        own = self.outcome
+        self.outcome = Outcome()
+        for theirs, placed in gather((own, [sheet.pictures for sheet in self.sheets])):
+            self.outcome.values |= theirs.values
+            self.outcome.unusable |= theirs.unusable
+            self.outcome.kept += theirs.kept
             for sheet, pictures in zip(self.sheets, placed):
-                sheet.placed |= pictures
-            total += count
-        return total
-
-
-@dataclass
-class _Todo:
-    """The pictures of a pair that are still to be written, by their place among the variants."""
-
-    pair: Pair
-    paths: dict[int, Path]
-
-
-def _pixels(picture: Tensor) -> int:
-    return picture.shape[2] * picture.shape[3]
+                sheet.pictures |= pictures

@@ -1,26 +1,21 @@
-"""Which pictures test mode stylises with which, and the names of what comes out."""
+"""Which pictures test mode stylises with which, the names of what comes out, and what others painted of them."""
 
 import hashlib
 import math
 import os
 import random
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
-from torch import Tensor
-
-from data import find_measured, is_searched, refuse_within
-from painting.quality import MIN_SIDE
-from painting.sheets import COMPARISON, CONTACT_SHEET
-from painting.stylizer import UnusablePicture, load_input
-from utils import UserError
+from data import find_measured, find_pictures, is_held_out, is_searched, refuse_within
+from utils import UserError, note
 
 LONGEST_NAME = 180  # bytes of a picture's file name: file systems take 255, and a file in the making has a longer one
 
-Pair = tuple[int, int]  # the numbers of a content and a style picture
+Pair = tuple[int, int]  # the numbers of a content and a style
 
 
 # ----------------------------------------------------------------------------------------------- pictures
@@ -28,27 +23,26 @@ Pair = tuple[int, int]  # the numbers of a content and a style picture
 
 @dataclass(frozen=True)
 class Pictures:
-    """The content or the style pictures, and a file-name part for each."""
+    """The contents or the styles, and a file-name part for each."""
 
     flag: str  # that named them
     named: tuple[str, ...]  # as the command line names them
-    paths: list[Path]
+    groups: list[tuple[Path, ...]]  # the pictures of each: one, or all that together make one style
     names: list[str]
     folders: dict[Path, list[Path]]  # those of `named` that are folders or archives, with what was found there
-    are_one: bool = False  # all of them together are one style
+
+    @property
+    def paths(self) -> list[Path]:
+        return [*chain.from_iterable(self.groups)]
 
     @property
     def are_many(self) -> bool:
         """Whether a folder or several pictures were named: one that cannot be used does not stop the others."""
-        return not self.are_one and (bool(self.folders) or len(self.paths) > 1)
+        return len(self.groups) > 1 or bool(self.folders) and len(self.groups[0]) == 1
 
-    def joined(self) -> "Pictures":
+    def combined(self) -> "Pictures":
         """All of them as one style, of number 0 and with all their names."""
-        return replace(self, names=["+".join(self.names)], are_one=True)
-
-    def of(self, number: int) -> list[Path]:
-        """The picture of this number, or all that are together one style."""
-        return self.paths if self.are_one else [self.paths[number]]
+        return replace(self, groups=[tuple(self.paths)], names=["+".join(self.names)])
 
 
 def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
@@ -64,15 +58,7 @@ def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
         folders[each] = find_measured(each, f"--{flag}", holdout)
         for path in folders[each]:
             stems.setdefault(path, "-".join(path.relative_to(each).with_suffix("").parts))
-    return Pictures(flag, tuple(named), list(stems), _names(stems), folders)
-
-
-def _names(stems: dict[Path, str]) -> list[str]:
-    """A file-name part for each picture, unique among them: its stem, without the suffix unless two pictures differ in
-    nothing else."""
-    counts = Counter(map(_folded, stems.values()))
-    return distinct([stem if counts[_folded(stem)] == 1 else f"{stem}-{path.suffix[1:]}"
-                     for path, stem in stems.items()])
+    return Pictures(flag, tuple(named), [(path,) for path in stems], distinct([*stems.values()]), folders)
 
 
 def _folded(name: str) -> str:
@@ -81,17 +67,29 @@ def _folded(name: str) -> str:
 
 
 def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """The names, those that are equal without regard to case, or `taken`, with a number of their own behind them."""
-    counts = Counter(map(_folded, (*names, *taken)))
-    used = set(counts)
-    result = []
+    """The names; one that an earlier name or `taken` equals, whatever the case, gets a number behind it."""
+    used, result = set(map(_folded, taken)), []
     for name in names:
-        number, chosen = 1, name
-        while counts[_folded(name)] > 1 and _folded(chosen) in used:
-            chosen, number = f"{name}-{number}", number + 1
-        used.add(_folded(chosen))
-        result.append(chosen)
+        numbered = chain([name], (f"{name}-{number}" for number in count(1)))
+        result.append(next(each for each in numbered if _folded(each) not in used))
+        used.add(_folded(result[-1]))
     return result
+
+
+def note_learned_from(name: str, checkpoint: dict, paths: Sequence[Path]) -> None:
+    """Say how many of the pictures to measure a model has learned from, as far as its file knows.
+
+    name: of the model, for the line; checkpoint: what its file holds, the settings of its training among it; paths: of
+    the pictures.
+    """
+    config = checkpoint.get("train_config") or {}
+    folders = {os.path.realpath(config[flag]) for flag in ("content_dir", "style_dir") if config.get(flag)}
+    within = [path for path in paths if not folders.isdisjoint(map(str, Path(os.path.realpath(path)).parents))]
+    holdout = config.get("holdout") or 0.0
+    learned = sum(not is_held_out(path, holdout) for path in within)
+    if learned:
+        note(f"{name} has learned from {learned} of the {len(paths)} pictures that it is measured with (its training "
+             f"had --holdout {holdout:g}): to judge it, measure pictures that were held out")
 
 
 # -------------------------------------------------------------------------------------------------- pairs
@@ -106,7 +104,7 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
     if number is None:
         return [(content, style) for content in range(contents) for style in range(styles)]
     if number > contents * styles:
-        raise UserError(f"--pairs {number}: {contents} content and {styles} style pictures make "
+        raise UserError(f"pairs {number}: {contents} content and {styles} style pictures make "
                         f"{contents * styles} pairs")
     generator = random.Random(seed)
     content_order, style_order = (generator.sample(range(count), count) for count in (contents, styles))
@@ -120,10 +118,10 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
 
 
 def output_names(
-    pairs: Sequence[Pair], contents: Pictures, styles: Pictures, endings: Sequence[str]
+    pairs: Sequence[Pair], contents: Pictures, styles: Pictures, endings: Sequence[str], taken: Iterable[str]
 ) -> dict[Pair, list[str]]:
-    """The file names of every pair's pictures, one with each of `endings`: no two alike, none that of a sheet, and
-    short enough for a file system."""
+    """The file names of every pair's pictures, one with each of `endings`: no two alike, none of `taken`, and short
+    enough for a file system."""
     stems = []
     for content, style in pairs:
         for ending in endings:
@@ -132,13 +130,12 @@ def output_names(
                 kept = os.fsencode(stem)[: LONGEST_NAME - 40].decode(errors="ignore")
                 stem = f"{kept}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]}{ending}"
             stems.append(stem)
-    taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
-    names = iter(f"{stem}.png" for stem in distinct(stems, taken))
+    names = iter(f"{stem}.png" for stem in distinct(stems, [Path(name).stem for name in taken]))
     return {pair: [next(names) for _ in endings] for pair in pairs}
 
 
 def check_outputs(
-    files: Iterable[Path], folders: Iterable[Path], pictures: Iterable[Pictures], others: Iterable[tuple[str, Path]],
+    files: Iterable[Path], folders: Iterable[Path], pictures: Sequence[Pictures], others: Iterable[tuple[str, Path]],
     save_path: Path,
 ) -> None:
     """Raises UserError where a file to write is one that is read, or a folder to write to belongs to one that is
@@ -146,34 +143,64 @@ def check_outputs(
 
     others: further files that are read, each with the flag that it is of.
     """
-    pictures, folders = list(pictures), list(folders)
     inputs = [*((f"--{each.flag}", path) for each in pictures for path in each.paths), *others]
-    read = {_identity(path): f"{flag} {path}" for flag, path in inputs}
+    read = {_identity(path): f"{flag} {path}" for flag, path in inputs if path.exists()}
     for file in files:
-        identity = _identity(file)
-        if identity is not None and identity in read:
-            raise UserError(f"--save_path {save_path}: {file} would overwrite {read[identity]}; name another")
-    for each in pictures:
-        for root, found in each.folders.items():
-            for folder in folders:
+        if file.exists() and _identity(file) in read:
+            raise UserError(f"save_path {save_path}: {file} would overwrite {read[_identity(file)]}; name another")
+    for folder in folders:
+        for each in pictures:
+            for root, found in each.folders.items():
                 refuse_within(folder, root, f"--{each.flag}", found)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Equal for two paths of one file, through links, too; None where there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal for two paths of one file, through links, too."""
+    stat = path.stat()
     return stat.st_dev, stat.st_ino
 
 
-def load_measurable(path: Path, config, flag: str, measured_by: str) -> Tensor:
-    """`load_input` of a picture that a Meter is to see. measured_by: the flag that asks for it. Raises UnusablePicture,
-    also for one with a side below MIN_SIDE."""
-    picture = load_input(path, config, flag)
-    height, width = picture.shape[2:]
-    if min(height, width) < MIN_SIDE:
-        raise UnusablePicture(f"{flag} {path}: {width} x {height} pixels; {measured_by} needs {MIN_SIDE} or more on "
-                              "each side")
-    return picture
+# --------------------------------------------------------------------------------------- painted by others
+
+
+@dataclass(frozen=True)
+class PaintedFolder:
+    """Pictures that another program painted, one of each pair."""
+
+    name: str
+    folder: Path
+    files: dict[Pair, Path]
+
+
+def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: Pictures) -> PaintedFolder:
+    """The pictures of the pairs in a folder, CONTENT_STYLE or CONTENT__STYLE with any picture's suffix.
+
+    given: NAME=FOLDER. Raises UserError where that is something else, where a picture is missing, and where one name
+    may mean two pictures or two pairs.
+    """
+    name, _, folder = given.partition("=")
+    if not name or not folder:
+        raise UserError(f"painted {given}: NAME=FOLDER is needed")
+    by_stem = {}
+    for path in find_pictures(Path(folder), "--painted"):
+        by_stem.setdefault(path.stem, []).append(path)
+    files, used, missing = {}, set(), []
+    for content, style in pairs:
+        (content_path,), (style_path,) = contents.groups[content], styles.groups[style]
+        names = (content_path.stem, style_path.stem), (contents.names[content], styles.names[style])
+        stems = dict.fromkeys(between.join(each) for each in names for between in ("_", "__"))
+        found = [path for stem in stems for path in by_stem.get(stem, ())]
+        if len(found) > 1:
+            raise UserError(f"painted {given}: {found[0]} and {found[1]} may both be painted of {content_path} and "
+                            f"{style_path}; one is needed")
+        if not found:
+            missing.append("_".join(names[0]))
+        elif found[0] in used:
+            raise UserError(f"painted {given}: {found[0]} may be of two pairs; name it CONTENT__STYLE")
+        else:
+            files[content, style] = found[0]
+            used.add(found[0])
+    if missing:
+        raise UserError(f"painted {given}: {len(missing)} of {len(pairs)} pictures are missing, the first is "
+                        f"{missing[0]}, with any picture's suffix")
+    return PaintedFolder(name, Path(folder), files)

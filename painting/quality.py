@@ -1,4 +1,4 @@
-"""How good stylised pictures are: losses as in training, SSIM, a learned perceptual distance, means with intervals."""
+"""How good stylised pictures are: losses, SSIM, a learned perceptual distance, flat tiles, means with intervals."""
 
 import math
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import denormalize, normalize
-from loss import content_loss, style_loss
+from data import PictureError, denormalize, normalize
+from loss import content_loss, style_distance, style_statistics
 from network import NetworkConfig, build_loss_network
 from utils import UserError, load_checkpoint
 from weights import load_vgg
 
-METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS"}
+METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS",
+           "flat": "flat tiles"}
 LOSS_METRICS = ("content", "style")
 MIN_SIDE = 21  # pixels: features of smaller pictures are too small for the reflection padding of ST-LPIPS
 CONFIDENCE = 0.95
@@ -26,6 +27,9 @@ SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for values of range 1
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+TILE = 16  # pixels: side of the tiles that may be flat
+FLAT, LIVE = 1.5, 6.0  # of 255: standard deviations of luma, below which a tile is flat, above which it is not
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -68,20 +72,56 @@ def load_stlpips(trunk: str = "alex") -> nn.Module:
     try:
         from stlpips_pytorch import stlpips
     except ImportError as error:
-        raise UserError(f"--metrics stlpips: {error}; in the toolkit's folder: pip install "
+        raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install "
                         "'.[metrics]', or name other metrics") from error
     # Not by the package's own loader: with torch before 2.6 it would run code pickled in the file.
     network = stlpips.LPIPS(net=trunk, variant="shift_tolerant", pretrained=False, verbose=False)
     file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / f"{trunk}_shift_tolerant.pth"
-    keys = network.load_state_dict(load_checkpoint(file, flag="--metrics stlpips:"), strict=False)
+    keys = network.load_state_dict(load_checkpoint(file, flag="metrics stlpips:"), strict=False)
     # `lins` lists the modules lin0 to lin4 a second time.
     if keys.unexpected_keys or not all(key.startswith("lins.") for key in keys.missing_keys):
-        raise UserError(f"--metrics stlpips: {file} does not fit its network; version 0.0.2 is known to work")
+        raise UserError(f"metrics stlpips: {file} does not fit its network; version 0.0.2 is known to work")
     return network.eval().requires_grad_(False)
 
 
+def tile_deviations(pixels: Tensor) -> Tensor:
+    """Standard deviation of the luma in every tile of 16 x 16 pixels; what is left at the right and at the bottom does
+    not count. pixels: (1, 3, H, W), uint8. Returns (H // 16, W // 16), float64, of 255; the luma is Pillow's."""
+    red, green, blue = pixels[0].int()
+    luma = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16  # (H, W)
+    tiles = luma.double().unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # (H // 16, W // 16, 16, 16)
+    return tiles.flatten(2).std(dim=2, correction=0)
+
+
+def flat_tiles(painted: Tensor, content: Tensor) -> Tensor:
+    """The share of the photograph's tiles with something in them that the painted picture leaves flat; 0 where the
+    photograph has no such tile. painted, content: (1, 3, H, W), uint8. Returns a scalar, float64."""
+    live = tile_deviations(content) > LIVE
+    flat = tile_deviations(painted) < FLAT
+    return (flat & live).sum().double() / live.sum().clamp(min=1)
+
+
+def check_measurable(picture: Tensor, path: Path) -> None:
+    """Raises PictureError for a picture that is too small for a Meter. picture: (1, 3, H, W), from `path`."""
+    height, width = picture.shape[2:]
+    if min(height, width) < MIN_SIDE:
+        raise PictureError(f"{path}: {width} x {height} pixels; measuring takes {MIN_SIDE} or more a side")
+
+
+@dataclass(frozen=True)
+class MeasuredContent:
+    """A content picture that outputs are compared with."""
+
+    pixels: Tensor  # (1, 3, H, W), uint8
+    features: list[Tensor]  # the loss network's deepest alone, (1, C, h, w); empty without loss metrics
+
+
 class Meter:
-    """Measures outputs by the chosen metrics, and holds the networks that this takes."""
+    """Measures outputs by the chosen metrics, and holds the networks that this takes.
+
+    The losses are computed as in training, but that the loss network pads with zeros whatever a network in training
+    pads with, so that all models are measured alike.
+    """
 
     def __init__(
         self, metrics: tuple[str, ...], backbone: str, vgg_weights: str, style_kind: str, seed: int,
@@ -96,37 +136,50 @@ class Meter:
             self.stlpips = load_stlpips().to(device)
         if set(LOSS_METRICS) & set(metrics):
             vgg, self.vgg_origin = load_vgg(backbone, vgg_weights, seed)
-            loss_network = build_loss_network(NetworkConfig.full(backbone), vgg)  # padding as VGG learned
+            loss_network = build_loss_network(NetworkConfig.full(backbone), vgg)  # pads with zeros, as VGG learned
             self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def measure(self, content: Tensor, style: Tensor, outputs: list[Tensor]) -> Tensor:
-        """content, style: (1, 3, H, W), uint8; outputs of one or more models for this pair: (1, 3, H, W),
-        ImageNet-normalised. Sides of MIN_SIDE or more. Returns (len(outputs), len(metrics)), float64.
+    def open_content(self, picture: Tensor) -> MeasuredContent:
+        """picture: (1, 3, H, W), uint8, sides of MIN_SIDE or more."""
+        picture = picture.to(self.device)
+        features = [] if self.loss_network is None else self.loss_network(normalize(picture))[-1:]
+        return MeasuredContent(picture, features)
 
-        The losses see the output as in training, not clipped to the range of a picture; SSIM and ST-LPIPS
-        compare the picture as it is written, clipped and with 8 bits, with the content picture.
+    @torch.inference_mode()
+    def open_style(self, picture: Tensor) -> list[tuple[Tensor, ...]]:
+        """What `measure` takes of a style picture, (1, 3, H, W), uint8, sides of MIN_SIDE or more: the statistics of
+        the loss network's features; nothing without loss metrics."""
+        if self.loss_network is None:
+            return []
+        return style_statistics(self.loss_network(normalize(picture.to(self.device))), self.style_kind)
+
+    @torch.inference_mode()
+    def measure(self, content: MeasuredContent, style: list[tuple[Tensor, ...]], outputs: list[Tensor]) -> Tensor:
+        """content, style: of `open_content` and `open_style`; outputs of one or more models for this pair:
+        (1, 3, H, W), ImageNet-normalised. Returns (len(outputs), len(metrics)), float64.
+
+        The losses see the output as in training, not clipped to the range of a picture, nor rounded; what is given as a
+        picture file was both. The other metrics compare the picture as it is written, clipped and with 8 bits, with the
+        content picture.
         """
-        content, style = content.to(self.device), style.to(self.device)
-        if self.loss_network is not None:
-            content_features = self.loss_network(normalize(content))
-            style_features = self.loss_network(normalize(style))
-        content = content.float() / 255.0
         rows = []
         for output in outputs:
             features = self.loss_network(output) if self.loss_network is not None else None
-            written = (denormalize(output) * 255.0).round() / 255.0
+            written = (denormalize(output) * 255.0).round()
             row = []
             for metric in self.metrics:
                 match metric:
                     case "content":
-                        row.append(content_loss(features, content_features))
+                        row.append(content_loss(features, content.features))
                     case "style":
-                        row.append(style_loss(features, style_features, self.style_kind))
+                        row.append(style_distance(style_statistics(features, self.style_kind), style))
                     case "ssim":
-                        row.append(ssim(written, content)[0])
+                        row.append(ssim(written / 255.0, content.pixels / 255.0)[0])
                     case "stlpips":
-                        row.append(self.stlpips(2 * written - 1, 2 * content - 1).squeeze())
+                        row.append(self.stlpips(written / 127.5 - 1, content.pixels / 127.5 - 1).squeeze())
+                    case "flat":
+                        row.append(flat_tiles(written.byte(), content.pixels))
             rows.append(torch.stack([value.double() for value in row]))
         return torch.stack(rows)
 

@@ -1,12 +1,11 @@
-"""Video in, video out: frames are read, painted and written side by side, a few at a time."""
+"""Video in, video out: while a frame is painted, the next one is read and the one before it is written."""
 
-import io
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from importlib import import_module
@@ -20,18 +19,8 @@ from data import NotFinite, PictureError, find_pictures, is_picture, is_searched
 from painting.control import check_styles, combine
 from painting.pairs import check_outputs
 from painting.smoothing import Blender, Motion, MotionTracker, on_grid
-from painting.stylizer import Stylizer, decode_in_half, load_input, open_model
-from settings import changed
-from utils import (
-    UserError,
-    allow_tf32,
-    is_first_process,
-    make_folder,
-    note,
-    progress_bar,
-    replacing,
-    resolve_device,
-)
+from painting.stylizer import Stylizer, load_input
+from utils import UserError, make_folder, note, progress_bar, replacing
 
 # Container, encoder and its settings, by the suffix of a file to write. Quick enough to keep up with a small network.
 _H264 = ("libx264", {"preset": "superfast", "crf": "18"})
@@ -47,9 +36,8 @@ _READ = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h26
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo")  # a frame's number says when it is shown
 _STATE_THEIR_LENGTH = ("mov", "matroska")  # at their beginning, which a file that is cut short still has
 _UNSPECIFIED, _BT709, _LIMITED, _PQ, _HLG = 2, 1, 1, 16, 18  # in libavutil: colours, their range, transfer functions
-_LEAST_AV = 17
+_PACKAGES = {"av": ("av", 17), "cv2": ("opencv-python-headless", 4)}  # older av: BT.709's colours as BT.601's
 _HD_HEIGHT = 720  # from here on players take colours that a file does not name for BT.709
-_AHEAD = 3  # frames that are read and not yet painted; as many are painted and not yet written
 
 
 def is_video(path: Path) -> bool:
@@ -66,22 +54,18 @@ def is_video(path: Path) -> bool:
     return (begins_so or Path(path).suffix.lower() in _SUFFIXES) and not is_picture(path)
 
 
-def _import(module: str, package: str, wanted_by: str):
-    """The module, or a UserError that says how to install it."""
+def _import(module: str, wanted_by: str):
+    """A package that only videos need. Raises UserError where it is not there, or too old."""
+    package, oldest = _PACKAGES[module]
     try:
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f"{wanted_by} needs the package {package}; in the toolkit's folder: pip install "
-                        "'.[video]'") from error
-
-
-def _import_av(wanted_by: str):
-    """PyAV. Raises UserError where it is not there, or so old that it takes BT.709's colours for BT.601's."""
-    av = _import("av", "av", f"{wanted_by}: a video")
-    if int(av.__version__.split(".")[0]) < _LEAST_AV:
-        raise UserError(f"{wanted_by}: a video needs version {_LEAST_AV} of the package av, or a newer one, not "
-                        f"{av.__version__}; in the toolkit's folder: pip install '.[video]'")
-    return av
+        imported = import_module(module)
+        if int(imported.__version__.split(".")[0]) >= oldest:
+            return imported
+        found = f", not {imported.__version__}"
+    except ImportError:
+        found = ""
+    raise UserError(f"{wanted_by} needs the package {package}, version {oldest} or newer{found}; in the toolkit's "
+                    "folder: pip install '.[video]'")
 
 
 @dataclass
@@ -91,7 +75,6 @@ class Frame:
     pixels: np.ndarray  # (H, W, 3), uint8, upright
     time: int  # when it is shown, in units of its clip's time_base
     duration: int  # in the same
-    sound: list = field(default_factory=list)  # the packets that stood before it in the file
     motion: Motion | None = None
 
 
@@ -99,15 +82,19 @@ class Frame:
 class Clip:
     """A video to read: what its head says, its frames, and what went wrong while they were read."""
 
-    source: str  # flag and path
+    source: str  # the argument that named it, and its path
     time_base: Fraction  # seconds
     rate: Fraction  # frames a second, on average
     count: int | None = None  # of frames, about
     pixel_aspect: Fraction = Fraction(1)  # width by height
-    sound: list = field(default_factory=list)  # its streams, PyAV's
     frames: Iterator[Frame] = iter(())
-    late_sound: list = field(default_factory=list)  # packets behind the last frame
+    sound_streams: list = field(default_factory=list)  # PyAV's
+    sound: deque = field(default_factory=deque)  # the packets that were read along with the frames
+    painted: int = 0  # frames
     fault: str | None = None  # the first
+
+    def fail(self, reason: str) -> None:
+        self.fault = self.fault or reason
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -120,15 +107,12 @@ def open_video(path: Path, flag: str, config):
     Raises UserError, also while frames are read, for what is no video, has no video stream or too many pixels.
     """
     source = f"{flag} {path}"
-    av = _import_av(source)
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "rb"))
-            container = stack.enter_context(av.open(file, options={"format_whitelist": _READ}))
-        except OSError as error:
-            raise UserError(f"{source}: cannot be read ({error.strerror or error})") from error
-        except av.FFmpegError as error:
-            raise UserError(f"{source}: not a readable video ({error.strerror or error})") from error
+    av = _import("av", f"{source}: a video")
+    try:
+        container = av.open(f"file:{path}", options={"format_whitelist": _READ})
+    except av.FFmpegError as error:
+        raise UserError(f"{source}: not a readable video ({error.strerror or error})") from error
+    with container:
         streams = [stream for stream in container.streams.video
                    if not stream.disposition & av.stream.Disposition.attached_pic]  # the cover of an album
         if not streams:
@@ -138,116 +122,95 @@ def open_video(path: Path, flag: str, config):
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         seconds = Fraction(container.duration or 0, av.time_base)
         clip = Clip(source, stream.time_base, rate, stream.frames or round(seconds * rate) or None,
-                    sound=list(container.streams.audio))
+                    sound_streams=list(container.streams.audio))
         clip.frames = _read_frames(av, container, stream, clip, config)
         yield clip
 
 
 def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
-    """The frames of `stream`, upright and all of one size, and with them the packets of sound."""
-    early = max(0, container.start_time or 0)  # of a broadcast; below 0 there is nothing but the lead-in of sound
-    start = round(Fraction(early, av.time_base) / clip.time_base)
+    """The frames of `stream`, upright and all of one size."""
+    # Of a broadcast, which begins at some time of day; below 0 there is nothing but the lead-in of sound.
+    start = Fraction(max(0, container.start_time or 0), av.time_base)
     has_times = container.format.name not in _WITHOUT_TIMES
-    size = matrix = last = None
-    end, sound = Fraction(0), []
-    for each in _packets_and_frames(av, container, stream, clip):
-        if isinstance(each, av.Packet):
-            end = max(end, (each.pts + (each.duration or 0)) * each.time_base)
-            if each.stream.type == "audio":
-                ticks = round(Fraction(early, av.time_base) / each.time_base)
-                each.pts, each.dts = each.pts - ticks, each.dts - ticks
-                sound.append(each)
-            continue
+    regular = max(1, round(1 / (clip.rate * clip.time_base)))
+    size = last = None
+    for frame in _decode(av, container, stream, clip, start):
         if size is None:
-            matrix = _display_matrix(each)
-            size = _scaled_size(each.width, each.height, config, clip.source)
+            size = _scaled_size(frame.width, frame.height, config, clip.source)
             clip.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-            if _turns_sides(matrix):
+            if _upright(frame, np.empty((1, 2, 3))).shape == (2, 1, 3):  # what was a row is a column
                 clip.pixel_aspect = 1 / clip.pixel_aspect
             if stream.codec_context.color_trc in (_PQ, _HLG):
                 note(f"{clip.source}: its high dynamic range is not converted: the frames are painted from pale ones")
-        regular = max(1, round(1 / (clip.rate * clip.time_base)))
-        if has_times and each.pts is not None:
-            shown = each.pts - start
+        if has_times and frame.pts is not None:
+            shown = frame.pts - round(start / clip.time_base)
         else:
             shown = 0 if last is None else last.time + last.duration
-        last = Frame(_crop(_upright(_to_rgb(each, size), matrix), config.cropsize),
-                     shown if last is None else max(shown, last.time + 1),
-                     each.duration if has_times and each.duration else regular, sound)
+        if last is not None:
+            shown = max(shown, last.time + 1)
+        duration = frame.duration if has_times and frame.duration else regular
+        last = Frame(_crop(_upright(frame, _to_rgb(frame, size)), config.cropsize), shown, duration)
         yield last
-        sound = []
-    clip.late_sound = sound
-    stated = Fraction(early + (container.duration or 0), av.time_base)
-    missing = float(stated - end)
-    if container.format.name.startswith(_STATE_THEIR_LENGTH) and missing > 0.1 + 1 / clip.rate:
-        clip.fault = clip.fault or f"its last {missing:.1f} seconds are missing"
 
 
-def _packets_and_frames(av, container, stream, clip: Clip) -> Iterator:
-    """All packets that have a time, and after each of `stream` the frames that it brings; faults go to `clip`."""
+def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
+    """The frames of `stream`, PyAV's. The packets of sound go to the clip, counted from `start`, in seconds, and so do
+    faults."""
 
     def decode(packet) -> Iterator:
         try:
             yield from stream.codec_context.decode(packet)
         except av.FFmpegError as error:
-            clip.fault = clip.fault or f"parts of it cannot be decoded ({error.strerror})"
+            clip.fail(f"parts of it cannot be decoded ({error.strerror})")
 
+    end = Fraction(0)
     try:
         for packet in container.demux():
-            if packet.dts is not None and packet.pts is None:
-                packet.pts = packet.dts
             if packet.is_corrupt:
-                clip.fault = clip.fault or "a part of it is missing"
+                clip.fail("a part of it is missing")
                 continue
             if packet.dts is not None:
-                yield packet
+                packet.pts = packet.dts if packet.pts is None else packet.pts
+                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                if packet.stream.type == "audio":
+                    ticks = round(start / packet.time_base)
+                    packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+                    clip.sound.append(packet)
             if packet.stream is stream:
                 yield from decode(packet)  # at the end of the file, an empty one has the decoder give what it holds
     except av.FFmpegError as error:
-        clip.fault = clip.fault or f"it cannot be read to its end ({error.strerror})"
+        clip.fail(f"it cannot be read to its end ({error.strerror})")
         yield from decode(None)
+    missing = float(start + Fraction(container.duration or 0, av.time_base) - end)
+    if container.format.name.startswith(_STATE_THEIR_LENGTH) and missing > 0.1 + 1 / clip.rate:
+        clip.fail(f"its last {missing:.1f} seconds are missing")
 
 
-def _display_matrix(frame) -> tuple[int, int, int, int]:
-    """a, b, c, d of libavutil's display matrix: column and row are to be shown at a * column + c * row and
-    b * column + d * row."""
+def _upright(frame, pixels: np.ndarray) -> np.ndarray:
+    """The pixels of a frame, (H, W, 3), as they are to be shown: turned by quarters, mirrored. PyAV's own `rotation`
+    does not tell what is mirrored."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
-        return 1, 0, 0, 1
+        return pixels
+    # Column and row are to be shown at a * column + c * row and b * column + d * row.
     a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
-    return a, b, c, d
-
-
-def _turns_sides(matrix: tuple[int, int, int, int]) -> bool:
-    a, b, _, _ = matrix
-    return abs(b) > abs(a)
-
-
-def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """The frame, (H, W, 3), as it is to be shown: turned by quarters, mirrored."""
-    columns, b, c, rows = matrix
-    if _turns_sides(matrix):
-        pixels, columns, rows = pixels.swapaxes(0, 1), c, b
-    return pixels[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1]
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _scaled_size(width: int, height: int, config, source: str) -> tuple[int, int]:
-    """Width and height that --imsize and --cropsize bring a frame to, before the cut.
-
-    A side stays even or odd, but for the shorter one, which is as --imsize says: most players want even sides.
-    """
+    """Width and height that --imsize and --cropsize bring a frame to, before the cut. A longer side becomes even where
+    it is scaled: most players want even sides."""
     shorter = min(width, height)
     side = max(config.imsize or shorter, config.cropsize or 0)
-
-    def scaled(length: int) -> int:
-        odd = length % 2
-        return side if length == shorter else max(side, 2 * round((length * side / shorter - odd) / 2) + odd)
-
-    for columns, rows in ((width, height), (scaled(width), scaled(height))):
+    scaled = (width, height) if side == shorter else tuple(
+        side if length == shorter else max(side, 2 * round(length * side / shorter / 2)) for length in (width, height))
+    for columns, rows in ((width, height), scaled):
         if columns * rows > config.max_pixels:
             raise UserError(f"{source}: frames of {columns} x {rows} pixels are more than --max_pixels "
                             f"{config.max_pixels}")
-    return scaled(width), scaled(height)
+    return scaled
 
 
 def _to_rgb(frame, size: tuple[int, int]) -> np.ndarray:
@@ -275,7 +238,7 @@ def open_frames(folder: Path, flag: str, config):
     A picture that cannot be used, or is of another size than the first, is skipped: the one before it stays. Raises
     UserError as `find_pictures` does.
     """
-    paths = sorted(find_pictures(folder, flag), key=natural_order)
+    paths = sorted(find_pictures(folder, f"--{flag}"), key=natural_order)
     rate = Fraction(config.frame_rate).limit_denominator(100_000)
     clip = Clip(f"{flag} {folder}", 1 / rate, rate, len(paths))
 
@@ -284,17 +247,15 @@ def open_frames(folder: Path, flag: str, config):
         for number, path in enumerate(paths):
             try:
                 picture = prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
-            except PictureError as error:
-                reason = str(error)
-            else:
                 height, width = picture.shape[2:]
-                first = first or (height, width)
-                if (height, width) == first:
-                    yield Frame(picture[0].permute(1, 2, 0).numpy(), number, 1)
-                    continue
-                reason = f"{path}: {width} x {height} pixels, the first frame has {first[1]} x {first[0]}"
-            note(f"skipped {flag} {reason}")
-            clip.fault = clip.fault or "the skipped ones cannot be used"
+                first = first or (width, height)
+                if (width, height) != first:
+                    raise PictureError(f"{path}: {width} x {height} pixels, the first frame has {first[0]} x "
+                                       f"{first[1]}")
+                yield Frame(picture[0].permute(1, 2, 0).numpy(), number, 1)
+            except PictureError as error:
+                note(f"skipped {error}")
+                clip.fail("the skipped ones cannot be used")
 
     clip.frames = read()
     yield clip
@@ -309,28 +270,14 @@ def natural_order(path: Path) -> list:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-class _Output:
-    """A file that remembers why it could not be written: of libavformat one only learns that it could not."""
-
-    def __init__(self, file) -> None:
-        self._file, self.seek, self.tell, self.error = file, file.seek, file.tell, None
-
-    def write(self, data) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
 class _Writer:
-    """Encodes frames into an open file, and copies the packets of sound as they are."""
+    """Encodes frames into a file, and copies the packets of sound as they are."""
 
-    def __init__(self, av, file, target: Path, clip: Clip, width: int, height: int) -> None:
-        """file: to write to, seekable; target: its name, whose suffix says the format."""
-        self._av = av
+    def __init__(self, av, path: str, target: Path, clip: Clip, width: int, height: int) -> None:
+        """path: to write to; target: its later name, whose suffix says the format."""
+        self._av, self._clip = av, clip
         container_format, codec, options = VIDEO_FORMATS[target.suffix.lower()]
-        self._container = self._av.open(file, "w", format=container_format)
+        self._container = av.open(f"file:{path}", "w", format=container_format)
         self._stream = self._container.add_stream(codec, rate=clip.rate, options=options)
         self._stream.width, self._stream.height = width, height
         # H.264 halves the colours of even sides only.
@@ -341,13 +288,12 @@ class _Writer:
                  "some players cannot show; .webm can do without")
         context = self._stream.codec_context
         context.time_base, context.sample_aspect_ratio = clip.time_base, clip.pixel_aspect
+        context.flags |= av.codec.context.Flags.frame_duration
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
-        self._time_base, self._durations = clip.time_base, {}
-        self._failed = False
         self._sound = {}
-        for stream in clip.sound:
-            if _holds(self._av, container_format, stream):
+        for stream in clip.sound_streams:
+            if stream.codec_context.codec.canonical_name in self._container.supported_codecs:
                 self._sound[stream] = self._container.add_stream_from_template(stream)
                 self._sound[stream].metadata.update(stream.metadata)
             else:
@@ -361,43 +307,24 @@ class _Writer:
         self._container.close()
 
     def write(self, frame: Frame) -> None:
-        if self._failed:  # the error is on its way, and libavformat may crash where one goes on after it
-            return
-        self._failed = True
-        self.copy(frame.sound)
+        """Write a frame, and the sound that was read so far."""
+        self._copy_sound()
         picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.pixels), format="rgb24")
         picture = picture.reformat(format=self._stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG")
-        picture.pts, picture.time_base = frame.time, self._time_base
-        self._durations[frame.time] = frame.duration
-        self._encode(picture)
-        self._failed = False
+        picture.pts, picture.time_base, picture.duration = frame.time, self._clip.time_base, frame.duration
+        self._container.mux(self._stream.encode(picture))
 
-    def copy(self, packets: list) -> None:
-        """Packets of sound."""
-        for packet in packets:
+    def finish(self) -> None:
+        """Write the rest of the sound, and the frames that the encoder still holds."""
+        self._copy_sound()
+        self._container.mux(self._stream.encode(None))
+
+    def _copy_sound(self) -> None:
+        while self._clip.sound:
+            packet = self._clip.sound.popleft()
             if packet.stream in self._sound:
                 packet.stream = self._sound[packet.stream]
                 self._container.mux(packet)
-
-    def finish(self) -> None:
-        """Write the frames that the encoder still holds."""
-        self._encode(None)
-
-    def _encode(self, picture) -> None:
-        for packet in self._stream.encode(picture):
-            packet.duration = self._durations.pop(packet.pts, 0)  # the encoder does not say it
-            self._container.mux(packet)
-
-
-def _holds(av, container_format: str, stream) -> bool:
-    """Whether a file of that format can hold the packets of `stream` as they are."""
-    try:
-        with av.open(io.BytesIO(), "w", format=container_format) as trial:
-            trial.add_stream_from_template(stream)
-            trial.start_encoding()
-    except (av.FFmpegError, ValueError):
-        return False
-    return True
 
 
 # ----------------------------------------------------------------------------------------------- painting
@@ -408,18 +335,17 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
     """Paint every frame of a clip, in order, into the video file `target`, which appears when it is complete.
 
     paint: (H, W, 3), uint8, to the same; stride: of the grid that it works on, pixels; temporal_smoothing: the share
-    in `Blender`, 0 for none. Reading, painting and writing run side by side, with few frames in memory. Returns the
-    number of frames. Raises UserError when there is none, or when the video cannot be written.
+    in `Blender`, 0 for none. Returns the number of frames. Raises UserError when there is none, or when the video
+    cannot be written.
     """
-    av = _import_av(f"--save_path {target}")
+    av = _import("av", f"save_path {target}: a video")
     tracker = blender = None
     if temporal_smoothing:
-        cv2 = _import("cv2", "opencv-python-headless", "--temporal_smoothing")
+        cv2 = _import("cv2", "temporal_smoothing")
         tracker, blender = MotionTracker(cv2, stride), Blender(cv2, temporal_smoothing)
-    painted = 0
 
-    def read() -> Iterator[Frame]:
-        for frame in clip.frames:
+    def follow(frames: Iterator[Frame]) -> Iterator[Frame]:
+        for clip.painted, frame in enumerate(frames, 1):
             if tracker is not None:
                 frame.motion = tracker.follow(frame.pixels)
             yield frame
@@ -432,53 +358,45 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
         on_its_grid = paint(on_grid(frame.pixels, frame.motion, stride))
         frame.pixels = on_its_grid[top : top + height, left : left + width]
 
-    def write_to(file) -> None:
-        nonlocal painted
+    def write(path: str) -> None:
         height, width = first.pixels.shape[:2]
-        with _Writer(av, file, target, clip, width, height) as video:
+        with _Writer(av, path, target, clip, width, height) as video, ThreadPoolExecutor(1) as writer, \
+                progress_bar(clip.count, "stylise", "frame") as bar:
 
             def write_frame(frame: Frame) -> None:
                 if blender is not None:
                     frame.pixels = blender.blend(frame.pixels, frame.motion)
                 video.write(frame)
 
-            with ThreadPoolExecutor(1) as writer, progress_bar(clip.count, "stylise", "frame") as bar:
-                being_written = deque()
-                for frame in chain([first], frames):
-                    paint_frame(frame)
-                    being_written.append(writer.submit(write_frame, frame))
-                    if len(being_written) > _AHEAD:
-                        being_written.popleft().result()
-                    painted += 1
-                    bar.update()
-                for each in being_written:
-                    each.result()
-            video.copy(clip.late_sound)
+            being_written = None
+            for frame in chain([first], frames):
+                paint_frame(frame)
+                if being_written is not None:
+                    being_written.result()
+                being_written = writer.submit(write_frame, frame)
+                bar.update()
+            being_written.result()
             video.finish()
 
-    def write(file) -> None:
-        output = _Output(file)
-        try:
-            write_to(output)
-        except av.FFmpegError as error:
-            raise output.error or UserError(
-                f"--save_path {target}: the video cannot be encoded ({error.strerror or error})") from error
-
     with ThreadPoolExecutor(1) as reader:
-        frames = _read_ahead(read(), reader)
+        frames = _read_ahead(follow(clip.frames), reader)
         first = next(frames, None)
         if first is None:
             raise UserError(f"{clip.source}: no frame of it can be read" + (f" ({clip.fault})" if clip.fault else ""))
         with replacing(target) as file:
-            write(file)
-    return painted
+            try:
+                write(file.name)
+            except av.FFmpegError as error:
+                raise UserError(f"save_path {target}: the video cannot be written ({error.strerror or error})") \
+                    from error
+    return clip.painted
 
 
 def _read_ahead(items: Iterator, reader: ThreadPoolExecutor) -> Iterator:
-    """The items, a few of them made in advance by the one thread of `reader`."""
-    coming = deque(reader.submit(next, items, None) for _ in range(_AHEAD))
-    while (item := coming.popleft().result()) is not None:
-        coming.append(reader.submit(next, items, None))
+    """The items; while one is worked on, the thread of `reader` makes the next."""
+    coming = reader.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = reader.submit(next, items, None)
         yield item
 
 
@@ -491,89 +409,74 @@ def makes_video(config) -> bool:
     return is_named or any(map(is_video, config.input("content")[0]))
 
 
-def stylize_video(config) -> int:
-    """Test mode's work where `makes_video`. config: its settings.
-
-    Returns the exit code, 1 where not every frame could be read. Raises UserError for what the user can put right.
+def check_video(config) -> Path:
+    """The video file that test mode is to write. Raises UserError for what cannot be made a video, or is more than one.
     """
-    if not is_first_process():  # one file, one process
-        return 0
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
-    target = _check(config, contents, f"--{content_flag}", styles, f"--{style_flag}")
-    content = Path(contents[0])
-    no_effect = ["holdout", "pairs", "skip_existing", "seed", "vgg_weights", "style_loss"]
-    no_effect += ["frame_rate"] * (not is_searched(content))
-    for flag in (flag for flag in no_effect if flag in changed(config)):
-        note(f"--{flag} has no effect on a video")
-    (strength,) = config.style_strength
-    device = resolve_device(config.gpu_no)
-    allow_tf32(False)
-    network, _ = open_model(config.load_path[0], config.swap_max_pool, config.backbone)
-    stylizer = Stylizer(network, device=device, upsampling=config.upsampling, tile=config.tile)
-    if config.amp == "auto":
-        decode_in_half(stylizer, config.load_path[0])
-    of_styles = replace(config, imsize=config.style_size or config.imsize)
-    code = combine([stylizer.encode_style(load_input(Path(style), of_styles, style_flag)) for style in styles],
-                   config.style_weights, None)
-    keeps_colors = config.preserve_color == "luma"
-
-    def paint(pixels: np.ndarray) -> np.ndarray:
-        frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-        try:
-            return np.asarray(stylizer.paint_picture(frame, code, strength, keeps_colors=keeps_colors))
-        except NotFinite as error:
-            raise UserError(f"--load_path {config.load_path[0]}: its picture of a frame has values that are not "
-                            "finite") from error
-
-    make_folder(target.parent, "--save_path")
-    opened = open_frames if is_searched(content) else open_video
-    with opened(content, f"--{content_flag}", config) as clip:
-        frames = paint_video(clip, target, paint, network.config.stride, config.temporal_smoothing)
-    note(f"wrote {frames} frames to {target}")
-    if clip.fault is None:
-        return 0
-    note(f"{clip.source}: damaged or cut short ({clip.fault}): only the frames that could be read are painted")
-    return 1
-
-
-def _check(config, contents: Sequence[str], content_flag: str, styles: Sequence[str], style_flag: str) -> Path:
-    """The video file to write. Raises UserError for what cannot be made a video, or is more than one."""
-    if len(contents) > 1:
-        raise UserError(f"{content_flag} {' '.join(contents)}: a video is made of one content")
-    if config.mask is not None:
-        raise UserError("--mask: it is of a picture, and things move in a video")
-    if len(styles) > 1 and config.style_weights is None:
-        raise UserError(f"{style_flag} {' '.join(styles)}: a video is painted in one style, or with --style_weights in "
-                        "a mixture")
-    if config.preserve_color == "histogram":
-        raise UserError("--preserve_color histogram: the style would change with every frame of a video; luma does not")
-    check_styles(len(styles), config.style_weights, None)
-    content = Path(contents[0])
-    if len(config.load_path) > 1:
-        raise UserError(f"--load_path {' '.join(config.load_path)}: a video is painted by one model")
-    if len(config.style_strength) > 1:
-        raise UserError(f"--style_strength {' '.join(map(str, config.style_strength))}: a video is painted at one")
-    if config.metrics is not None:
-        raise UserError("--metrics: they are of pictures, not of a video")
+    content, named = Path(contents[0]), {name: " ".join(map(str, values)) for name, values in (
+        (content_flag, contents), (style_flag, styles), ("load_path", config.load_path),
+        ("style_strength", config.style_strength))}
+    refusals = {
+        f"{content_flag} {named[content_flag]}: a video is made of one content": len(contents) > 1,
+        f"{content_flag} {content}: no such file": not content.exists(),
+        f"save_path {config.save_path}: a video is made of a video or of a folder of frames; --{content_flag} "
+        f"{content} is neither": not is_searched(content) and not is_video(content),
+        "mask: it is of a picture, and things move in a video": config.mask is not None,
+        f"{style_flag} {named[style_flag]}: a video is painted in one style, or with --style_weights in a mixture":
+            len(styles) > 1 and config.style_weights is None,
+        "preserve_color histogram: the style would change with every frame of a video; luma does not":
+            config.preserve_color == "histogram",
+        f"load_path {named['load_path']}: a video is painted by one model": len(config.load_path) > 1,
+        f"style_strength {named['style_strength']}: a video is painted at one": len(config.style_strength) > 1,
+        "metrics: they are of pictures, not of a video": config.metrics is not None,
+    }
     for style in styles:
-        if is_searched(style):
-            raise UserError(f"{style_flag} {style}: is a folder; a video takes one style picture")
-        if is_video(style):
-            raise UserError(f"{style_flag} {style}: is a video; a picture is needed")
-    if content.exists() and not is_searched(content) and not is_video(content):
-        raise UserError(f"--save_path {config.save_path}: a video is made of a video or of a folder of frames; "
-                        f"{content_flag} {content} is neither")
-    if not content.exists():
-        raise UserError(f"{content_flag} {content}: no such file")
+        refusals[f"{style_flag} {style}: is a folder; a video takes one style picture"] = is_searched(style)
+        refusals[f"{style_flag} {style}: is a video; a picture is needed"] = is_video(style)
+    for message, applies in refusals.items():
+        if applies:
+            raise UserError(message)
+    check_styles(len(styles), config.style_weights, None)
     target = config.output
     if config.save_path is None:
         target = target.with_suffix(".mp4")
     elif config.save_path.endswith(("/", os.sep)) or target.is_dir():
         target = target / f"{content.stem}_{'-'.join(Path(style).stem for style in styles)}.mp4"
     if target.suffix.lower() not in VIDEO_FORMATS:
-        raise UserError(f"--save_path {target}: a video is written to {' '.join(VIDEO_FORMATS)}, or into a folder, "
+        raise UserError(f"save_path {target}: a video is written to {' '.join(VIDEO_FORMATS)}, or into a folder, "
                         "whose name ends with /")
-    read = [(content_flag, content), *((style_flag, Path(style)) for style in styles),
+    read = [(f"--{content_flag}", content), *((f"--{style_flag}", Path(style)) for style in styles),
             ("--load_path", Path(config.load_path[0]))]
     check_outputs([target], (), (), read, target)
     return target
+
+
+def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
+    """Test mode's work where `makes_video`. config: its settings; target: of `check_video`.
+
+    Returns the exit code, 1 where not every frame could be read. Raises UserError for what the user can put right.
+    """
+    (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
+    content, (strength,) = Path(contents[0]), config.style_strength
+    of_styles = replace(config, imsize=config.style_size or config.imsize)
+    style = combine([stylizer.encode_style(load_input(Path(each), of_styles, style_flag)) for each in styles],
+                    config.style_weights, None)
+
+    def paint(pixels: np.ndarray) -> np.ndarray:
+        frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        try:
+            return np.asarray(stylizer.paint_picture(frame, style, strength,
+                                                     keeps_colors=config.preserve_color == "luma"))
+        except NotFinite as error:
+            raise UserError(f"load_path {config.load_path[0]}: its picture of a frame has values that are not "
+                            "finite") from error
+
+    make_folder(target.parent, "save_path")
+    opened = open_frames if is_searched(content) else open_video
+    with opened(content, content_flag, config) as clip:
+        frames = paint_video(clip, target, paint, stylizer.network.config.stride, config.temporal_smoothing)
+    note(f"wrote {frames} frames to {target}")
+    if clip.fault is None:
+        return 0
+    note(f"{clip.source}: damaged or cut short ({clip.fault}): only the frames that could be read are painted")
+    return 1

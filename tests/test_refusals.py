@@ -35,7 +35,7 @@ COMMAND_LINE = (
     ("test", TEST + "--gpu_no 99", "--gpu_no 99: this machine has"),
     ("test", TEST + "--gpu_no -2", "--gpu_no -2: expected -1 for the CPU"),
     ("test", TEST + "--backbone vgg16", "--backbone vgg16"),
-    ("test", TEST + "--max_pixels 100", ("--content {tmp}/a.png", "--max_pixels 100")),
+    ("test", TEST + "--max_pixels 100", ("--style {tmp}/b.png", "--max_pixels 100")),
     ("test", TEST + "--content {tmp}/content", "--save_path {tmp}/out.png: one file cannot hold"),
     ("test", TEST + "--content {tmp}/content --save_path {tmp}/text.jpg/out", "--save_path {tmp}/text.jpg/out"),
     ("test", TEST + "--content {tmp}/content --save_path {tmp}/text", ("--save_path {tmp}/text", "folder is needed")),

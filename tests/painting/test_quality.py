@@ -20,35 +20,42 @@ from helpers import (
     words,
     write_model,
     write_noise,
+    write_picture,
 )
 from PIL import Image
 from torch.testing import assert_close
 
-from data import denormalize, normalize
-from evaluate import TestConfig, model_names
+from data import denormalize, is_held_out, normalize, prepare_picture
+from evaluate import TestConfig
 from main import main
 from network import LossNetwork, NetworkConfig, build_from_vgg
-from painting.pairs import choose_pairs
+from painting.pairs import choose_pairs, note_learned_from
 from painting.quality import (
     LUMA,
     METRICS,
     MIN_SIDE,
     Measurement,
     Meter,
+    flat_tiles,
     load_stlpips,
     mean_and_margin,
     ssim,
     t_quantile,
+    tile_deviations,
 )
 from painting.sheets import comparison_sheet
 from train import TrainConfig
 from training.step import TransferTrainer
-from weights import load_vgg
+from weights import load_vgg, model_names
 
 
 def grey(values: np.ndarray) -> torch.Tensor:
     """(H, W) to (1, 3, H, W)."""
     return torch.from_numpy(values)[None, None].repeat(1, 3, 1, 1)
+
+
+def measure(meter: Meter, content: torch.Tensor, style: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+    return meter.measure(meter.open_content(content), meter.open_style(style), outputs)
 
 
 # --------------------------------------------------------------------------------------------------- SSIM
@@ -104,6 +111,49 @@ def test_ssim_sees_luma_only():
     assert ssim(red, red.flip(1)).item() < 0.7
 
 
+# ---------------------------------------------------------------------------------------------- flat tiles
+
+
+def checked(tiles: list[list[float]], size: tuple[int, int] = (32, 48)) -> torch.Tensor:
+    """(1, 3, *size), uint8: grey, in each tile of 16 pixels half of the pixels by so much above 100, half below."""
+    deviations = np.kron(np.array(tiles), np.ones((16, 16)))
+    rows, columns = np.indices(deviations.shape)
+    pixels = np.full(size, 100.0)
+    height, width = deviations.shape
+    pixels[:height, :width] += np.where((rows + columns) % 2, deviations, -deviations)
+    return grey(pixels.astype(np.uint8))
+
+
+def test_tile_deviations_are_those_of_the_tiles():
+    tiles = [[0.0, 1, 2], [6, 7, 90]]
+    assert_close(tile_deviations(checked(tiles, (40, 63))), torch.tensor(tiles, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_flat_tiles_are_counted_among_those_with_something_in_the_photograph():
+    """Above 6 in the photograph: four tiles. Below 1.5 in the painted picture: three of all, two of those four."""
+    photograph = checked([[6.0, 7, 7], [0, 7, 7]])
+    assert flat_tiles(checked([[1.0, 1, 2], [0, 0, 50]]), photograph).item() == 0.5
+    assert flat_tiles(photograph, photograph).item() == 0.0
+    assert flat_tiles(photograph, checked([[0.0] * 3] * 2)).item() == 0.0  # no tile to judge
+
+
+def test_luma_is_pillows():
+    """Tile by tile as Pillow's own conversion and numpy's deviation have it."""
+    picture = random_picture(3, (48, 64))
+    luma = np.asarray(Image.fromarray(picture[0].permute(1, 2, 0).numpy()).convert("L"), float)
+    desired = luma.reshape(3, 16, 4, 16).std((1, 3))
+    assert_close(tile_deviations(picture), torch.from_numpy(desired), rtol=1e-12, atol=0)
+
+
+def test_flat_tiles_are_of_the_picture_as_it_is_written():
+    """An output beyond white, with details there, is flat when written."""
+    content = checked([[20.0, 20, 20]] * 2)
+    output = normalize(content)
+    output[..., 32:] += 5.0  # the last column of tiles far beyond white
+    values = measure(Meter(("flat",), "vgg19", "unused", "meanstd", 0, CPU), content, content, [output])
+    assert values.tolist() == [[pytest.approx(2 / 6)]]
+
+
 # ------------------------------------------------------------------------------------------------ ST-LPIPS
 
 
@@ -115,7 +165,7 @@ def test_stlpips_is_zero_for_equal_pictures_grows_with_noise_and_is_the_packages
     noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
     content = (denormalize(picture) * 255.0).round().byte()
     outputs = [picture, picture + 0.1 * noise, picture + noise]
-    values = Meter(("stlpips",), "vgg19", "unused", "meanstd", 0, CPU).measure(content, content, outputs)[:, 0]
+    values = measure(Meter(("stlpips",), "vgg19", "unused", "meanstd", 0, CPU), content, content, outputs)[:, 0]
     assert values[0] == 0 and 0 < values[1] < values[2]
     # The package's documented use: pictures of 0..255 brought to -1..1 by `im2tensor`, its own loader.
     own = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
@@ -138,7 +188,7 @@ def test_missing_package_is_one_line(monkeypatch, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # `import` then raises as for a package that is not there
     message = user_error(load_stlpips)
-    assert "--metrics stlpips" in message and missing in message and "'.[metrics]'" in message
+    assert "metrics stlpips" in message and missing in message and "'.[metrics]'" in message
 
 
 # -------------------------------------------------------------------------------------------------- losses
@@ -154,22 +204,22 @@ def test_losses_are_those_of_training(style_kind):
     with torch.no_grad():
         output = network(normalize(content), normalize(style))
     meter = Meter(("content", "style"), "vgg19", "random", style_kind, 3, CPU)
-    actual = meter.measure(content, style, [output])[0]
+    actual = measure(meter, content, style, [output])[0]
     config = TrainConfig(style_loss=style_kind, amp="off", encoder_lr=1e-5, decoder_lr=1e-4)
     desired = TransferTrainer(network, loss_network, config, CPU).step(content, style, all_terms=True)
     assert meter.vgg_origin == origin
     assert_close(actual, torch.stack([desired["content"], desired["style"]]).double(), rtol=1e-4, atol=0)
     # Another VGG is another measure, so that the equality above says something.
-    other = Meter(("content",), "vgg19", "random", style_kind, 4, CPU).measure(content, style, [output])[0, 0]
+    other = measure(Meter(("content",), "vgg19", "random", style_kind, 4, CPU), content, style, [output])[0, 0]
     assert abs(other / actual[0] - 1) > 3e-4
 
 
 def test_the_picture_as_its_own_output_has_no_content_loss_and_as_both_no_style_loss():
     content, style = random_picture(0), random_picture(1)
     meter = Meter(tuple(METRICS), "vgg19", "random", "meanstd", 0, CPU)
-    values = meter.measure(content, style, [normalize(content), normalize(style)])
-    assert meter.metrics == ("content", "style", "ssim", "stlpips")
-    assert_close(values[0, [0, 2, 3]], torch.tensor([0, 1, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
+    values = measure(meter, content, style, [normalize(content), normalize(style)])
+    assert meter.metrics == ("content", "style", "ssim", "stlpips", "flat")
+    assert_close(values[0, [0, 2, 3, 4]], torch.tensor([0, 1, 0, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
     assert values[0, 1] > 0.01 and values[1, 0] > 0.01
     assert_close(values[1, 1].item(), 0.0, rtol=0, atol=1e-9)
 
@@ -272,7 +322,7 @@ def test_drawn_pairs_use_every_picture_evenly_and_none_twice(contents, styles):
             used = np.bincount([pair[kind] for pair in pairs], minlength=count)
             assert used.max() - used.min() <= 1
     assert len({tuple(choose_pairs(contents, styles, 2, seed)) for seed in range(20)}) > 1
-    assert "--pairs" in user_error(choose_pairs, contents, styles, contents * styles + 1, 0)
+    assert "pairs" in user_error(choose_pairs, contents, styles, contents * styles + 1, 0)
 
 
 def test_names_of_models_tell_them_apart():
@@ -288,13 +338,13 @@ def test_comparison_shows_the_right_pictures_in_the_right_cells(tmp_path):
     pairs = [(content, style) for content in range(8) for style in range(5)]
     sheet = comparison_sheet(pairs, ["one", "a model with a name much too long for the column that it stands over"])
     for content in range(8):
-        sheet.place(Image.new("RGB", (300, 200), (content * 20, 0, 0)), ("content", content))
+        sheet.add(("content", content), Image.new("RGB", (300, 200), (content * 20, 0, 0)))
     for style in range(5):
-        sheet.place(Image.new("RGB", (64, 64), (0, style * 20, 0)), ("style", style))
+        sheet.add(("style", style), Image.new("RGB", (64, 64), (0, style * 20, 0)))
     for content, style in pairs:
         for model in range(2):
             color = (content * 20, style * 20, 100 + model)
-            sheet.place(Image.new("RGB", (256, 256), color), (content, style, model))
+            sheet.add((content, style, model), Image.new("RGB", (256, 256), color))
     assert sheet.save(tmp_path)
     picture = Image.open(tmp_path / "comparison.png").convert("RGB")
     assert picture.size == (4 * 256, 32 + 16 * 256)
@@ -318,7 +368,8 @@ def folders(tmp_path) -> dict:
         for number in range(count):
             write_noise(tmp_path / name / f"{name[0]}{number}.png", (32, 36), 10 * count + number)
     for seed, name in enumerate(("one", "two")):
-        write_model(tmp_path / name / "pruned.pth", small_network(seed=seed), vgg_weights="a VGG of long ago")
+        write_model(tmp_path / name / "pruned.pth", small_network(seed=seed), vgg_weights="a VGG of long ago",
+                    train_config={"content_dir": str(tmp_path / "contents"), "style_dir": "/no/such"})
     return {"--mode": ["test"], "--gpu_no": [-1], "--load_path": [tmp_path / "one" / "pruned.pth"],
             "--content": [tmp_path / "contents"], "--style": [tmp_path / "styles"],
             "--save_path": [tmp_path / "out"], "--vgg_weights": ["random"]}
@@ -344,9 +395,11 @@ def test_several_models_of_equal_name_are_measured_side_by_side(folders, tmp_pat
     for model in ("one-pruned", "two-pruned"):
         assert f"{model} was trained with VGG weights a VGG of long ago; its losses are measured with random" \
             in captured.err
+        assert f"{model} has learned from 2 of the 5 pictures that it is measured with (its training had --holdout 0)" \
+            in captured.err
     lines = captured.out.splitlines()
     assert [line.split()[0] for line in lines] == ["content", "one-pruned", "two-pruned", "two-pruned", "6"]
-    assert lines[0].split("  ")[-1].strip() == "ST-LPIPS"
+    assert lines[0].split("  ")[-1].strip() == "flat tiles"
 
     report = json.loads((out / "metrics.json").read_text())
     assert [model["name"] for model in report["models"]] == ["one-pruned", "two-pruned"]
@@ -358,7 +411,7 @@ def test_several_models_of_equal_name_are_measured_side_by_side(folders, tmp_pat
             values = [pair["metrics"][model["name"]][metric] for pair in report["pairs"]]
             assert model["metrics"][metric]["mean"] == pytest.approx(np.mean(values))
             low, high = model["metrics"][metric]["interval"]
-            assert low < np.mean(values) < high
+            assert low <= np.mean(values) <= high
     # SSIM and ST-LPIPS are of the files as written: anyone can measure them again.
     for pair in report["pairs"]:
         content = torch.from_numpy(np.array(Image.open(pair["content"]))).permute(2, 0, 1)[None] / 255.0
@@ -430,12 +483,77 @@ def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, caps
     assert main(words(folders | single | {"--load_path": [one, other], "--metrics": ["ssim"]})) == 0
 
 
-def test_output_that_is_not_finite_is_refused(folders, tmp_path, capsys):
-    network = small_network()
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight.fill_(3e38)
-    write_model(tmp_path / "one" / "pruned.pth", network)
-    assert "not finite" in refusal(capsys, *words(folders | {"--metrics": ["ssim"]}))
+def test_pictures_of_others_stand_beside_the_models(folders, tmp_path, capsys):
+    """The pictures of a second model, taken as another program's: measured as that model's files."""
+    metrics = {"--metrics": ["content", "ssim", "flat"], "--pairs": [4]}
+    others = tmp_path / "others"
+    assert main(words(folders | metrics | {"--load_path": [tmp_path / "two" / "pruned.pth"],
+                                           "--save_path": [others]})) == 0
+    desired = json.loads((others / "metrics.json").read_text())
+    for number, path in enumerate(sorted(others.glob("c*_s*.png"))):
+        if number % 2:
+            Image.open(path).save(path.with_name(path.stem.replace("_", "__") + ".bmp"))
+            path.unlink()
+    capsys.readouterr()
+    assert main(words(folders | metrics | {"--painted": [f"someone={others}"]})) == 0
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["pruned", "someone"]
+    someone = report["models"][1]
+    assert someone["painted"] == str(others) and "file" not in someone
+    for metric in ("ssim", "flat"):
+        assert someone["metrics"][metric] == desired["models"][0]["metrics"][metric]
+    meter = Meter(("content",), "vgg19", "random", "meanstd", 0, CPU)
+    for pair in report["pairs"]:
+        content, style = (prepare_picture(Path(pair[kind])) for kind in ("content", "style"))
+        (file,) = others.glob(f"{Path(pair['content']).stem}_*{Path(pair['style']).stem}.*")
+        loss = measure(meter, content, style, [normalize(prepare_picture(file))]).item()
+        assert pair["metrics"]["someone"]["content"] == pytest.approx(loss, rel=1e-5)
+    means = [model["metrics"]["ssim"]["mean"] for model in report["models"]]
+    assert someone["difference_from_first"]["ssim"]["mean"] == pytest.approx(means[1] - means[0])
+    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:4] == ["pruned", "someone", "someone - pruned"]
+    sheet = Image.open(tmp_path / "out" / "comparison.png")
+    assert sheet.size == (4 * 256, 32 + 4 * 256)
+    first = sorted((Path(pair["content"]).stem, Path(pair["style"]).stem) for pair in report["pairs"])[0]
+    (file,) = others.glob(f"{first[0]}_*{first[1]}.*")
+    assert sheet.getpixel((3 * 256 + 128, 32 + 128)) == Image.open(file).getpixel((18, 16))
+
+
+def test_pictures_of_others_that_do_not_fit_are_named(folders, tmp_path, capsys):
+    others = tmp_path / "others"
+    for stem in ("c0_s0", "c1_s0"):
+        write_picture(others / f"{stem}.png", (36, 32))
+    flags = folders | {"--metrics": ["ssim"], "--style": [tmp_path / "styles" / "s0.png"]}
+
+    def line(given: str) -> str:
+        return refusal(capsys, *words(flags | {"--painted": [given]}))
+
+    assert "NAME=FOLDER is needed" in line(str(others))
+    assert f"--painted {tmp_path / 'none'}: no such folder" in line(f"a={tmp_path / 'none'}")
+    assert "another row has this name" in line(f"pruned={others}")
+    (others / "c1__s0.jpg").write_bytes((others / "c1_s0.png").read_bytes())
+    assert "c1__s0.jpg may both be painted of" in line(f"a={others}")
+    (others / "c1__s0.jpg").unlink()
+    write_picture(others / "c1_s0.png", (36, 40))
+    assert f"--painted a={others}: {others / 'c1_s0.png'} has 36 x 40 pixels, its content" in line(f"a={others}")
+    (others / "c1_s0.png").unlink()
+    assert "1 of 2 pictures are missing, the first is c1_s0" in line(f"a={others}")
+    flags.pop("--metrics")
+    assert "--painted: what others painted is measured only" in line(f"a={others}")
+
+
+def test_pictures_that_a_model_has_learned_from_are_counted(tmp_path, capsys):
+    """Of those in its training's folders, those that it did not hold out; nothing without such settings."""
+    paths = [write_picture(tmp_path / folder / f"{number}.png") for folder in ("a", "b") for number in range(8)]
+    held_out = [path for path in paths if is_held_out(path, 0.5)]
+    config = {"content_dir": str(tmp_path / "a"), "style_dir": None, "holdout": 0.5}
+    learned = [path for path in paths[:8] if path not in held_out]
+    assert 0 < len(learned) < 8
+    note_learned_from("model", {"train_config": config}, paths)
+    assert f"model has learned from {len(learned)} of the 16 pictures" in capsys.readouterr().err
+    for settings, measured in ((None, paths), (config, held_out), (config, paths[8:])):
+        note_learned_from("model", {"train_config": settings}, measured)
+        assert capsys.readouterr().err == ""
 
 
 def test_meter_without_loss_metrics_loads_no_vgg():

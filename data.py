@@ -112,7 +112,7 @@ def from_pil(image: Image.Image) -> Tensor:
     """A picture at hand, of any mode, as (1, 3, H, W), uint8, 0..255: upright, in sRGB, transparent pixels laid on
     white, as from a file. Raises PictureError for floating-point pixels, which have no known range."""
     image.load()
-    return pil_to_tensor(_on_white(_shown(image)))[None]
+    return pil_to_tensor(_on_white(_shown(image.copy())))[None]
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
@@ -244,7 +244,7 @@ def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
         return image.convert("L" if is_grey else "RGB"), alpha if alpha.getextrema()[0] < 255 else None
-    return image if image.mode == "CMYK" else image.convert("L" if is_grey else "RGB"), None
+    return image if image.mode in ("RGB", "L", "CMYK") else image.convert("L" if is_grey else "RGB"), None
 
 
 _FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255

@@ -34,7 +34,7 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         transform = _srgb_transform(profile, mode) if profile else None
         if transform is not None:
             return ImageCms.applyTransform(image.convert(mode), transform)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=64)

@@ -30,7 +30,6 @@ from data import (
     open_folder,
     prepare_picture,
 )
-from training.sampling import PictureCache
 
 MANY = 10**9
 
@@ -323,19 +322,6 @@ def test_wide_gamut_profile_is_converted_to_srgb(tmp_path, suffix):
         assert np.abs(pixels(load_picture(path)) - desired).max() <= 2
 
 
-def test_profile_in_training_and_test_mode(tmp_path):
-    """Resized, with a JPEG decoded reduced, and cached: patches of 64 x 64 to 8 x 8, compared in their middle."""
-    path, values = tmp_path / "wide.jpg", colour_patches().repeat(8, axis=0).repeat(8, axis=1)
-    Image.fromarray(values).save(path, icc_profile=rgb_profile(*SPACES["adobe"]), quality=100, subsampling=0)
-    cache = PictureCache(tmp_path / "cache")
-    cache.folder.mkdir()
-    desired = as_srgb(values[32::64, 32::64], "adobe")
-    for actual in (pixels(load_resized(path, 32)), cache.open(path, 32).astype(int), cache.open(path, 32).astype(int),
-                   prepare_picture(path, 32)[0].permute(1, 2, 0).numpy().astype(int)):
-        assert actual.shape == (32, 32, 3)
-        assert np.abs(actual[4::8, 4::8] - desired).max() <= 4
-
-
 def test_profile_of_palette_and_transparent_pictures(tmp_path):
     values, profile = colour_patches(), rgb_profile(*SPACES["adobe"])
     desired = as_srgb(values, "adobe")
@@ -399,6 +385,7 @@ def test_a_picture_at_hand_is_as_from_its_file(tmp_path):
     image.save(tmp_path / "upload.png", exif=exif_block(), icc_profile=rgb_profile(*SPACES["adobe"]))
     with Image.open(tmp_path / "upload.png") as opened:
         assert (from_pil(opened) == prepare_picture(tmp_path / "upload.png")).all()
+        assert opened.info["icc_profile"] and opened.size == (40, 30)  # it is the caller's, and stays as it is
     with pytest.raises(PictureError, match="floating-point"):
         from_pil(Image.new("F", (4, 4)))
 

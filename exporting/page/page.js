@@ -1,6 +1,8 @@
 // The page: what is chosen, and what is shown. The work itself is done by painter.js, beside the page.
 "use strict";
 
+const RATE_EVERY = 2; // seconds over which the frames of the camera are counted
+
 const at = (id) => document.getElementById(id);
 
 let settings; // page.json: the styles, and the largest number of pixels
@@ -9,32 +11,30 @@ let photograph; // { file, name, url, own, sizes }
 let painted; // { url, name, width, height } of the picture that "save" saves
 let wanted = false; // whether something has changed since the last painting began
 let rate; // milliseconds that a pixel took last time
+let live; // while the camera is painted: { tracks, isPaused, recorder, refresh, frames, since }
 
 // ----------------------------------------------------------------------------------------------- the painter
 
 let worker, ready, usesGpu;
 let gpuFailure = ""; // why the GPU is left alone
-let asked = 0;
-const waiting = new Map();
+const waiting = []; // { resolve, reject } of what was asked, in the order of the answers
 
 class Stopped extends Error {}
 
 /** Begins anew, with an empty memory; what was asked of the last painter ends with `Stopped`. */
 function hirePainter() {
   worker?.terminate();
-  for (const { reject } of waiting.values()) reject(new Stopped());
-  waiting.clear();
+  const refuse = (error) => waiting.splice(0).forEach(({ reject }) => reject(error));
+  refuse(new Stopped());
   worker = new Worker("painter.js", { type: "module" });
-  worker.onmessage = ({ data: { number, result, error } }) => {
-    const { resolve, reject } = waiting.get(number);
-    waiting.delete(number);
+  worker.onmessage = ({ data: { result, error } }) => {
+    const { resolve, reject } = waiting.shift();
     if (error === undefined) resolve(result);
     else reject(new Error(error));
   };
   worker.onerror = (event) => {
     event.preventDefault();
-    for (const { reject } of waiting.values()) reject(new Error(event.message || "a file of the page is missing"));
-    waiting.clear();
+    refuse(new Error(event.message || "a file of the page is missing"));
   };
   ready = ask("start", { settings, withoutGpu: gpuFailure !== "" }).then(async ({ means, warning }) => {
     usesGpu = means === "the GPU";
@@ -45,10 +45,10 @@ function hirePainter() {
   ready.catch(() => {}); // whoever waits for it hears of it
 }
 
-function ask(task, more = {}) {
+function ask(task, more = {}, moved = []) {
   return new Promise((resolve, reject) => {
-    waiting.set(++asked, { resolve, reject });
-    worker.postMessage({ number: asked, task, ...more });
+    waiting.push({ resolve, reject });
+    worker.postMessage({ task, ...more }, moved);
   });
 }
 
@@ -85,10 +85,11 @@ async function showing(work, milliseconds) {
 async function paint() {
   if (!photograph) return;
   wanted = true;
+  if (live) return showLive();
   if (paint.isBusy) return;
   paint.isBusy = true;
   try {
-    while (wanted) {
+    while (wanted && !live) {
       wanted = false;
       await paintOnce();
     }
@@ -97,9 +98,17 @@ async function paint() {
   }
 }
 
-async function paintOnce() {
+function chosen() {
   const { mean, std, name } = styles[document.querySelector("[name=style]:checked").value];
-  const strength = at("strength").value / 100;
+  return { mean, std, name, strength: at("strength").value / 100 };
+}
+
+/** What a picture of `subject` in the chosen style is called. */
+const nameOf = (subject) => `${subject}-${chosen().name.toLowerCase().replaceAll(" ", "_")}`;
+
+async function paintOnce() {
+  const { mean, std, strength } = chosen();
+  const name = nameOf(photograph.name);
   const subject = photograph;
   const { width, height } = subject.sizes[at("size").value];
   say(`Painting ${width} × ${height} pixels …`);
@@ -110,11 +119,12 @@ async function paintOnce() {
     const { file, milliseconds } = await showing(work, rate && rate * width * height);
     rate = milliseconds / (width * height);
     if (photograph !== subject) return;
-    showPainted({ file, width, height, name: `${subject.name}-${name.toLowerCase().replaceAll(" ", "_")}` });
+    showPainted({ file, width, height, name });
     say(`${width} × ${height} pixels, painted in ${(milliseconds / 1000).toFixed(1)} s. ${gpuFailure || warning}`);
   } catch (error) {
-    if (error instanceof Stopped) say("Stopped.");
-    else recover(error, width, height);
+    if (!(error instanceof Stopped)) recover(error, width, height);
+    else if (live) wanted = true; // afterwards
+    else say("Stopped.");
   } finally {
     at("stop").hidden = true;
   }
@@ -151,11 +161,14 @@ function compare(showsPhotograph) {
 }
 
 function save() {
-  const link = document.createElement("a");
-  link.href = painted.url;
-  link.download = `${painted.name}.png`;
-  link.click();
-  say(`Saved ${link.download}, ${painted.width} × ${painted.height} pixels.`);
+  if (!live) return download(painted.url, `${painted.name}.png`, painted);
+  const [canvas, name] = [at("canvas"), `${nameOf("camera")}.png`];
+  canvas.toBlob((file) => download(URL.createObjectURL(file), name, canvas));
+}
+
+function download(url, name, { width, height }) {
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  say(`Saved ${name}, ${width} × ${height} pixels.`);
 }
 
 // --------------------------------------------------------------------------------------------- what is chosen
@@ -164,6 +177,8 @@ const stem = (name) => name.replace(/\.[^.]*$/, "");
 
 async function choosePhotograph(file) {
   if (!file) return;
+  wanted = false;
+  endLive();
   try {
     say(`Opening ${file.name} …`);
     await showing(ready);
@@ -222,25 +237,149 @@ function takeFile({ target }) {
   return file;
 }
 
-async function openCamera() {
+// -------------------------------------------------------------------------------------------------- the camera
+
+/** The tracks of a camera or a microphone, once the visitor allows it. */
+async function openMedia(name, wishes) {
   try {
-    at("video").srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1920 } } });
-    at("viewfinder").showModal();
+    return (await navigator.mediaDevices.getUserMedia(wishes)).getTracks();
   } catch (error) {
-    sayError(new Error(`the camera cannot be used (${error.message})`));
+    throw new Error(`the ${name} cannot be used (${error.message})`);
   }
 }
 
-function closeCamera() {
-  for (const track of at("video").srcObject?.getTracks() ?? []) track.stop();
-  at("video").srcObject = null;
+const release = (tracks) => tracks.forEach((track) => track.stop());
+
+async function startLive() {
+  try {
+    const tracks = await openMedia("camera", { video: { facingMode: "environment", width: { ideal: 1920 } } });
+    if (live) return release(tracks);
+    if (paint.isBusy) stop();
+    live = { tracks, isPaused: false, frames: 0 };
+    tracks[0].onended = () => endLive("The camera was disconnected.", true);
+    at("video").srcObject = new MediaStream(tracks);
+    document.body.classList.add("live");
+    at("save").disabled = true;
+    at("pause").focus({ preventScroll: true });
+    showLive();
+    await paintFrames(live);
+  } catch (error) {
+    sayError(error);
+  }
 }
 
-async function shoot() {
+/** Paints the newest frame again and again. Of those that come while one is painted none is kept. */
+async function paintFrames(session) {
+  while (live === session) {
+    const newer = new Promise((resolve) => {
+      at("video").requestVideoFrameCallback(resolve);
+      session.refresh = resolve; // what is held is painted anew
+    });
+    await paintFrame(session);
+    await newer;
+  }
+}
+
+async function paintFrame(session) {
+  const own = [at("video").videoWidth, at("video").videoHeight];
+  const scale = Math.min(1, at("side").value / Math.min(...own));
+  const [width, height] = own.map((length) => Math.round(scale * length));
+  const size = { resizeWidth: width, resizeHeight: height, resizeQuality: "medium" };
+  const frame = await createImageBitmap(at("video"), size).catch(() => null);
+  if (!frame) return; // Chromium has none before the video is seen, nor while it is out of sight
+  try {
+    await ready;
+    const picture = await ask("frame", { frame, ...chosen() }, [frame]);
+    if (live !== session) return;
+    const canvas = at("canvas");
+    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    canvas.getContext("2d", { alpha: false }).drawImage(picture, 0, 0);
+    picture.close();
+    at("live").style.setProperty("--aspect", width / height);
+    at("save").disabled = false;
+    at("record").disabled &&= live.isPaused;
+    showRate(`${width} × ${height}`);
+  } catch (error) {
+    endLive();
+    recover(error, width, height);
+  }
+}
+
+function showRate(size) {
+  const seconds = (performance.now() - (live.since ??= performance.now())) / 1000;
+  if (seconds > RATE_EVERY) {
+    at("rate").textContent = `${Number((live.frames / seconds).toPrecision(2))} frames a second, ${size}`;
+    Object.assign(live, { frames: 0, since: performance.now() });
+  }
+  live.frames += 1;
+}
+
+/** Shows whether the camera is held or recorded, and paints anew what is held. */
+function showLive() {
+  at("pause").setAttribute("aria-pressed", live.isPaused);
+  at("record").setAttribute("aria-pressed", Boolean(live.recorder));
+  at("record").disabled = !live.recorder && (live.isPaused || at("save").disabled); // there is no frame yet
+  at("side").disabled = Boolean(live.recorder);
+  say(live.isPaused ? "Paused." : live.recorder ? "Recording the camera." : "Painting the camera.");
+  live.refresh?.();
+}
+
+/** Holds the frame, or goes on; a clip waits as long. */
+function pause() {
+  Object.assign(live, { isPaused: !live.isPaused, frames: 0, since: undefined });
+  if (live.isPaused) at("video").pause();
+  else at("video").play();
+  live.recorder?.[live.isPaused ? "pause" : "resume"]();
+  at("rate").textContent = "";
+  showLive();
+}
+
+function endLive(text = "The camera is off.", isError = false) {
+  if (!live) return;
+  if (live.recorder) saveClip();
+  release(live.tracks);
+  live = undefined;
+  at("video").srcObject = null;
+  document.body.classList.remove("live");
+  at("rate").textContent = "";
+  at("save").disabled = !painted;
+  at("camera").focus({ preventScroll: true });
+  say(text, isError);
+  if (wanted) paint();
+}
+
+async function record() {
+  if (live.recorder) return saveClip();
+  try {
+    if (!window.MediaRecorder) throw new Error("this browser cannot record clips (it has no MediaRecorder)");
+    const sound = at("sound").checked ? await openMedia("microphone", { audio: true }) : [];
+    if (!live || live.recorder) return release(sound);
+    const mimeType = ["video/webm", "video/mp4"].find((type) => MediaRecorder.isTypeSupported(type));
+    const stream = new MediaStream([...at("canvas").captureStream().getTracks(), ...sound]);
+    const name = nameOf("camera");
+    live.recorder = new MediaRecorder(stream, { mimeType });
+    live.recorder.ondataavailable = ({ data }) => { // once, at its end
+      download(URL.createObjectURL(data), `${name}.${/webm|mp4/.exec(data.type)}`, at("canvas"));
+    };
+    live.recorder.start();
+    showLive();
+  } catch (error) {
+    sayError(error);
+  }
+}
+
+function saveClip() {
+  live.recorder.stop();
+  release(live.recorder.stream.getTracks());
+  live.recorder = undefined;
+  showLive();
+}
+
+/** Takes what the camera sees now, whole, as the photograph. */
+function shoot() {
   const video = at("video");
   const canvas = Object.assign(document.createElement("canvas"), { width: video.videoWidth, height: video.videoHeight });
   canvas.getContext("2d").drawImage(video, 0, 0);
-  at("viewfinder").close();
   canvas.toBlob((blob) => choosePhotograph(blob && new File([blob], "camera.png")));
 }
 
@@ -258,10 +397,12 @@ at("compare").addEventListener("click", () => compare(at("compare").getAttribute
 at("stop").addEventListener("click", stop);
 
 at("camera").hidden = !navigator.mediaDevices?.getUserMedia; // only on https, and on the machine itself
-at("camera").addEventListener("click", openCamera);
+at("camera").addEventListener("click", startLive);
+at("side").addEventListener("change", showLive);
+at("pause").addEventListener("click", pause);
+at("record").addEventListener("click", record);
 at("shoot").addEventListener("click", shoot);
-at("leave").addEventListener("click", () => at("viewfinder").close());
-at("viewfinder").addEventListener("close", closeCamera);
+at("end").addEventListener("click", () => endLive());
 
 addEventListener("dragover", (event) => {
   event.preventDefault();

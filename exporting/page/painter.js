@@ -1,5 +1,5 @@
 // The painter: a worker that decodes pictures, runs the two graphs on them, and encodes what comes out.
-// page.js sends it { number, task, ... } and gets { number, result } or { number, error } back.
+// page.js sends it { task, ... } and gets { result } or { error } back, in the order in which it asked.
 
 const TOLERANCE = 3; // of 255: how far this browser may be from PyTorch in the picture of `settings.check`
 const LONGEST_SIDES = [3072, 2048, 1024, 512]; // pixels: the sizes that are offered below a photograph's own
@@ -8,14 +8,18 @@ let settings; // of page.json: the largest number of pixels, and a picture with 
 let ort, styleGraph, contentGraph;
 let photograph; // an ImageBitmap
 
-const tasks = { start, photograph: takePhotograph, painting: takePainting, paint };
+const tasks = { start, photograph: takePhotograph, painting: takePainting, paint, frame: paintFrame };
+let last = Promise.resolve(); // one task at a time: the runtime takes no second picture before it is done with the first
 
-onmessage = async ({ data: { number, task, ...more } }) => {
-  try {
-    postMessage({ number, result: await tasks[task](more) });
-  } catch (error) {
-    postMessage({ number, error: error?.message || String(error) }); // the runtime also throws bare numbers
-  }
+onmessage = ({ data: { task, ...more } }) => {
+  last = last.then(async () => {
+    try {
+      const result = await tasks[task](more);
+      postMessage({ result }, result instanceof ImageBitmap ? [result] : []);
+    } catch (error) {
+      postMessage({ error: error?.message || String(error) }); // the runtime also throws bare numbers
+    }
+  });
 };
 
 // ---------------------------------------------------------------------------------------------- starting
@@ -118,8 +122,8 @@ function toPlanes(bitmap, width, height) {
   return planes;
 }
 
-/** (3, H, W), 0..1, as a PNG file. */
-async function toPng(planes, width, height) {
+/** (3, H, W), 0..1, as an OffscreenCanvas. */
+function toCanvas(planes, width, height) {
   const canvas = blank(width, height);
   const pixels = canvas.getImageData(0, 0, width, height);
   const size = width * height;
@@ -127,7 +131,7 @@ async function toPng(planes, width, height) {
     for (let colour = 0; colour < 3; colour++) pixels.data[4 * place + colour] = 255 * planes[colour * size + place];
   }
   canvas.putImageData(pixels, 0, 0);
-  return canvas.canvas.convertToBlob({ type: "image/png" });
+  return canvas.canvas;
 }
 
 // ----------------------------------------------------------------------------------------------- painting
@@ -159,7 +163,15 @@ async function paint({ mean, std, strength, width, height }) {
   const begun = performance.now();
   const planes = await runContent(toPlanes(photograph, width, height), width, height, mean, std, strength);
   const milliseconds = performance.now() - begun;
-  return { file: await toPng(planes, width, height), milliseconds };
+  return { file: await toCanvas(planes, width, height).convertToBlob({ type: "image/png" }), milliseconds };
+}
+
+/** Paints a frame of the camera, an ImageBitmap, as another. */
+async function paintFrame({ frame, mean, std, strength }) {
+  const { width, height } = frame;
+  const planes = toPlanes(frame, width, height);
+  frame.close();
+  return toCanvas(await runContent(planes, width, height, mean, std, strength), width, height).transferToImageBitmap();
 }
 
 async function runContent(planes, width, height, mean, std, strength) {

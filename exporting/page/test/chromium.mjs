@@ -11,7 +11,7 @@ export const WAIT = 240_000; // milliseconds: a busy machine
 
 // What asks other places for something is off; the camera is a pattern.
 const FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-  "--disable-background-networking", "--disable-component-update", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"];
+  "--disable-background-networking", "--disable-component-update", "--use-fake-device-for-media-stream=fps=30", "--use-fake-ui-for-media-stream"];
 
 /** A browser with a new, empty profile in `folder`. */
 export function launch(folder) {

@@ -48,26 +48,18 @@ async function save(page) {
   return { name: download.suggestedFilename(), file: await download.path() };
 }
 
-/** Sizes of two PNG files, and the differences of their colours: the largest, and the mean. */
-async function compare(actual, desired) {
-  const [sizes, largest, mean] = await page.evaluate(async (files) => {
-    const pixels = await Promise.all(files.map(async (text) => {
-      const bitmap = await createImageBitmap(new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))]));
-      const canvas = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
-      canvas.drawImage(bitmap, 0, 0);
-      return canvas.getImageData(0, 0, bitmap.width, bitmap.height);
-    }));
-    const [first, second] = pixels.map(({ data }) => data);
-    const differences = Array.from(first, (value, place) => Math.abs(value - second[place]));
-    const sum = differences.reduce((total, value) => total + value, 0);
-    return [pixels.map(({ width, height }) => `${width} x ${height}`), differences.reduce((a, b) => Math.max(a, b)), sum / differences.length];
-  }, [actual, desired].map((file) => readFileSync(file, "base64")));
-  assert.equal(sizes[0], sizes[1]);
+/** The differences of the colours of two pictures, of 255: the largest, and the mean. */
+function compare(...files) {
+  const [sizes, largest, mean] = JSON.parse(execFileSync(PYTHON, ["-c", `
+import json, sys, numpy, PIL.Image
+first, second = (numpy.asarray(PIL.Image.open(file).convert("RGB"), int) for file in sys.argv[1:])
+print(json.dumps([[first.shape, second.shape], int(abs(first - second).max()), abs(first - second).mean()]))`, ...files]));
+  assert.deepEqual(sizes[0], sizes[1]);
   return { largest, mean };
 }
 
-async function assertSame(actual, desired) {
-  const { largest } = await compare(actual, desired);
+function assertSame(actual, desired) {
+  const { largest } = compare(actual, desired);
   assert.ok(largest <= TOLERANCE, `differs from --mode test by ${largest} of 255`);
 }
 
@@ -91,7 +83,7 @@ test("a bundled style gives the picture of --mode test", async () => {
   await afterPainting(page, () => chooseStyle(page, "Starry night"));
   const { name, file } = await save(page);
   assert.equal(name, "photo-starry_night.png");
-  await assertSame(file, at("desired.png"));
+  assertSame(file, at("desired.png"));
 });
 
 test("half the strength gives the picture of --style_strength 0.5", async () => {
@@ -100,7 +92,7 @@ test("half the strength gives the picture of --style_strength 0.5", async () => 
     await strength.fill("50");
     await strength.dispatchEvent("change");
   });
-  await assertSame((await save(page)).file, at("half.png"));
+  assertSame((await save(page)).file, at("half.png"));
   await strength.fill("100");
 });
 
@@ -109,14 +101,14 @@ test("a painting of one's own becomes a style, and transparency lies on white", 
   await afterPainting(page, () => page.setInputFiles("#painting-file", at("painting.png")));
   const { name, file } = await save(page);
   assert.equal(name, "transparent-painting.png");
-  await assertSame(file, at("own.bmp"));
+  assertSame(file, at("own.bmp"));
 });
 
 test("a photograph that lies on its side is turned upright", async () => {
   await choosePhotograph(page, "lying.jpg");
   await afterPainting(page, () => chooseStyle(page, "Starry night"));
   // Two decoders of JPEG differ by little, and the network by more.
-  const { mean } = await compare((await save(page)).file, at("upright.png"));
+  const { mean } = compare((await save(page)).file, at("upright.png"));
   assert.ok(mean < TOLERANCE, `differs from --mode test by ${mean} of 255 on average`);
 });
 
@@ -171,11 +163,8 @@ test("every control is reached by Tab, has a name, and works by keys", async () 
     reached.push(id);
     assert.ok(hasName, `${id} has no name`);
     assert.ok(isSeen, `${id} shows no focus`);
-    if (id === "style") {
+    if (id === "style" || id === "strength") {
       await afterPainting(page, () => page.keyboard.press("ArrowLeft"));
-    } else if (id === "strength") {
-      await afterPainting(page, () => page.keyboard.press("ArrowLeft"));
-      assert.equal(await page.textContent("#strength-shown"), "95 %");
     } else if (id === "compare") {
       await page.keyboard.press("Space");
       assert.equal(await page.getAttribute("#compare", "aria-pressed"), "true");
@@ -186,6 +175,7 @@ test("every control is reached by Tab, has a name, and works by keys", async () 
       await Promise.all([page.waitForEvent("filechooser"), page.keyboard.press("Enter")]);
     }
   }
+  assert.equal(await page.textContent("#strength-shown"), "95 %");
   assert.deepEqual(reached, ["photograph-file", "camera", "style", "painting-file", "strength", "save", "compare", "sources"]);
 });
 
@@ -199,27 +189,133 @@ test("painting can be stopped, and goes on when asked again", async () => {
   assert.equal((await save(page)).name, "large-jacamar.png");
 });
 
-test("the camera takes a photograph", async () => {
-  await page.click("#camera");
-  await page.waitForFunction(() => document.querySelector("video").videoWidth > 0);
-  await page.click("#shoot");
-  await page.locator('#picture[alt="The photograph camera"]').waitFor();
-  assert.equal(await page.evaluate(() => document.querySelector("video").srcObject), null);
-});
-
-test("a telephone's width is enough", async () => {
-  await page.setViewportSize({ width: 375, height: 700 });
-  assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 375);
-  await page.setViewportSize({ width: 1280, height: 800 });
-  assert.ok(await page.evaluate(() => document.documentElement.scrollHeight <= innerHeight));
-});
-
 test("opened as a file, the page says what it needs", async () => {
   const local = await context.newPage();
   await local.goto(`file://${at("page/index.html")}`);
   await says(local, "A browser runs this page only from a web server");
   await local.close();
 });
+
+// -------------------------------------------------------------------------------------------------- the camera
+
+const shown = () => page.evaluate(() => at("canvas").toDataURL());
+
+async function newFrame() {
+  const before = await shown();
+  await page.waitForFunction((before) => at("canvas").toDataURL() !== before, before);
+}
+
+/** What is shown of a camera that is held, once everything that is wanted is painted. */
+async function settled() {
+  for (const _ of ["a frame that was being painted", "what is held"]) {
+    await page.evaluate(() => { frames.length = 0; live.refresh(); });
+    await page.waitForFunction(() => frames.length > 0 && waiting.length === 0);
+  }
+  return shown();
+}
+
+/** How many tracks of cameras and microphones were opened, and how many are not released. */
+const tracks = () => page.evaluate(() => ["video", "audio"].map((kind) => {
+  const ofKind = opened.flatMap((stream) => stream.getTracks()).filter((track) => track.kind === kind);
+  return [ofKind.length, ofKind.filter((track) => track.readyState === "live").length];
+}));
+
+test("the camera is painted live, in a style that may change; no frame waits", async () => {
+  await page.evaluate(() => {
+    Object.assign(window, { opened: [], frames: [] });
+    const [open, plainAsk] = [navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices), ask];
+    navigator.mediaDevices.getUserMedia = async (wishes) => opened[opened.push(await open(wishes)) - 1];
+    window.ask = (task, more, moved) => {
+      frames.push({ style: more.name, inTheQueue: waiting.length });
+      return plainAsk(task, more, moved);
+    };
+  });
+  await page.click("#camera");
+  for (let frame = 0; frame < 3; frame++) await newFrame();
+  await chooseStyle(page, "Starry night");
+  await page.waitForFunction(() => frames.at(-1).style === "Starry night");
+  await newFrame();
+  await page.locator("#rate", { hasText: "frames a second, 455 × 256" }).waitFor();
+  assert.equal(await page.evaluate(() => Math.max(...frames.map(({ inTheQueue }) => inTheQueue))), 0);
+});
+
+test("a frame that is held stays, is painted in another style, and saved", async () => {
+  await page.click("#pause");
+  const held = await settled();
+  await page.waitForTimeout(1000);
+  assert.equal(await shown(), held);
+  await chooseStyle(page, "Jacamar");
+  assert.notEqual(await settled(), held);
+  await chooseStyle(page, "Starry night");
+  assert.equal(await settled(), held);
+  const { name, file } = await save(page);
+  assert.equal(name, "camera-starry_night.png");
+  const png = readFileSync(file);
+  assert.deepEqual([png.toString("latin1", 1, 4), png.readUInt32BE(16), png.readUInt32BE(20)], ["PNG", 455, 256]);
+  await page.click("#pause");
+  await newFrame();
+});
+
+for (const hasSound of [false, true]) {
+  test(`a clip is a film ${hasSound ? "with" : "without"} sound`, async () => {
+    await page.locator("#sound").setChecked(hasSound);
+    await page.click("#record");
+    await says(page, "Recording the camera.");
+    for (let frame = 0; frame < 2; frame++) await newFrame();
+    const [download] = await Promise.all([page.waitForEvent("download"), page.click("#record")]);
+    assert.equal(download.suggestedFilename(), "camera-starry_night.webm");
+    const cinema = await context.newPage();
+    const film = await cinema.evaluate(async (src) => {
+      const video = Object.assign(document.createElement("video"), { src, muted: true });
+      const ended = new Promise((resolve) => { video.onended = resolve; });
+      await video.play();
+      const sounds = video.captureStream().getAudioTracks().length;
+      await ended;
+      return [video.videoWidth, video.videoHeight, sounds, video.currentTime > 0];
+    }, `data:video/webm;base64,${readFileSync(await download.path(), "base64")}`);
+    await cinema.close();
+    assert.deepEqual(film, [455, 256, Number(hasSound), true]);
+    assert.deepEqual(await tracks(), [[1, 1], [Number(hasSound), 0]]);
+  });
+}
+
+test("a telephone's screen is enough: the picture above, the controls below", async () => {
+  await page.setViewportSize({ width: 390, height: 844 });
+  const [width, [wall, ...buttons]] = await page.evaluate(() => [document.documentElement.scrollWidth,
+    [at("wall"), ...document.querySelectorAll("#controls button:not(.still-only)")].map((each) => each.getBoundingClientRect().toJSON())]);
+  assert.deepEqual([width, wall.top, buttons.length], [390, 0, 5]);
+  for (const { top, bottom, height } of buttons) assert.ok(top > wall.bottom && bottom <= 844 && height >= 44);
+  await afterPainting(page, () => page.click("#shoot"));
+  assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 390);
+  await page.setViewportSize({ width: 1280, height: 800 });
+  assert.ok(await page.evaluate(() => document.documentElement.scrollHeight <= innerHeight));
+});
+
+test("the camera took a photograph, and can be stopped; a browser that cannot record says so", async () => {
+  assert.match(await status(page), /^1920 × 1080 pixels/);
+  assert.deepEqual((await tracks())[0], [1, 0]);
+  await page.click("#camera");
+  await newFrame();
+  await page.evaluate(() => { delete window.MediaRecorder; });
+  await page.click("#record");
+  await says(page, "This browser cannot record clips (it has no MediaRecorder).");
+  await newFrame();
+  await page.click("#end");
+  await says(page, "The camera is off.");
+  assert.deepEqual((await tracks())[0], [2, 0]);
+  assert.ok(await page.locator("#picture").isVisible());
+});
+
+for (const [name, message] of [["NotFoundError", "Requested device not found"], ["NotAllowedError", "Permission denied"]]) {
+  test(`where the browser gives no camera (${name}) the page says why`, async () => {
+    await page.evaluate((error) => {
+      navigator.mediaDevices.getUserMedia = async () => { throw new DOMException(...error); };
+    }, [message, name]);
+    await page.click("#camera");
+    await says(page, `The camera cannot be used (${message}).`);
+    assert.ok(await page.locator("#status.error").isVisible());
+  });
+}
 
 test("nothing was asked of any other place", () => {
   assert.ok(requests.length > 50);

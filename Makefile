@@ -48,4 +48,4 @@ lint: $(VENV)/.requirements-dev
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf $(VENV) exporting/page/node_modules demo
+	rm -rf $(VENV) exporting/page/node_modules demo build *.egg-info

@@ -1,7 +1,5 @@
-"""What a picture says beside its pixels: which way up it is and in which colours; and its file with less of that.
-
-Nothing here costs a picture: what cannot be read is as if it were not there.
-"""
+"""What a picture says beside its pixels: which way up it is and in which colours. Nothing of that costs a picture: what
+cannot be read is as if it were not there."""
 
 import io
 import re
@@ -13,8 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms
 
-TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
+TURNS = {number: Image.Transpose[name] for number, name in enumerate((
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
+SRGB = ImageCms.createProfile("sRGB")
 # 16 x 16 x 16 colours, greys among them, by which a profile is tried.
 COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64).transpose(1, 2, 0).astype(np.uint8))
 
@@ -22,17 +21,16 @@ COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64)
 def upright(image: Image.Image) -> Image.Image:
     """A loaded picture turned as its EXIF or, where that says nothing, its XMP says."""
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever is wrong with the block
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        turn = TURNS[image.getexif()[ExifTags.Base.Orientation]]
+    except Exception:  # there is none, or whatever may be wrong with the block
+        return image
+    return image.transpose(turn)
 
 
 def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """A picture of mode RGB, L or CMYK in the colours of an ICC profile, as RGB in sRGB."""
     for mode in (image.mode, "RGB"):  # a grey picture may have a profile of greys or of colours
-        transform = _srgb_transform(profile, mode) if profile else None
-        if transform is not None:
+        if profile and (transform := _srgb_transform(profile, mode)):
             return ImageCms.applyTransform(image.convert(mode), transform)
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -43,8 +41,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     try:
         # Made quick for 8 bits, the conversion of greys would be too coarse in the dark.
         flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
-        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB",
-                                            flags=flags)
+        transform = ImageCms.buildTransform(io.BytesIO(profile), SRGB, mode, "RGB", flags=flags)
         colours = COLOURS.convert(mode)
         changes = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -53,8 +50,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 
 def mended(content: bytes) -> Iterator[bytes]:
-    """A picture file that Pillow refuses, without the metadata that may be why, keeping more of it at first. Pixel data
-    stays what it is: damaged, it is refused again."""
+    """A picture file that Pillow refuses, without the metadata that may be why, keeping more of it at first."""
     try:
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
             yield _mended_png(content, (b"tRNS", b"eXIf", b"iCCP", b"iTXt", b"tEXt", b"zTXt"))
@@ -89,9 +85,8 @@ def _mended_jpeg(content: bytes) -> bytes:
     while content[place + 1] != 0xDA:  # here the pixels begin
         marker, length = struct.unpack_from(">xBH", content, place)
         segment = content[place : place + 2 + length]
-        is_of_application = 0xE0 <= marker <= 0xEF or marker == 0xFE
-        if not is_of_application or any(segment[4:].startswith(name) and length - 2 >= most
-                                        for name, most in least.items()):
+        is_whole = any(segment[4:].startswith(name) and length - 2 >= most for name, most in least.items())
+        if is_whole or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             parts.append(segment)
         place += len(segment)
     return b"".join(parts) + content[place:]

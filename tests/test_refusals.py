@@ -95,6 +95,11 @@ PAINTING = (
 )
 
 PICTURES_AND_FILES = (
+    ("train", TRAIN + "--content_dir {tmp}/cut.zip", "{tmp}/cut.zip: not a whole .zip archive"),
+    ("train", TRAIN + "--content_dir {tmp}/photos.tar", "{tmp}/photos.tar: no such folder or .zip archive"),
+    ("test", TEST + "--content {tmp}/cut.zip --save_path {tmp}/out", "{tmp}/cut.zip: not a whole .zip archive"),
+    ("test", TEST + "--content {tmp}/content --save_path {tmp}/content/out",
+     "--save_path {tmp}/content/out: belongs to --content {tmp}/content"),
 )
 
 PRUNING = (
@@ -120,6 +125,7 @@ def files(tmp_path_factory):
     picture = (folder / "a.png").read_bytes()
     for name, content in (("text", b"text"), ("text.jpg", b"text"), ("broken/a.jpg", b"text"), ("empty.jpg", b""),
                           ("empty.pth", b""), ("cut.pth", whole[:9000]), ("cut.png", picture[:900]),
+                          ("cut.zip", b"PK\3\4"), ("photos.tar", b"text"),
                           ("some/cut.png", picture[:900]), ("folder/notes.txt", b"text")):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

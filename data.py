@@ -201,7 +201,7 @@ def _decode_from(source: Path | io.BytesIO, shorter_side: int | None, max_pixels
         width, height = image.size
         if width * height > max_pixels:
             raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
-        if image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:  # the kind of its first picture: a smaller copy
+        if image.format == "TIFF" and image.tag_v2.get(254) == 1:  # the kind of its first picture: a smaller copy
             raise PictureError(f"only its preview of {width} x {height} pixels can be read (a camera's raw "
                                "file?); save it as a JPEG, PNG or plain TIFF")
         if shorter_side is not None and image.format == "JPEG":
@@ -487,9 +487,10 @@ def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[P
 def _reason_to_leave_out(path: Path) -> str | None:
     """None for a picture, told by what Pillow makes of its header, whatever its name. Text is none, but a Netpbm's."""
     try:
-        if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", _content(path, 64)):  # asking Pillow takes 40 times as long
+        source = _source(path, ENOUGH_TO_TELL)
+        if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", _content(path, 64)):  # asking Pillow takes many times as long
             return NO_PICTURE
-        with _lifted_limits(), Image.open(_source(path, ENOUGH_TO_TELL)) as image:
+        with _lifted_limits(), Image.open(source) as image:
             return NO_PICTURE if image.format in NOT_DECODED else None
     except UnidentifiedImageError:
         return None if _is_heic(path) else NO_PICTURE

@@ -420,7 +420,7 @@ def export(given: dict) -> int:
         check_files(list(files.values()), network, config, INT8_TOLERANCE)
         compare(list(float_files.values()), list(files.values()), pictures, meter, config)
     for file, content in files.items():
-        write_atomically(file, lambda out, content=content: out.write(content))
+        write_atomically(file, lambda out, content=content: out.write(content), durable=True)
     sizes = ", ".join(f"{file.name} ({len(content) / 2**20:.2f} MiB)" for file, content in files.items())
     note(f"wrote {sizes} to {path.parent}")
     return 0

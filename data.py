@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 
 import archives
 import metadata
-from utils import UserError, note, note_of_process, usable_cores, write_atomically
+from utils import UserError, gather, note, note_of_process, usable_cores, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,7 +42,6 @@ MAX_FAILED_SHARE = 0.10
 LOOKING_THREADS = 16
 ENOUGH_TO_TELL = 2**16  # bytes of an archive's file that Pillow tells its kind by: it may be a video of gigabytes
 STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
-TRIPLE = ("content", "style", "painted")  # the folders of pictures painted by anyone, see `open_triples`
 # Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS")
 # Reasons for leaving a folder's file out, as they are counted.
@@ -576,6 +575,11 @@ class FailedPictures:
             note_of_process(f"skipped {reason}")
             self.check(len(self.paths), self.total, reason)
 
+    def add_other_processes(self) -> None:
+        """Count what the other processes of the run have met; each process must call this. Raises as `add` does."""
+        self.paths.update(*gather(self.paths))
+        self.check(len(self.paths), self.total, "met by another process")
+
     def check(self, failed: int, total: int, reason: str) -> None:
         """Raises UserError, with the `reason` of the last, when more than a tenth of `total` pictures have failed."""
         if failed > MAX_FAILED_SHARE * total:
@@ -619,48 +623,3 @@ def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPic
     for path, text in broken.items():
         failed.add(path, text)
     return [path for path in paths if path not in broken]
-
-
-def open_triples(
-    folder: Path, flag: str, side: int, max_pixels: int, output: Path | None = None
-) -> tuple[dict[Path, tuple[Path, Path]], FailedPictures]:
-    """Pictures painted by anyone: content/NAME, style/NAME and painted/NAME in `folder`, each of any suffix.
-
-    Returns style and painted picture by the content picture, and the tally of the triples that cannot be used: one is
-    not there, or as `load_triple` says; some are decoded now, see `_usable`. Raises UserError, naming `flag`, when a
-    sub-folder is missing, when no triple is complete, and as `find_pictures` and `_usable` do.
-    """
-    folder = Path(folder)
-    if not all((folder / part).is_dir() for part in TRIPLE):
-        raise UserError(f"{flag} {folder}: neither the folder of a run nor one of painted pictures, with the "
-                        f"sub-folders {', '.join(TRIPLE)}")
-    parts = []
-    for part in TRIPLE:
-        paths = find_pictures(folder / part, flag, output)
-        parts.append({path.relative_to(folder / part).with_suffix(""): path for path in reversed(paths)})
-    names = sorted(set().union(*parts))
-    complete = [name for name in names if all(name in part for part in parts)]
-    if not complete:
-        raise UserError(f"{flag} {folder}: no picture has the same name in {', '.join(TRIPLE)}")
-    failed = FailedPictures(folder, flag, len(names))
-    for name in names:
-        missing = [kind for kind, part in zip(TRIPLE, parts) if name not in part]
-        if missing:
-            failed.add(name, f"{folder}: no {name} in {', '.join(missing)}")
-    partners = {parts[0][name]: (parts[1][name], parts[2][name]) for name in complete}
-    usable = _usable(list(partners), lambda path: load_triple(path, *partners[path], side, max_pixels), failed)
-    return {path: partners[path] for path in usable}, failed
-
-
-def load_triple(content: Path, style: Path, painted: Path, side: int, max_pixels: int) -> list[Image.Image]:
-    """Content, style and painted picture, their shorter sides at `side`, content and painted of one size.
-
-    Raises PictureError as `load_resized` does, and when those two differ in aspect by more than rounding.
-    """
-    pictures = [load_resized(path, side, max_pixels) for path in (content, style, painted)]
-    size, other = pictures[0].size, pictures[2].size
-    if abs(max(size) - max(other)) > 1 + 0.01 * max(size) or (size[0] > size[1]) != (other[0] > other[1]):
-        raise PictureError(f"{painted}: {other[0]} x {other[1]} pixels with its shorter side at {side}, its content "
-                           f"{size[0]} x {size[1]}; the same aspect is needed")
-    pictures[2] = pictures[2].resize(size, Image.Resampling.BICUBIC)
-    return pictures

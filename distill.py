@@ -1,22 +1,23 @@
-"""`--mode distill`: a network of any widths learns to paint as another one does, or as painted pictures show."""
+"""`--mode distill`: a network of any widths learns to paint as another one does."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from data import MAX_PIXELS, TRIPLE, FailedPictures, normalize, open_folder, open_triples, split_holdout
-from loss import distillation_loss, painted_loss
+from data import MAX_PIXELS, normalize, open_folder, split_holdout
+from loss import distillation_errors
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
 from settings import setting
-from training.loop import Checked, Run, is_finished, open_config
+from training.dead_units import DeadUnits
+from training.loop import Run, is_finished, open_config
 from training.run_folder import CheckpointFolder, WandbRun
-from training.sampling import CropConfig, MixedPictures, PaintedTriples, PicturesByPosition, check_failures, collate
+from training.sampling import CropConfig, MixedPictures, first_pictures
 from utils import (
     UserError,
     allow_tf32,
@@ -28,7 +29,7 @@ from utils import (
     save_checkpoint,
     seed_everything,
 )
-from weights import STUDENT_NAME, find_model_file, load_network, load_teacher, model_checkpoint
+from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint
 
 FIXED = ("teacher", "load_path", "new_weights", "upsampling", "pooling")  # settings that a resumed run keeps
 WARMUP_SHARE = 0.05
@@ -39,9 +40,7 @@ HELD_OUT_PICTURES = 128
 class DistillConfig:
     """Every setting of a distillation, with its default; `main.py` makes the flags from it."""
 
-    teacher: str | None = setting(
-        needed=True, more="also a folder of pictures, whoever painted them, as "
-        f"{', '.join(f'{name}/NAME' for name in TRIPLE)}")
+    teacher: str | None = setting(needed=True)
     load_path: str | None = setting(needed=True, more="the one that learns")
     new_weights: bool = False
     upsampling: str | None = None  # None: as load_path says
@@ -64,6 +63,10 @@ class DistillConfig:
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
 
+    @property
+    def crop(self) -> CropConfig:
+        return CropConfig(self.imsize, self.cropsize, False, self.max_pixels)
+
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
         if not self.save_path:
@@ -72,55 +75,32 @@ class DistillConfig:
             raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
         if process_count() > 1:
             raise UserError("--mode distill runs in one process; start it without torchrun")
-        if self.resume and not self.teacher:
-            return  # the run knows the rest
         if not self.teacher:
-            raise UserError("--teacher is needed in distill mode: the network, or the folder of painted pictures, to "
-                            "learn from")
+            raise UserError("--teacher is needed in distill mode: the network to learn from")
         if not self.load_path:
             raise UserError("--load_path is needed in distill mode: the network that learns")
-        if self.teacher_is_pictures:
-            if self.content_dir or self.style_dir:
-                raise UserError(f"--teacher {self.teacher} is a folder with contents and styles of its own; "
-                                "--content_dir and --style_dir must not be given with it")
-        elif not self.content_dir and not self.style_dir:
-            raise UserError("--content_dir or --style_dir is needed in distill mode, where --teacher is a network")
-        elif self.batch_size < 2:
+        if not self.content_dir and not self.style_dir:
+            raise UserError("--content_dir or --style_dir is needed in distill mode")
+        if self.batch_size < 2:
             raise UserError("--batch_size 1: each picture is painted in the style of the next one; 2 or more are "
                             "needed")
-
-    @property
-    def teacher_is_pictures(self) -> bool:
-        """Whether `teacher` is a folder that no network is in."""
-        if not Path(self.teacher).is_dir():
-            return False
-        try:
-            find_model_file(self.teacher, "--teacher")
-        except UserError:
-            return True
-        return False
 
 
 # --------------------------------------------------------------------------------------------- the student
 
 
-def norms_behind(layers: nn.Sequential) -> nn.ModuleDict:
-    """A batch normalisation for every conv of `layers`, by its index; it has the bias in the conv's place."""
-    norms = nn.ModuleDict()
-    for index, layer in enumerate(layers):
-        if isinstance(layer, nn.Conv2d):
-            norm = norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
-            norm.bias, layer.bias = layer.bias, None
-    return norms
-
-
 class NormalizedLayers(nn.Module):
-    """The layers of an encoder or a decoder, with batch normalisation behind every conv that has a ReLU."""
+    """The layers of an encoder or a decoder, with batch normalisation behind every conv that has a ReLU; it has the
+    bias in the conv's place."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = layers
-        self.norms = norms_behind(layers if isinstance(layers[-1], nn.ReLU) else layers[:-1])
+        self.norms = nn.ModuleDict()  # by the conv's index
+        for index, (layer, following) in enumerate(pairwise(layers)):
+            if isinstance(following, nn.ReLU):
+                norm = self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
+                norm.bias, layer.bias = layer.bias, None
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H, W): an encoder's picture, or a decoder's bottleneck feature, to what the last layer gives."""
@@ -138,18 +118,17 @@ class Student(nn.Module):
     others left dead.
     """
 
-    def __init__(self, network: StyleTransferNetwork, teacher_width: int | None) -> None:
-        """teacher_width: channels of the teacher's bottleneck; None: no projection."""
+    def __init__(self, network: StyleTransferNetwork, teacher_width: int) -> None:
+        """teacher_width: channels of the teacher's bottleneck."""
         super().__init__()
+        self.config = network.config
         self.encoder = NormalizedLayers(network.encoder.layers[0])
         self.decoder = NormalizedLayers(network.decoder.layers[0])
-        self.projection = None
-        if teacher_width is not None:
-            self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
+        self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
 
-    def folded(self, config: NetworkConfig) -> StyleTransferNetwork:
-        """The network of `config` that paints as this one does in evaluation, on the CPU."""
-        network = StyleTransferNetwork(config)
+    def folded(self) -> StyleTransferNetwork:
+        """The network that paints as this one does in evaluation, on the CPU."""
+        network = StyleTransferNetwork(self.config)
         for part in ("encoder", "decoder"):
             getattr(network, part).layers[0].load_state_dict(folded_weights(getattr(self, part)))
         return network
@@ -179,23 +158,21 @@ def folded_weights(network: NormalizedLayers) -> dict[str, Tensor]:
 
     Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N the index in `network.layers`.
     """
-    weights = {name: tensor.detach().float().cpu() for name, tensor in network.layers.state_dict().items()}
+    weights = dict(network.layers.state_dict())
     for index, norm in network.norms.items():
-        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-        weight = network.layers[int(index)].weight * gain[:, None, None, None]
-        weights[f"{index}.weight"] = weight.detach().float().cpu().contiguous()
-        weights[f"{index}.bias"] = (norm.bias - norm.running_mean * gain).detach().float().cpu()
-    return weights
+        conv = network.layers[int(index)]
+        weights[f"{index}.weight"], weights[f"{index}.bias"] = fuse_conv_bn_weights(
+            conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the step
 
 
 class Distiller:
-    """The student of a network, which is to paint as that does and see what it sees (`distillation_loss`); the
-    optimiser and one step."""
+    """The student of a network, which is to paint as that does and see what it sees; the optimiser and one step."""
 
-    metrics = ("loss", "output_error", "feature_error")
+    metrics = ("loss", "output_error", "feature_error")  # the first is the sum of the others
     shown = ("loss",)
 
     def __init__(self, config: DistillConfig, device: torch.device, checkpoint: dict | None = None) -> None:
@@ -203,58 +180,49 @@ class Distiller:
         seed_everything(config.seed)
         self.config = config
         self.device = device
-        self.held_out: list[Tensor] | None = None  # pictures for `measure`, (n, 3, H, W), uint8, in whole batches
+        self.held_out: Tensor | None = None  # (n, 3, H, W), uint8, in whole batches, for `measure`
+        self.dead_units: DeadUnits | None = None
         self.amp_dtype = autocast_dtype(config.amp, device)
         if checkpoint is None:
             network, _ = load_network(config.load_path)
         else:
             network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["student_config"]))
-        teacher_width = self.open_teacher(network.config)
+        teacher, teacher_checkpoint = load_teacher(config.teacher, network.config)
+        self.teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
+        self.vgg_origin = teacher_checkpoint.get("vgg_weights")
         if config.new_weights:
             initialize(network, network)
         network.use(config.upsampling, pooling=config.pooling)
-        self.network_config = network.config
-        self.network = Student(network, teacher_width).to(device, memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), config.lr, fused=True)
+        student = Student(network, teacher.config.bottleneck_width)
+        self.network = student.to(device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.Adam(self.network.parameters(), config.lr, fused=True)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
-    def open_teacher(self, student: NetworkConfig) -> int | None:
-        """Returns the channels of the teacher's bottleneck, None when there is none to match."""
-        self.teacher, checkpoint = load_teacher(self.config.teacher, student)
-        self.teacher.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
-        self.vgg_origin = checkpoint.get("vgg_weights")
-        return self.teacher.config.bottleneck_width
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-
-    def losses(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """pictures: (B, 3, H, W), uint8. Returns the loss, and `metrics`, (n,), detached."""
-        pictures = _as_input(pictures)
-        with self.autocast():
+    def errors(self, pictures: Tensor) -> Tensor:
+        """pictures: (B, 3, H, W), uint8. Returns `metrics`, (3,): the loss, and what it is the sum of."""
+        pictures = normalize(pictures).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             with torch.no_grad():
                 target, teacher_feature = paint(self.teacher.encoder, self.teacher.decoder, pictures)
             output, feature = paint(self.network.encoder, self.network.decoder, pictures)
             projected = self.network.projection(feature)  # (B, C of the teacher, H/8, W/8)
-        square = teacher_feature.float().square().mean()
-        loss = distillation_loss(output, target, projected, teacher_feature, square)
-        output_error = F.mse_loss(output.detach().float(), target.float())
-        return loss, torch.stack([loss.detach(), output_error, loss.detach() - output_error])
+        errors = torch.stack(distillation_errors(output, target, projected, teacher_feature))
+        return torch.cat([errors.sum()[None], errors])
 
     def begin(self, iteration: int) -> None:
         """Set the learning rate for the step of an iteration, counted from 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)
 
-    def step(self, *pictures: Tensor, all_terms: bool = True) -> dict[str, Tensor]:
-        """One step of AdamW. pictures: the arguments of `losses`. Returns `metrics`, all of them at every step, as
-        scalars on the device."""
-        loss, metrics = self.losses(*pictures)
+    def step(self, pictures: Tensor, all_terms: bool = True) -> dict[str, Tensor]:
+        """One step of Adam. pictures: (B, 3, H, W), uint8. Returns `metrics`, all of them at every step, as scalars on
+        the device."""
+        errors = self.errors(pictures)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        errors[0].backward()
         self.optimizer.step()
-        return dict(zip(self.metrics, metrics))
+        return dict(zip(self.metrics, errors.detach()))
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -262,57 +230,32 @@ class Distiller:
         if self.held_out is None:
             return {}
         self.network.eval()
-        batches = zip(*(pictures.split(self.config.batch_size) for pictures in self.held_out))
-        metrics = [self.losses(*(pictures.to(self.device) for pictures in batch))[1] for batch in batches]
+        errors = [self.errors(pictures.to(self.device)) for pictures in self.held_out.split(self.config.batch_size)]
         self.network.train()
-        means = torch.stack(metrics).mean(dim=0).tolist()
+        means = torch.stack(errors).mean(dim=0).tolist()
         return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
 
-    def check(self, folder: Path, iteration: int) -> Checked:
-        """Measure held-out pictures; write the student as a model file for `--load_path`, the normalisations folded
-        in."""
-        network = self.network.folded(self.network_config)
+    def report(self, folder: Path, iteration: int) -> tuple[dict, None]:
+        """Measure held-out pictures, count dead units, and write the student as a model file for `--load_path`, the
+        normalisations folded in."""
+        network = self.network.folded()
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / STUDENT_NAME)
-        return Checked(self.measure(), None)
+        return self.measure() | self.dead_units.count(network.to(self.device)), None
 
     def state(self) -> dict:
         """What a checkpoint needs to go on."""
         weights = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
         return {"state_dict": weights, "optimizer": self.optimizer.state_dict(), "vgg_weights": self.vgg_origin,
-                "student_config": self.network_config.to_dict()}
+                "student_config": self.network.config.to_dict()}
 
     def restore(self, checkpoint: dict) -> None:
         """Put back `state`. Raises UserError when the teacher is not as it was."""
-        projection = checkpoint["state_dict"].get("projection.weight")
-        width = None if projection is None else len(projection)
-        if width != (None if self.network.projection is None else self.network.projection.out_channels):
+        width = len(checkpoint["state_dict"]["projection.weight"])
+        if width != self.network.projection.out_channels:
             raise UserError(f"--resume: --teacher {self.config.teacher} is not the one that the run began with: "
                             f"its bottleneck had {width} channels")
         self.network.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-
-
-class PaintedDistiller(Distiller):
-    """The student of pictures painted by anyone, which is to paint them pixel by pixel (`painted_loss`)."""
-
-    metrics = ("loss",)
-
-    def open_teacher(self, student: NetworkConfig) -> None:
-        self.vgg_origin = None  # no VGG has a part in it
-
-    def losses(self, content: Tensor, style: Tensor, painted: Tensor) -> tuple[Tensor, Tensor]:
-        """content, style, painted: (B, 3, H, W), uint8. Returns the loss, and `metrics`, (1,), detached."""
-        pictures = _as_input(torch.cat([content, style]))
-        with self.autocast():
-            content_feature, style_feature = self.network.encoder(pictures).chunk(2)
-            output = self.network.decoder(adain(content_feature, *channel_statistics(style_feature)))
-        loss = painted_loss(output, normalize(painted))
-        return loss, loss.detach()[None]
-
-
-def _as_input(pictures: Tensor) -> Tensor:
-    """(B, 3, H, W), uint8, to ImageNet-normalised, in the memory format of the networks."""
-    return normalize(pictures).contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------- mode
@@ -325,43 +268,20 @@ def distill(given: dict) -> int:
     allow_tf32(True)
     if is_finished(config, checkpoint):
         return 0
-    opened, by_position = _open_pictures(config)
+    flags = [flag for flag in ("content_dir", "style_dir") if getattr(config, flag)]
+    paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
+                           for flag in flags))
+    trainer = Distiller(config, device, checkpoint)
     with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-        kind = PaintedDistiller if config.teacher_is_pictures else Distiller
-        trainer = kind(config, device, checkpoint)
-        tallies = [tally for _, tally in opened]
-        folders, held_out = zip(*(split_holdout(paths, config.holdout) for paths, _ in opened))
-        measured = [(paths, tally) for paths, tally in zip(held_out, tallies) if paths]
+        learned, held_out = zip(*(split_holdout(each, config.holdout) for each in paths))
+        pictures = MixedPictures(learned, config.crop, config.seed)
+        (shown,) = first_pictures(pictures, DeadUnits.PAIRS, tallies)
+        trainer.dead_units = DeadUnits(shown, shown.roll(-1, dims=0))
+        measured = [(each, tally) for each, tally in zip(held_out, tallies) if each]
         if measured:
-            trainer.held_out = _always_the_same(measured, by_position, config.batch_size)
-        counts = [len(paths) for paths in folders]
+            folders, their_tallies = zip(*measured)
+            count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
+            (trainer.held_out,) = first_pictures(MixedPictures(folders, config.crop, config.seed), count, their_tallies)
         precision = "float32" if trainer.amp_dtype is None else "bfloat16"
-        note(f"distilling on {describe_device(device)}, {precision}; {sum(counts)} pictures")
-        pictures = by_position(folders)
-        return Run("distill", config, trainer, folder, pictures, tallies, counts, WandbRun.none(), checkpoint).loop()
-
-
-def _open_pictures(
-    config: DistillConfig,
-) -> tuple[list[tuple[list[Path], FailedPictures]], Callable[[Sequence[list[Path]]], PicturesByPosition]]:
-    """The pictures of each folder with the tally of its failures, and what makes crops by position of such pictures."""
-    crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
-    if config.teacher_is_pictures:
-        partners, tally = open_triples(config.teacher, "--teacher", crop.shorter_side, config.max_pixels,
-                                       config.save_path)
-        by_position = partial(PaintedTriples, crop=crop, seed=config.seed, partners=partners)
-        return [(list(partners), tally)], by_position
-    opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
-              for flag in ("content_dir", "style_dir") if getattr(config, flag)]
-    return opened, partial(MixedPictures, crop=crop, seed=config.seed)
-
-
-def _always_the_same(
-    measured: list[tuple[list[Path], FailedPictures]], by_position: Callable, batch_size: int
-) -> list[Tensor]:
-    """Crops of held-out pictures, (n, 3, H, W), uint8, each, in whole batches."""
-    pictures = by_position([paths for paths, _ in measured])
-    count = max(1, HELD_OUT_PICTURES // batch_size) * batch_size
-    *crops, failures = collate([pictures[position] for position in range(count)])
-    check_failures(failures, [tally for _, tally in measured])
-    return crops
+        note(f"distilling on {describe_device(device)}, {precision}; {sum(map(len, learned))} pictures")
+        return Run("distill", config, trainer, folder, pictures, tallies, WandbRun("disabled", None), checkpoint).loop()

@@ -1,6 +1,6 @@
 """The losses: pure functions, tensors in, scalar out; the caller weights them.
 
-Every one computes in float32, whatever the features' type: a variance, a correlation or an epsilon of
+Every one computes in float32 where the features are of half precision: a variance, a correlation or an epsilon of
 1e-5 does not survive bfloat16. Call them outside autocast, which would bring matrix products back to it.
 """
 
@@ -13,9 +13,14 @@ CORRELATION_EPS = 1e-5
 STYLE_LOSSES = ("meanstd", "gram")
 
 
+def in_full(values: Tensor) -> Tensor:
+    """The values in float32, or finer where they are finer."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def content_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Mean squared error at the deepest tap. features, targets: lists of (B, C, H, W), shallow to deep."""
-    return F.mse_loss(features[-1].float(), targets[-1].float())
+    return F.mse_loss(in_full(features[-1]), in_full(targets[-1]))
 
 
 def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "meanstd") -> Tensor:
@@ -23,7 +28,7 @@ def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "means
 
     features, targets: lists of (B, C, H, W), shallow to deep; H and W may differ between the two.
     kind: "meanstd" compares channel means and unbiased standard deviations (Huang & Belongie, eq. 13),
-    "gram" the Gram matrices. The published weight of 100 counts on the second division.
+    "gram" the Gram matrices. The published weight of 100 belongs to this double division.
     """
     return style_distance(style_statistics(features, kind), style_statistics(targets, kind))
 
@@ -32,7 +37,7 @@ def style_statistics(features: list[Tensor], kind: str = "meanstd") -> list[tupl
     """What `style_loss` compares of every tap's features: standard deviations and means, (B, C) each, or the Gram
     matrix, (B, C, C)."""
     if kind == "meanstd":
-        return [torch.std_mean(feature.float(), dim=(2, 3)) for feature in features]
+        return [torch.std_mean(in_full(feature), dim=(2, 3)) for feature in features]
     return [(gram_matrix(feature),) for feature in features]
 
 
@@ -45,17 +50,17 @@ def style_distance(statistics: list[tuple[Tensor, ...]], targets: list[tuple[Ten
 
 def gram_matrix(feature: Tensor) -> Tensor:
     """(B, C, H, W) to (B, C, C): f f^T / (H * W)."""
-    flat = feature.float().flatten(2)  # (B, C, H*W)
+    flat = in_full(feature).flatten(2)  # (B, C, H*W)
     return flat @ flat.transpose(1, 2) / flat.shape[2]
 
 
 def uncorrelation_loss(feature: Tensor) -> Tensor:
     """Mean absolute correlation between different channels, summed over the batch (Kim et al., Neural
-    Networks 2021, arXiv 1807.01493; the published weight of 50 counts on the sum).
+    Networks 2021, arXiv 1807.01493; the published weight of 50 belongs to the sum).
 
     feature: (B, C, H, W). A channel that is constant, or the only one, correlates with nothing: 0, gradient 0.
     """
-    flat = feature.float().flatten(2)  # (B, C, H*W)
+    flat = in_full(feature).flatten(2)  # (B, C, H*W)
     centred = flat - flat.mean(dim=2, keepdim=True)
     norm = torch.linalg.vector_norm(centred, dim=2)  # (B, C)
     covariance = centred @ centred.transpose(1, 2)  # (B, C, C)
@@ -66,11 +71,11 @@ def uncorrelation_loss(feature: Tensor) -> Tensor:
 
 
 def channel_norm(feature: Tensor) -> Tensor:
-    """The l2 norm of every channel over its positions: (B, C, H, W) to (B, C), >= 0, in float32.
+    """The l2 norm of every channel over its positions: (B, C, H, W) to (B, C), >= 0, in float32 or finer.
 
     Its gradient at an all-zero channel is 0: a channel that is off stays off.
     """
-    return torch.linalg.vector_norm(feature.float().flatten(2), dim=2)
+    return torch.linalg.vector_norm(in_full(feature).flatten(2), dim=2)
 
 
 def l0_norm(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
@@ -121,12 +126,12 @@ def shift_loss(output: Tensor, moved_output: Tensor, move: Tensor, stride: int) 
     """Mean squared difference of the same things in what is painted of a picture and of that picture `moved` by `move`,
     each less than `stride`: 0 when the paint follows.
 
-    output, moved_output: (B, 3, H, W), ImageNet-normalised, H and W 2 * stride or more. A border is left out, where
-    what has come into the picture and what has left it still tells.
+    output, moved_output: (B, 3, H, W), ImageNet-normalised, H and W 2 * stride or more. A border is left out: what is
+    painted there depends on what only one of the two pictures shows.
     """
     border = min(3 * stride, (min(output.shape[2:]) - stride) // 4)
     inner = (..., slice(border, -border - stride), slice(border, -border - stride))
-    return F.mse_loss(moved(output, move)[inner].float(), moved_output[inner].float())
+    return F.mse_loss(in_full(moved(output, move)[inner]), in_full(moved_output[inner]))
 
 
 def nonzero_channels(norm: Tensor) -> Tensor:
@@ -134,25 +139,15 @@ def nonzero_channels(norm: Tensor) -> Tensor:
     return (norm > 0).sum(dim=1).float().mean()
 
 
-def distillation_loss(
-    output: Tensor, teacher_output: Tensor, feature: Tensor, teacher_feature: Tensor, teacher_square: Tensor
-) -> Tensor:
-    """How far a student is from its teacher: mean squared error of the outputs, plus that of the bottleneck
-    features as a share of the teacher's mean square.
+def distillation_errors(
+    output: Tensor, teacher_output: Tensor, feature: Tensor, teacher_feature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far a student is from its teacher: the mean squared error of the outputs, and that of the bottleneck features
+    as a share of the teacher's mean square. The loss is their sum.
 
-    output, teacher_output: (B, 3, H, W); feature, teacher_feature: (2B, C, h, w), the student's projected to
-    the teacher's channels; teacher_square: scalar, the mean square of the teacher's features.
+    output, teacher_output: (B, 3, H, W); feature, teacher_feature: (B, C, h, w), the student's projected to the
+    teacher's channels.
     """
-    feature_error = F.mse_loss(feature.float(), teacher_feature.float())
-    return F.mse_loss(output.float(), teacher_output.float()) + feature_error / teacher_square.clamp_min(1e-12)
-
-
-def painted_loss(output: Tensor, painted: Tensor) -> Tensor:
-    """Pixel supervision by a painted picture: mean absolute errors of colours, of the means of 8x8 squares, and of the
-    differences between horizontal and between vertical neighbours, summed.
-
-    output, painted: (B, 3, H, W), ImageNet-normalised; H and W multiples of 8.
-    """
-    output, painted = output.float(), painted.float()
-    error = F.l1_loss(output, painted) + F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(painted, 8))
-    return error + sum(F.l1_loss(output.diff(dim=dim), painted.diff(dim=dim)) for dim in (2, 3))
+    feature_error = F.mse_loss(in_full(feature), in_full(teacher_feature))
+    square = in_full(teacher_feature).square().mean()
+    return F.mse_loss(in_full(output), in_full(teacher_output)), feature_error / square.clamp_min(1e-12)

@@ -7,10 +7,11 @@ import torch
 from data import MAX_PIXELS, open_folder, split_holdout
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
 from settings import setting
-from training.compaction import COMPACT_LAYERS, range_of_macs
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, range_of_macs
+from training.dead_units import DeadUnits
 from training.loop import Run, is_finished, open_config
 from training.run_folder import CheckpointFolder, WandbRun
-from training.sampling import CropConfig, PictureCache, TrainingPictures, check_failures, collate
+from training.sampling import CropConfig, PictureCache, TrainingPictures, first_pictures
 from training.step import TransferConfig, TransferTrainer
 from utils import (
     UserError,
@@ -24,12 +25,10 @@ from utils import (
     resolve_device,
     seed_everything,
 )
-from weights import load_network, load_teacher, load_vgg, same_vgg
+from weights import load_network, load_vgg, same_vgg
 
-PREVIEW_PICTURES = 4
 # Settings that a resumed run keeps.
-FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "teacher", "upsampling", "padding",
-         "optimizer")
+FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "upsampling", "padding", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class TrainConfig(TransferConfig):
         None, "folder that keeps the resized pictures for this and later runs, so that each is decoded only once; "
         "takes 3 bytes per pixel, 1 MB for a picture of 512 x 683", "pictures to read")
     holdout: float = 0.0
-    batch_size: int = setting(16, more="this many photographs and this many paintings")
+    batch_size: int = setting(4, more="this many photographs and this many paintings")
     check_iter: int = 500
     keep_checkpoints: int = 3
     seed: int = 0
@@ -97,12 +96,11 @@ class TrainConfig(TransferConfig):
                             f"--max_iter {self.max_iter}")
         if not any(self.learning_rates.values()):
             raise UserError("--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be learned")
-        if self.teacher and not self.learning_rates["decoder"]:
-            raise UserError("--teacher: the projection to the teacher's channels learns at the decoder's rate, and "
-                            "--decoder_lr is 0")
         self._check_compacting()
 
     def _check_compacting(self) -> None:
+        if self.compact_cost not in COMPACT_COSTS:  # of an older run
+            raise UserError(f"--compact_cost {self.compact_cost}: {' or '.join(COMPACT_COSTS)} is needed")
         layers = f"--compact_layers {self.compact_layers}"
         if self.target_macs is not None and not self.channel_loss_weight:
             raise UserError(f"--target_macs {self.target_macs} steers the weight of the channel loss, and "
@@ -150,8 +148,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
             initialize(network, network)
     network.use(config.upsampling, config.padding, config.pooling)
     config.check_target(network.config)
-    teacher = load_teacher(config.teacher, network.config)[0] if config.teacher else None
-    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, teacher, origin)
+    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, origin)
 
 
 def train(given: dict) -> int:
@@ -162,12 +159,23 @@ def train(given: dict) -> int:
     with process_group(device):
         if is_finished(config, checkpoint):
             return 0
-        opened = [open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
-                  for flag in ("content_dir", "style_dir")]
+        paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
+                               for flag in ("content_dir", "style_dir")))
+        trainer = build_trainer(config, device, checkpoint)
         with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-            run = _open_run(config, device, folder, checkpoint, opened)
+            learned = [split_holdout(each, config.holdout)[0] for each in paths]
+            pictures = TrainingPictures(*learned, config.crop, config.seed, _open_cache(config))
+            trainer.show(*first_pictures(pictures, DeadUnits.PAIRS, tallies))
+            precision = "float32" if trainer.forward_pass.amp_dtype is None else "bfloat16"
+            note(f"training on {describe_device(device)}, {precision}; VGG weights: {trainer.vgg_origin}; "
+                 f"{len(learned[0])} content and {len(learned[1])} style pictures")
+            wandb_run = WandbRun(
+                config.wb_mode if is_first_process() else "disabled", folder.folder,
+                checkpoint["wandb_id"] if checkpoint else None, project=config.wb_project, name=config.wb_name,
+                notes=config.wb_notes, tags=config.wb_tags, config=asdict(config),
+            )
             try:
-                return run.loop()
+                return Run("train", config, trainer, folder, pictures, tallies, wandb_run, checkpoint).loop()
             except Exception as error:
                 # torch.compile passes on what its backends raise: no compiler, no Triton, a GPU too old for it.
                 if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -175,27 +183,6 @@ def train(given: dict) -> int:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(f"--compile: torch.compile failed ({reason}); training without the flag needs no "
                                 "compiler") from error
-
-
-def _open_run(
-    config: TrainConfig, device: torch.device, folder: CheckpointFolder, checkpoint: dict | None, opened: list
-) -> Run:
-    """The networks, the pictures by position and the wandb run of a training. opened: `open_folder` of content and
-    style."""
-    content, style = (split_holdout(paths, config.holdout)[0] for paths, _ in opened)
-    tallies = [tally for _, tally in opened]
-    trainer = build_trainer(config, device, checkpoint)
-    pictures = TrainingPictures(content, style, config.crop, config.seed, _open_cache(config))
-    shown = collate([pictures[position] for position in range(min(PREVIEW_PICTURES, config.batch_size))])
-    check_failures(shown[2], tallies)
-    trainer.preview_pictures = shown[:2]
-    note(f"training on {describe_device(device)}, {'float32' if trainer.losses.amp_dtype is None else 'bfloat16'}; "
-         f"VGG weights: {trainer.vgg_origin}; {len(content)} content and {len(style)} style pictures")
-    wandb_run = WandbRun(
-        config.wb_mode if is_first_process() else "disabled", config.wb_project, config.wb_name, config.wb_notes,
-        config.wb_tags, asdict(config), config.save_path, checkpoint["wandb_id"] if checkpoint else None,
-    )
-    return Run("train", config, trainer, folder, pictures, tallies, [len(content), len(style)], wandb_run, checkpoint)
 
 
 def _open_cache(config: TrainConfig) -> PictureCache | None:

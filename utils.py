@@ -211,13 +211,13 @@ def resolve_device(gpu_no: int | None) -> torch.device:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether float32 convolutions and matrix products on a GPU may round their inputs to TF32's 10 bits.
+    """Whether float32 convolutions on a GPU may round their inputs to TF32's 10 bits; matrix products never may.
 
-    Training may: its mixed precision rounds more. Pictures and measurements are computed in full float32; torch alone
-    would round convolutions.
+    Training allows it: its mixed precision rounds more. The losses' Gram matrices and correlations are matrix products
+    and stay in full float32, as pictures and measurements do; torch alone would round convolutions everywhere.
     """
     torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def free_memory(device: torch.device) -> int:
@@ -258,8 +258,9 @@ def _left_by_control_groups() -> Iterator[int]:
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The data type of mixed precision for `--amp`, or None for float32 throughout.
 
-    `auto` is bfloat16 where the device computes in it: GPUs of compute capability 8.0 or newer, CPUs with AMX or
-    AVX512-BF16. Other CPUs run bfloat16 convolutions 10 to 60 times slower than float32, so `auto` leaves it off there.
+    `auto` is bfloat16 where it is faster than float32: on GPUs of compute capability 8.0 or newer, and on CPUs with AMX
+    or, from AMD, with AVX512-BF16. Intel's CPUs with AVX512-BF16 and without AMX take longer in it (see
+    docs/performance.md), CPUs with neither 10 to 60 times as long.
     """
     if amp == "off":
         return None
@@ -267,17 +268,30 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return torch.bfloat16 if any(supported() for supported in asked if supported is not None) else None
+    is_fast = _cpu_has("amx_tile") or _cpu_has("avx512_bf16") and _cpu_says("vendor_id") == "AuthenticAMD"
+    return torch.bfloat16 if is_fast else None
+
+
+def _cpu_has(instructions: str) -> bool:
+    """Whether torch finds a set of instructions; False where this torch does not look for it."""
+    supported = getattr(torch.cpu, f"_is_{instructions}_supported", None)
+    return supported is not None and supported()
+
+
+def _cpu_says(name: str) -> str | None:
+    """A line of Linux's /proc/cpuinfo, of the first core; None where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
 
 
 def describe_device(device: torch.device) -> str:
     """The device's name as a person would write it beside a measurement."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with open("/proc/cpuinfo") as file:
-        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{_cpu_says('model name') or 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def time_in_turns(calls: list[Callable], turns: int, device: torch.device, warmup: int = 2) -> list[list[float]]:
@@ -329,11 +343,16 @@ def restore_random_state(state: dict) -> None:
 # -------------------------------------------------------------------------------------------- signals
 
 
+class StopWhileWaiting(BaseException):
+    """A stop signal that came within `StopRequest.while_waiting`; no library takes it for an error of its own."""
+
+
 class StopRequest:
     """Remembers that SIGINT or SIGTERM came, so that a loop can finish its step and save."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.raises = False
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
@@ -342,6 +361,18 @@ class StopRequest:
     def exit_code(self) -> int:
         """130 for SIGINT, 143 for SIGTERM, as a shell reports them."""
         return 128 + self.signal_number
+
+    @contextmanager
+    def while_waiting(self):
+        """Within the block, for what may never come, a signal also raises StopWhileWaiting; one from before does at
+        once."""
+        self.raises = True
+        try:
+            if self:
+                raise StopWhileWaiting
+            yield
+        finally:
+            self.raises = False
 
 
 @contextmanager
@@ -354,6 +385,8 @@ def catch_stop_signals():
         request.signal_number = number
         for each, handler in previous.items():
             signal.signal(each, handler)
+        if request.raises:
+            raise StopWhileWaiting
 
     for number in previous:
         signal.signal(number, remember)

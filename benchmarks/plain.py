@@ -45,17 +45,17 @@ class PlainTrainer:
 
     def __init__(
         self, state_dict: dict, vgg: dict, weights: dict[str, float], learning_rates: dict[str, float],
-        l0_eps: float, device: torch.device,
+        l0_eps: float, device: torch.device, dtype: torch.dtype = torch.float32,
     ) -> None:
-        """state_dict: of a full StyleTransferNetwork; vgg: from `network.load_vgg`; weights and
-        learning_rates: of the TrainConfig."""
+        """state_dict: of a full StyleTransferNetwork; vgg: from `weights.load_vgg`; weights and
+        learning_rates: of the TrainConfig; dtype: of all that is computed."""
         self.encoder, self.decoder, self.vgg = vgg19_features(), plain_decoder(), vgg19_features()
         for module, prefix in ((self.encoder, "encoder.layers.0."), (self.decoder, "decoder.layers.0.")):
             module.load_state_dict({key.removeprefix(prefix): value.clone() for key, value in state_dict.items()
                                     if key.startswith(prefix)})
         self.vgg.load_state_dict(vgg)
         for module in (self.encoder, self.decoder, self.vgg):
-            module.to(device)
+            module.to(device, dtype)
         self.vgg.requires_grad_(False)
         self.encoder.requires_grad_(learning_rates["encoder"] > 0)
         self.decoder.requires_grad_(learning_rates["decoder"] > 0)
@@ -66,11 +66,12 @@ class PlainTrainer:
         ])
         self.weights = weights
         self.l0_eps = l0_eps
+        self.dtype = dtype
         self.mean, self.std = MEAN.to(device), STD.to(device)
 
     def step(self, content: Tensor, style: Tensor) -> dict[str, float]:
         """content, style: (B, 3, H, W), uint8. Returns the losses whose weight is not 0."""
-        content, style = ((image.float() / 255.0 - self.mean) / self.std for image in (content, style))
+        content, style = (((image.float() / 255.0 - self.mean) / self.std).to(self.dtype) for image in (content, style))
         content_feature = self.encoder(content)
         style_feature = self.encoder(style)
         output = self.decoder(adain(content_feature, style_feature))
@@ -119,7 +120,7 @@ def statistics_distance(feature: Tensor, target: Tensor) -> Tensor:
 def correlation(feature: Tensor) -> Tensor:
     """Mean absolute off-diagonal correlation of the channels, summed over the batch."""
     channels = feature.shape[1]
-    off_diagonal = 1 - torch.eye(channels, device=feature.device)
+    off_diagonal = 1 - torch.eye(channels, device=feature.device, dtype=feature.dtype)
     total = 0.0
     for flat in feature.flatten(2):  # (C, H*W)
         centred = flat - flat.mean(dim=1, keepdim=True)

@@ -33,10 +33,9 @@ from utils import UserError, autocast_dtype, resolve_device, seed_everything, ti
 from weights import load_vgg
 
 PUBLISHED = {
-    "ch_xor": dict(encoder_lr=5e-6, uncorrelation_loss_weight=0.0, channel_loss_weight=1e4, xor_loss_weight=500.0),
-    "baseline": dict(encoder_lr=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0),
-    "uncorrelation": dict(encoder_lr=5e-6, uncorrelation_loss_weight=50.0, channel_loss_weight=0.0,
-                          xor_loss_weight=0.0),
+    "ch_xor": {},  # the defaults
+    "baseline": dict(encoder_lr=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0),
+    "uncorrelation": dict(uncorrelation_loss_weight=50.0, channel_loss_weight=0.0, xor_loss_weight=0.0),
 }
 CONTENT_SIZE, STYLE_SIZE = (640, 480), (1600, 1200)  # pixels: MSCOCO's usual size, and a painting's
 
@@ -87,9 +86,9 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
 
 
 def in_default_format(trainer: TransferTrainer) -> TransferTrainer:
-    """The trainer with every convolution in torch's default memory format, NCHW; see `train.conv_format`."""
-    trainer.losses.to(memory_format=torch.contiguous_format)
-    trainer.losses.formats = dict.fromkeys(trainer.losses.formats, torch.contiguous_format)
+    """The trainer with every convolution in torch's default memory format, NCHW; see `step.conv_format`."""
+    trainer.forward_pass.to(memory_format=torch.contiguous_format)
+    trainer.forward_pass.formats = dict.fromkeys(trainer.forward_pass.formats, torch.contiguous_format)
     return trainer
 
 
@@ -251,7 +250,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> None:
     device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
     base = TrainConfig(imsize=arguments.imsize, cropsize=arguments.cropsize, batch_size=arguments.batch_size,
-                       amp=arguments.amp, style_loss_weight=100.0)
+                       amp=arguments.amp)
     configs = {name: replace(base, **PUBLISHED[name]) for name in arguments.settings}
     peaks = {dtype: matrix_product_peak(device, getattr(torch, dtype))
              for dtype in sorted({"float32", step_dtype(base, device)})}

@@ -31,7 +31,7 @@ REFERENCE = json.loads((Path(__file__).parent / "reference_values.json").read_te
 SMALL_TRAINING = dict(
     content_dir=str(CONTENT_DIR), style_dir=str(STYLE_DIR), vgg_weights="random", imsize=40, cropsize=32, batch_size=2,
     num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off", encoder_lr=5e-5, decoder_lr=1e-3,
-    channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
+    uncorrelation_loss_weight=0.01, channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
 )
 
 
@@ -63,9 +63,9 @@ def random_picture(seed: int, size: tuple[int, int] = (32, 40), pictures: int = 
     return torch.randint(0, 256, (pictures, 3, *size), generator=generator, dtype=torch.uint8)
 
 
-def random_batch(size: int = 16, pictures: int = 2) -> tuple[Tensor, Tensor]:
+def random_batch(size: int = 16, pictures: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Content and style of one training step, (pictures, 3, size, size), uint8, each."""
-    content, style = random_picture(0, (size, size), 2 * pictures).split(pictures)
+    content, style = random_picture(seed, (size, size), 2 * pictures).split(pictures)
     return content, style
 
 
@@ -128,16 +128,17 @@ def random_vgg(backbone: str = "vgg19", seed: int = 0) -> dict[str, Tensor]:
 
 
 def make_trainer(
-    network: StyleTransferNetwork | None = None, taught_by: StyleTransferNetwork | None = None,
-    device: torch.device = CPU, **settings
+    network: StyleTransferNetwork | None = None, device: torch.device = CPU, dtype: torch.dtype = torch.float32,
+    **settings
 ) -> TransferTrainer:
-    """A trainer of SMALL_TRAINING with other `settings`; without a network, of the full one at its start."""
+    """A trainer of SMALL_TRAINING with other `settings`, in a data type; without a network, of the full one at its
+    start."""
     config = TrainConfig(**SMALL_TRAINING | settings)
     vgg = random_vgg(config.backbone)
     torch.manual_seed(0)
     if network is None:
         network, _ = build_from_vgg(NetworkConfig.full(config.backbone), vgg)
-    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, taught_by)
+    return TransferTrainer(network.to(dtype), build_loss_network(network.config, vgg), config, device)
 
 
 # --------------------------------------------------------------------------------- command lines, and runs

@@ -13,11 +13,11 @@ ROWS = (
     ("weights",),
     ("settings",),
     # The wings, each module above those that it uses.
-    ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "painting.smoothing",
-     "painting.tiling", "painting.control", "painting.quality", "painting.sheets", "pruning.surgery",
-     "exporting.graphs", "exporting.integers"),
-    ("training.loop", "painting.stylizer"),
-    ("painting", "training.step"),
+    ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "training.dead_units",
+     "painting.smoothing", "painting.tiling", "painting.control", "painting.quality", "painting.sheets",
+     "pruning.surgery", "exporting.graphs", "exporting.integers"),
+    ("training.loop", "training.step", "painting.stylizer"),
+    ("painting",),
     ("painting.pairs", "pruning.responses", "exporting.webpage"),
     ("painting.many", "painting.video", "pruning.selection", "pruning.plots"),
     ("train", "distill", "evaluate", "prune", "export"),  # the modes

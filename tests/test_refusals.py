@@ -15,6 +15,7 @@ from PIL import Image
 TEST = "--gpu_no -1 --load_path {tmp}/model.pth --content {tmp}/a.png --style {tmp}/b.png --save_path {tmp}/out.png "
 FOLDERS = "--content_dir {tmp}/content --style_dir {tmp}/style --save_path {tmp}/out "
 TRAIN = "--gpu_no -1 --vgg_weights random --imsize 40 --cropsize 32 --batch_size 2 --num_workers 0 " + FOLDERS
+DISTILL = "--gpu_no -1 --teacher {tmp}/model.pth --load_path {tmp}/model.pth " + FOLDERS
 PRUNE = "--gpu_no -1 --load_path {tmp}/model.pth --imsize 32 --cropsize 32 --prune_nums 0 " + FOLDERS
 
 # A row: mode, flags ("--imsize 0 --save_path {tmp}/out"), words that the line must have.
@@ -73,6 +74,41 @@ COMMAND_LINE = (
 )
 
 TRAINING = (
+    *(("train", TRAIN + flags, words) for flags, words in (
+        ("--cropsize 20", "--cropsize 20: a multiple of 8, 16 or more"),
+        ("--new_weights", "--load_path says"),
+        ("--new_weights --load_path {tmp}/model.pth --encoder_lr 0", "would stay so"),
+        ("--swap_max_pool --pooling blur", ("--swap_max_pool", "--pooling blur")),
+        ("--max_iter 8 --warmup_iter 5 --decay_iter 4", "--warmup_iter 5 and --decay_iter 4"),
+        ("--lr 0", "both parts are frozen"),
+        ("--backbone vgg16 --load_path {tmp}/model.pth", "is a vgg19 network, --backbone says vgg16"),
+        ("--resume", "check_point.pth is not there"),
+        ("--target_macs 0.5 --channel_loss_weight 0 --compact_layers all", "--channel_loss_weight is 0"),
+        ("--target_macs 1.0", "argument --target_macs: got 1.0, a number between 0 and 1"),
+        ("--target_macs 0", "argument --target_macs: got 0, a number between 0 and 1"),
+        ("--target_macs 0.5", "--compact_layers bottleneck, 0.9"),
+        ("--target_macs 0.5 --compact_layers all --load_path {tmp}/model.pth", "multiply-adds already"),
+        ("--compact_layers encoder --encoder_lr 0", "--compact_layers encoder with --encoder_lr 0"),
+        ("--compact_layers all --decoder_lr 0", "--compact_layers all with --decoder_lr 0"),
+        ("--target_macs 0.95 --encoder_lr 0", "--compact_layers bottleneck with --encoder_lr 0"),
+        ("--compact_layers decoder --batch_size 1", "--compact_layers decoder with --batch_size 1"),
+        ("--compact_layers middle", "argument --compact_layers"),
+        ("--compact_cost params", "argument --compact_cost"),
+        ("--l0_eps relative:0", "argument --l0_eps: got 'relative:0'"),
+    )),
+    *(("distill", DISTILL + flags, words) for flags, words in (
+        ("--cropsize 36", "--cropsize 36: a multiple of 8"),
+        ("--batch_size 1", "2 or more are needed"),
+        ("--teacher {tmp}/none.pth", "--teacher {tmp}/none.pth: no such file"),
+        ("--teacher {tmp}/vgg16.pth", "--teacher {tmp}/vgg16.pth is a vgg16 network"),
+        ("--teacher {tmp}", "--teacher {tmp}: the folder holds neither"),
+        ("--load_path {tmp}/none.pth", "--load_path {tmp}/none.pth: no such file"),
+        ("--resume", "check_point.pth is not there"),
+    )),
+    ("distill", "--load_path a.pth --save_path {tmp}/run --content_dir x", "--teacher is needed in distill mode"),
+    ("distill", "--teacher a.pth --save_path {tmp}/run --content_dir x", "--load_path is needed in distill mode"),
+    ("distill", "--teacher a.pth --load_path a.pth --content_dir x", "--save_path is needed in distill mode"),
+    ("distill", "--teacher a.pth --load_path a.pth --save_path {tmp}/run", "--content_dir or --style_dir is needed"),
 )
 
 IN_TWO = TEST + "--style {tmp}/a.png {tmp}/b.png "
@@ -113,7 +149,8 @@ ROWS = COMMAND_LINE + TRAINING + PAINTING + PICTURES_AND_FILES + PRUNING + EXPOR
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model of 6 channels in each layer, pictures, masks and folders of pictures, and what is none of these."""
+    """A model of 6 channels in each layer, another of VGG16's shape, pictures, masks and folders of pictures, and what
+    is none of these."""
     folder = tmp_path_factory.mktemp("files")
     whole = write_model(folder / "model.pth", small_network()).read_bytes()
     for number, name in enumerate(("a.png", "b.png", *(f"{kind}/{each}.png" for kind in ("content", "style", "some")
@@ -122,6 +159,7 @@ def files(tmp_path_factory):
     write_picture(folder / "grey.png", (48, 40), (9, 9, 9))
     for name, size in (("mask", (48, 40)), ("upright", (40, 48))):
         Image.new("L", size, 128).save(folder / f"{name}.png")
+    write_model(folder / "vgg16.pth", small_network("vgg16"))
     picture = (folder / "a.png").read_bytes()
     for name, content in (("text", b"text"), ("text.jpg", b"text"), ("broken/a.jpg", b"text"), ("empty.jpg", b""),
                           ("empty.pth", b""), ("cut.pth", whole[:9000]), ("cut.png", picture[:900]),

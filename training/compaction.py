@@ -18,7 +18,7 @@ COMPACT_LAYERS = {
     "decoder": ("decoder",),
     "all": ("encoder", "decoder"),
 }
-COMPACT_COSTS = ("count", "params", "macs")
+COMPACT_COSTS = ("count", "macs")
 
 
 def selected_widths(network: NetworkConfig, layers: str) -> dict[str, tuple[int, ...]]:
@@ -75,32 +75,19 @@ def spare_strongest(norm: Tensor, widths: tuple[int, ...]) -> Tensor:
     return torch.where(spared, norm.detach(), norm)
 
 
-def macs_per_channel_pair(backbone: str, size: int) -> tuple[int, ...]:
-    """Multiply-adds of every conv, encoder then decoder, for each of its pairs of an input and an output channel:
-    filter taps x positions, counted as in `count_macs`. size: a multiple of the stride, pixels."""
-    return tuple(9 * layer.positions for layer in conv_layers(NetworkConfig.full(backbone), size))
-
-
 class NetworkCost:
-    """The parameters ("params") or multiply-adds ("macs") of a network that has some channels off, as a fraction of
-    the full network's, `NetworkConfig.full`: fractions compare between runs, and a pruned network's is below 1.
+    """The multiply-adds of a network that has some channels off, as a fraction of the full network's,
+    `NetworkConfig.full`: fractions compare between runs, and a pruned network's is below 1.
 
-    A sum over the convs of factor x channels in x channels out, plus the biases of "params".
+    A sum over the convs of factor x channels in x channels out.
     """
 
-    def __init__(self, network: NetworkConfig, kind: str, device: torch.device) -> None:
-        size = 64 * network.stride  # any: every conv's positions grow alike with it
-        widths = (3, *network.encoder_widths, *network.decoder_widths)
-        full = NetworkConfig.full(network.backbone)
-        full_widths = (3, *full.encoder_widths, *full.decoder_widths)
-        factors = macs_per_channel_pair(network.backbone, size) if kind == "macs" else (9,) * (len(widths) - 1)
-        bias = 0 if kind == "macs" else 1
-        convs = zip(factors, full_widths, full_widths[1:])
-        full_cost = sum(factor * width_in * width + bias * width for factor, width_in, width in convs)
+    def __init__(self, network: NetworkConfig, device: torch.device) -> None:
+        full = conv_layers(NetworkConfig.full(network.backbone), size=network.stride)  # fractions have no size
+        full_macs = sum(layer.macs for layer in full)
         self.encoder_convs = len(network.encoder_widths)
-        self.widths = torch.tensor(widths, dtype=torch.float32, device=device)  # (1 + convs,)
-        self.factors = torch.tensor([factor / full_cost for factor in factors], device=device)  # (convs,)
-        self.bias = bias / full_cost
+        self.widths = torch.tensor((3, *network.widths), dtype=torch.float32, device=device)  # (1 + convs,)
+        self.factors = torch.tensor([9 * layer.positions / full_macs for layer in full], device=device)  # (convs,)
 
     def __call__(self, channels_on: dict[str, Tensor]) -> Tensor:
         """channels_on: by part, (layers,), the channels that are on in its last layers, for the decoder the last
@@ -109,13 +96,13 @@ class NetworkCost:
         decoder = channels_on.get("decoder", self.widths[1 + self.encoder_convs : -1])
         fixed = self.widths[: 1 + self.encoder_convs - len(encoder)]
         widths = torch.cat([fixed, encoder, decoder, self.widths[-1:]])  # (1 + convs,)
-        return (self.factors * widths[:-1] * widths[1:] + self.bias * widths[1:]).sum()
+        return (self.factors * widths[:-1] * widths[1:]).sum()
 
 
 def range_of_macs(network: NetworkConfig, layers: str) -> tuple[float, float]:
     """The multiply-adds without any channel of the selected layers, and with all, as fractions of the full
     network's."""
-    cost = NetworkCost(network, "macs", torch.device("cpu"))
+    cost = NetworkCost(network, torch.device("cpu"))
     none = {part: torch.zeros(len(widths)) for part, widths in selected_widths(network, layers).items()}
     return cost(none).item(), cost({}).item()
 
@@ -133,7 +120,7 @@ class CompactLosses:
         self.widths = selected_widths(network, layers)
         self.epsilon = epsilon
         self.spares = layers != "bottleneck"  # the paper's losses spare none
-        self.cost = None if cost == "count" else NetworkCost(network, cost, device)
+        self.cost = None if cost == "count" else NetworkCost(network, device)
 
     def spared(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The norms for both losses: with other layers than the bottleneck, the strongest channels of each get no
@@ -158,14 +145,9 @@ class CompactLosses:
         return self._mean_over_channels(losses.xor_loss, norms)
 
     def _mean_over_channels(self, loss: Callable, norms: dict[str, Tensor]) -> Tensor:
-        values = [
-            (loss(norms[part], self.epsilon.of_layers(norms[part], widths)), sum(widths))
-            for part, widths in self.widths.items()
-        ]
-        if len(values) == 1:
-            return values[0][0]
-        channels = sum(count for _, count in values)
-        return sum(value * (count / channels) for value, count in values)
+        channels = sum(map(sum, self.widths.values()))
+        return sum(loss(norms[part], self.epsilon.of_layers(norms[part], widths)) * (sum(widths) / channels)
+                   for part, widths in self.widths.items())
 
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -181,7 +163,7 @@ class ChannelCensus:
     def __init__(self, network: NetworkConfig, layers: str, memory: int, device: torch.device) -> None:
         self.part_widths = selected_widths(network, layers)
         self.memory = memory
-        self.cost = NetworkCost(network, "macs", device)
+        self.cost = NetworkCost(network, device)
         self.batches_off = {
             part: torch.zeros(sum(widths), device=device) for part, widths in self.part_widths.items()
         }

@@ -1,21 +1,21 @@
-"""The training loop: resume, signals, checks, sums of metrics, checkpoints."""
+"""The training loop: resume, signals, sums of metrics, checkpoints."""
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
-from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from data import FailedPictures
-from training.run_folder import CheckpointFolder, MetricFile, WandbRun, compare_resumed
-from training.sampling import PicturesByPosition, check_failures, shard_positions, training_batches
+from training.run_folder import CheckpointFolder, MetricFile, WandbRun
+from training.sampling import PicturesByPosition, count_failures, shard_positions, training_batches
 from utils import (
     CHECKPOINT_FORMAT,
+    StopRequest,
+    StopWhileWaiting,
     UserError,
     any_process,
     average_over_processes,
@@ -30,41 +30,9 @@ from utils import (
     restore_random_state,
     worker_count,
 )
-from weights import VGG_SOURCES
 
 PATHS = ("content_dir", "style_dir", "save_path", "load_path", "teacher", "cache_dir")
-STOP_INTERVAL = 16  # iterations on GPUs between two askings whether another process was told to stop
-
-
-class Checked(NamedTuple):
-    """What a trainer's check found beside the metrics, for metrics.jsonl, and the picture that it wrote."""
-
-    row: dict
-    picture: Path | None
-
-
-class Trainer(Protocol):
-    """What a run trains: `transfer.TransferTrainer`, `distill.Distiller`."""
-
-    device: torch.device
-    metrics: tuple[str, ...]  # that a step returns; a term before the total that holds it
-    shown: tuple[str, ...]  # those beside the progress bar
-
-    def begin(self, iteration: int) -> None:
-        """Set what changes from step to step, as the learning rates, for an iteration, counted from 1."""
-
-    def step(self, *batch: Tensor, all_terms: bool) -> dict[str, Tensor]:
-        """One step of the optimiser. batch: (B, 3, H, W) each, uint8. Returns metrics as scalars on the device; without
-        `all_terms` some may be left out."""
-
-    def check(self, folder: Path, iteration: int) -> Checked:
-        """Every `check_iter` iterations, in the first process: write what shows how far the run is to its folder."""
-
-    def state(self) -> dict:
-        """What a checkpoint needs to go on, plain types and tensors; the weights are `state_dict`."""
-
-    def restore(self, checkpoint: dict) -> None:
-        """Put back `state`. Raises UserError when the checkpoint is of other parts than are trained."""
+STOP_INTERVAL = 16  # iterations on GPUs after which each process asks again whether another was told to stop
 
 
 # ------------------------------------------------------------------------------------------- start, resume
@@ -81,28 +49,50 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
     if config.resume == "auto" and not (config.save_path and CheckpointFolder(config.save_path, 0).newest.exists()):
         config = replace(config, resume=False)
     if config.resume:
-        checkpoint = CheckpointFolder.load_newest(given.get("save_path"))
+        checkpoint = CheckpointFolder.load_newest(config.save_path)
         stored = checkpoint.get(f"{mode}_config")
         if not isinstance(stored, dict) or "optimizer" not in checkpoint:
-            raise UserError(f"--resume: --save_path {given['save_path']} holds no run of --mode {mode}; a network "
+            raise UserError(f"--resume: --save_path {config.save_path} holds no run of --mode {mode}; a network "
                             "alone is for --load_path")
         known = {field.name for field in fields(kind)}
         stored = asdict(kind()) | {  # a flag that is newer than the run stood at its default
             name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
         }
         stored["gpu_no"] = None  # of the machine that the run was on
-        compare_resumed(_with_absolute_paths(given), _with_absolute_paths(stored), fixed)
-        config = kind(**{**stored, **given, "resume": True})
+        _say_changes(_with_absolute_paths(given), _with_absolute_paths(stored), fixed)
+        config = kind(**stored | given | {"resume": True})
+        _refuse_other_batches(checkpoint.get("processes"), stored["batch_size"], config.batch_size)
     config.check()
     return config, checkpoint
 
 
 def _with_absolute_paths(settings: dict) -> dict:
     """The settings as they are stored: a run can be resumed from any folder."""
-    absolute = {name: os.path.abspath(settings[name]) for name in PATHS if settings.get(name)}
-    if settings.get("vgg_weights", VGG_SOURCES[0]) not in VGG_SOURCES:
-        absolute["vgg_weights"] = os.path.abspath(settings["vgg_weights"])
-    return settings | absolute
+    paths = {name: settings[name] for name in PATHS if settings.get(name)}
+    if os.path.isfile(settings.get("vgg_weights", "")):  # else it is a word
+        paths["vgg_weights"] = settings["vgg_weights"]
+    return settings | {name: os.path.abspath(path) for name, path in paths.items()}
+
+
+def _say_changes(given: dict, stored: dict, fixed: Sequence[str]) -> None:
+    """Say which given flags change a run's `stored` settings. Raises UserError for one in `fixed`."""
+    for name, value in given.items():
+        if name in fixed and value != stored[name]:
+            raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
+        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
+            note(f"resuming with --{name} {value} (it was {stored[name]})")
+
+
+def _refuse_other_batches(processes: int | None, batch_size: int, new_batch_size: int) -> None:
+    """Raises UserError where another number of processes makes the batches of all together smaller or larger.
+
+    processes: those that the run had, None where an older checkpoint does not say.
+    """
+    pictures, now = batch_size * (processes or 0), process_count()
+    if processes not in (None, now) and now * new_batch_size != pictures:
+        raise UserError(f"--resume: {processes} processes of --batch_size {batch_size} trained this run, now there are "
+                        f"{now} of {new_batch_size}: start {processes}, or give a --batch_size that makes {pictures} "
+                        "pictures together")
 
 
 def is_finished(config, checkpoint: dict | None) -> bool:
@@ -118,7 +108,7 @@ def is_finished(config, checkpoint: dict | None) -> bool:
 
 
 class MetricSums:
-    """Means of a run's metrics since the last check, and the first iteration at which each was not finite.
+    """Means of a run's metrics since the last checkpoint, and the first iteration at which each was not finite.
 
     Both stay on the device: reading them costs a synchronisation, so the loop does that seldom.
     """
@@ -183,16 +173,25 @@ class MetricSums:
 
 
 class Run:
-    """A training from its first or its next iteration to the last; `loop` is the training."""
+    """A training from its first or its next iteration to the last; `loop` is the training.
+
+    What it trains, a `TransferTrainer` or a `Distiller`, has a `device`, the names of the `metrics` that a step returns
+    and of those `shown` beside the progress bar, and does
+    begin(iteration): set what changes from step to step, as the learning rates, for an iteration, counted from 1;
+    step(*batch, all_terms): a step of the optimiser, whose metrics stay on the device, some only with `all_terms`;
+    report(folder, iteration): write what shows how far the run is; returns what joins the metrics, and a picture's path
+    or None;
+    state() and restore(checkpoint): what a checkpoint needs beside the settings; the weights are its `state_dict`.
+    """
 
     def __init__(
-        self, mode: str, config, trainer: Trainer, folder: CheckpointFolder, pictures: PicturesByPosition,
-        tallies: Sequence[FailedPictures], picture_counts: list[int], wandb_run: WandbRun, checkpoint: dict | None,
+        self, mode: str, config, trainer, folder: CheckpointFolder, pictures: PicturesByPosition,
+        tallies: Sequence[FailedPictures], wandb_run: WandbRun, checkpoint: dict | None,
     ) -> None:
-        """config: of the mode; tallies, picture_counts: of each folder of pictures; checkpoint: from `open_config`."""
+        """config: of the mode; tallies: of each folder of pictures; checkpoint: from `open_config`."""
         self.mode, self.config, self.trainer, self.folder = mode, config, trainer, folder
-        self.pictures, self.tallies, self.picture_counts = pictures, tallies, picture_counts
-        self.wandb_run = wandb_run
+        self.pictures, self.tallies, self.wandb_run = pictures, tallies, wandb_run
+        self.picture_counts = [len(paths) for paths in pictures.folders]
         self.iteration = self.samples_seen = 0  # samples: by all processes together, where in the data the run is
         self.metrics = MetricFile(folder.folder / "metrics.jsonl")
         self.sums = MetricSums(trainer.device, trainer.metrics)
@@ -244,52 +243,64 @@ class Run:
         positions = shard_positions(
             self.samples_seen, config.max_iter - self.iteration, config.batch_size, process_rank(), process_count()
         )
-        workers = worker_count(config.num_workers)
+        batches = training_batches(
+            self.pictures, positions, config.batch_size, worker_count(config.num_workers), device.type == "cuda"
+        )
         bar = progress_bar(config.max_iter, self.mode, "it", initial=self.iteration)
         shown = time.perf_counter()
-        is_check = False
-        with catch_stop_signals() as stop, bar, closing(training_batches(
-            self.pictures, positions, config.batch_size, workers, device.type == "cuda",
-            # A process among several that left on its own would have the others wait for it.
-            stop=lambda: bool(stop) and process_count() == 1,
-        )) as batches:
-            for *batch, failures in batches:
-                check_failures(failures, self.tallies)
-                batch = [pictures.to(device, non_blocking=True) for pictures in batch]
+        is_due = stopping = False
+        with catch_stop_signals() as stop, bar, closing(batches):
+            while self.iteration < config.max_iter and not stopping:
+                batch = self._next_batch(batches, stop)
+                if batch is None:
+                    break
                 self.iteration += 1
-                is_check = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
+                is_due = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
                 self.trainer.begin(self.iteration)
-                self.sums.add(self.trainer.step(*batch, all_terms=is_check), self.iteration)
+                self.sums.add(self.trainer.step(*batch, all_terms=is_due), self.iteration)
                 self.samples_seen += config.batch_size * process_count()
                 # Asking the others costs a round trip, so at the speed of a GPU not at every iteration.
-                may_stop = (process_count() == 1 or device.type == "cpu" or is_check
+                may_stop = (process_count() == 1 or device.type == "cpu" or is_due
                             or self.iteration % STOP_INTERVAL == 0)
                 stopping = may_stop and any_process(bool(stop))
-                if device.type == "cpu" or is_check or stopping or time.perf_counter() - shown > 1.0:
+                if device.type == "cpu" or is_due or stopping or time.perf_counter() - shown > 1.0:
                     self.sums.raise_if_bad()
                     shown = time.perf_counter()
                     bar.set_postfix_str(self.sums.show(self.trainer.shown), refresh=False)
-                if is_check:
-                    self.check()
+                if is_due:
+                    self.checkpoint()
                 bar.update()
-                if stopping:
-                    break
             if self.iteration == config.max_iter:
                 return 0
-            if not is_check:
+            if not is_due:
                 self.save()
         note(f"stopped after iteration {self.iteration}, saved{self._how_to_go_on()}")
         return stop.exit_code if stop else 0  # 0 where another process was told to stop
 
-    def check(self) -> None:
-        """Every `check_iter` iterations: metrics, what the trainer shows, a checkpoint."""
+    def _next_batch(self, batches: Iterator[tuple], stop: StopRequest) -> list[Tensor] | None:
+        """The pictures of the next batch, on the device; None where a stop signal ended the wait for them."""
+        if process_count() > 1:  # one that left on its own would have the others wait for it
+            *batch, failures = next(batches)
+        else:
+            try:
+                with stop.while_waiting():
+                    *batch, failures = next(batches)
+            except StopWhileWaiting:
+                return None
+        count_failures(failures, self.tallies)
+        return [pictures.to(self.trainer.device, non_blocking=True) for pictures in batch]
+
+    def checkpoint(self) -> None:
+        """Every `check_iter` iterations: metrics, what the trainer reports, a checkpoint."""
         means = self.sums.means()
         self.sums.clear()
         if is_first_process():
-            checked = self.trainer.check(self.folder.folder, self.iteration)
-            self.metrics.append({"iteration": self.iteration, **means, **checked.row})
-            self.wandb_run.log(means, self.iteration, checked.picture)
+            more, picture = self.trainer.report(self.folder.folder, self.iteration)
+            self.metrics.append({"iteration": self.iteration, **means, **more})
+            self.wandb_run.log({**means, **more}, self.iteration, picture)
         self.save()
+        for tally in self.tallies:
+            tally.add_other_processes()
 
     def save(self) -> None:
         """Write the checkpoint. Raises UserError, and writes nothing, when a weight is not finite."""
@@ -310,6 +321,7 @@ class Run:
             "random_state": random_state(),
             "metric_sums": metric_sums,
             "samples_seen": self.samples_seen,
+            "processes": process_count(),
             "picture_counts": self.picture_counts,
             "wandb_id": self.wandb_run.id,
         }

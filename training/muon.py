@@ -49,7 +49,7 @@ class Muon(Optimizer):
         momentum = state["momentum"].mul_(MOMENTUM).add_(weight.grad)
         matrix = weight.grad.add(momentum, alpha=MOMENTUM).reshape(len(weight), -1)  # (C', C * 9)
         is_tall = matrix.shape[0] > matrix.shape[1]
-        matrix = orthogonalize((matrix.T if is_tall else matrix).to(self.dtype)).float()
+        matrix = orthogonalize((matrix.T if is_tall else matrix).to(self.dtype)).to(weight.dtype)
         scale = UPDATE_RMS * max(matrix.shape) ** 0.5
         return scale * (matrix.T if is_tall else matrix).reshape(weight.shape)
 

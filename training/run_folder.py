@@ -1,10 +1,12 @@
 """The folder of a run: checkpoints, metrics.jsonl, and the wandb run beside them."""
 
-import importlib.util
+import fcntl
 import json
+import netrc
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlparse
 
 from utils import (
     CHECKPOINT_NAME,
@@ -17,21 +19,7 @@ from utils import (
     write_text_atomically,
 )
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 LOCK_NAME = ".lock"
-
-
-def compare_resumed(given: dict, stored: dict, fixed: tuple[str, ...]) -> None:
-    """Say which flags given with --resume change a run's `stored` settings. Raises UserError for one in `fixed`."""
-    for name, value in given.items():
-        if name in fixed and value != stored[name]:
-            raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
-        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
-            note(f"resuming with --{name} {value} (it was {stored[name]})")
 
 
 class CheckpointFolder:
@@ -51,14 +39,16 @@ class CheckpointFolder:
         another run writes to it, or when a new run would mix with one that it holds."""
         folder = cls(make_folder(save_path, "--save_path"), keep)
         with folder.locked():
-            folder.refuse_another_run(is_resumed)
+            if not is_resumed and folder.newest.exists():
+                raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it, another "
+                                "--save_path starts a new one")
             yield folder
 
     @contextmanager
     def locked(self):
         """Within the block no other run can write to the folder; a kill ends it too. Of several processes the first
         holds the lock. Raises UserError when another run has it."""
-        if fcntl is None or not is_first_process():
+        if not is_first_process():
             yield
             return
         try:
@@ -74,12 +64,6 @@ class CheckpointFolder:
             except OSError:  # a file system without locks
                 pass
             yield
-
-    def refuse_another_run(self, is_resumed: bool) -> None:
-        """Raises UserError when a new run would mix with one that the folder holds."""
-        if not is_resumed and self.newest.exists():
-            raise UserError(f"--save_path {self.folder}: holds a run already; --resume goes on with it, another "
-                            "--save_path starts a new one")
 
     @classmethod
     def load_newest(cls, save_path: str | None) -> dict:
@@ -160,75 +144,74 @@ def wandb_key_is_configured() -> bool:
     """Whether wandb would find an API key without asking for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import netrc
-    from urllib.parse import urlparse
-
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        if not name or not Path(name).expanduser().is_file():
-            continue
-        try:
-            return netrc.netrc(Path(name).expanduser()).authenticators(host) is not None
-        except (netrc.NetrcParseError, OSError):
-            return False
+    for name in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        file = Path(name).expanduser()
+        if file.is_file():
+            try:
+                return netrc.netrc(file).authenticators(host) is not None
+            except (netrc.NetrcParseError, OSError):
+                return False
     return False
 
 
 class WandbRun:
-    """A wandb run that is never in the way: no prompt, and training goes on without the package."""
+    """A wandb run that is never in the way: it asks nothing, and a training goes on without it."""
 
-    def __init__(self, mode, project, name, notes, tags, config, folder, run_id=None) -> None:
-        """mode: auto, online, offline or disabled. Raises UserError when `online` cannot be had."""
+    def __init__(self, mode: str, folder: Path | None, run_id: str | None = None, **settings) -> None:
+        """mode: auto, online, offline or disabled; settings: of wandb.init. Raises UserError when a run that was asked
+        for by `online` or `offline` cannot be had."""
         self.run = None
-        if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled" and mode == "auto":
+        named = os.environ.get("WANDB_MODE")
+        if mode == "disabled" or (mode == "auto" and named == "disabled"):
             return
-        if importlib.util.find_spec("wandb") is None:
-            if mode == "online":
-                raise UserError("--wb_mode online: the package wandb is not installed (pip install wandb)")
-            note("wandb is not installed: metrics go to metrics.jsonl only")
-            return
-        import wandb
-
+        ways = [mode]
         if mode == "auto":
-            wants_online = wandb_key_is_configured() and os.environ.get("WANDB_MODE") != "offline"
-        else:
-            wants_online = mode == "online"
-            if wants_online and not wandb_key_is_configured():
-                raise UserError("--wb_mode online: no wandb key is configured (wandb login, or WANDB_API_KEY)")
-        arguments = dict(
-            project=project, name=name, notes=notes, tags=tags, config=config, dir=str(folder), id=run_id,
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-        )
-        try:
-            # resume="allow" makes a resumed training go on in the same online run.
-            online = {"mode": "online", "resume": "allow"} if wants_online else {"mode": "offline"}
-            self.run = wandb.init(**arguments, **online)
-        except Exception as error:  # wandb passes on its service's, the network's and its server's errors
-            if mode != "auto" or not wants_online:
-                raise UserError(f"--wb_mode {mode}: wandb did not start ({error})") from error
-            note(f"wandb could not go online ({type(error).__name__}): logging offline")
-            self.run = wandb.init(**arguments, mode="offline")
-        where = "online" if wants_online and not self.run.offline else "offline"
-        note(f"wandb: {where}, run {self.run.id} in {self.run.dir}")
+            ways = ["online", "offline"] if wandb_key_is_configured() and named != "offline" else ["offline"]
+        elif mode == "online" and not wandb_key_is_configured():
+            raise UserError("--wb_mode online: no wandb key is configured (wandb login, or WANDB_API_KEY)")
+        for way in ways:
+            try:
+                import wandb
 
-    @classmethod
-    def none(cls) -> "WandbRun":
-        """No run: what is logged goes nowhere."""
-        return cls("disabled", None, None, None, None, None, None)
+                self.run = wandb.init(
+                    dir=str(folder), id=run_id, mode=way, **settings,
+                    resume="allow" if way == "online" else None,  # a resumed training goes on in the same run
+                    settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+                )
+            except Exception as error:  # wandb passes on its service's, the network's and its server's errors
+                reason = ("is not installed (pip install wandb)" if isinstance(error, ModuleNotFoundError)
+                          else f"did not start {way} ({error})")
+                if mode != "auto":
+                    raise UserError(f"--wb_mode {mode}: wandb {reason}") from error
+                note(f"wandb {reason}: metrics go to metrics.jsonl")
+                if isinstance(error, ImportError):
+                    return
+            else:
+                note(f"wandb: {'offline' if self.run.offline else 'online'}, run {self.run.id} in {self.run.dir}")
+                return
 
     @property
     def id(self) -> str | None:
         return self.run.id if self.run else None
 
     def log(self, values: dict, iteration: int, picture: Path | None = None) -> None:
+        """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
         if self.run is None:
             return
-        if picture is not None:
+        try:
             import wandb
 
-            values = {**values, "pictures": wandb.Image(str(picture))}
-        self.run.log(values, step=iteration)
+            pictures = {} if picture is None else {"pictures": wandb.Image(str(picture))}
+            self.run.log(values | pictures, step=iteration)
+        except Exception as error:
+            note(f"wandb failed ({error}): from here on metrics go to metrics.jsonl only")
+            self.run = None
 
     def finish(self) -> None:
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             self.run.finish()
+        except Exception as error:
+            note(f"wandb did not end well ({error})")

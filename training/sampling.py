@@ -1,27 +1,29 @@
 """Training pictures by position: what a crop shows, kept decoded on disk, drawn by workers, batch by batch."""
 
 import hashlib
-import multiprocessing
+import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import archives
-from data import MAX_PIXELS, FailedPictures, PictureError, load_resized, load_triple
+from data import MAX_PIXELS, FailedPictures, PictureError, load_resized
 from utils import UserError, note, write_atomically
 
-WAIT = 1  # seconds for a batch, between two looks whether the run is to stop
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
 DECODING = 3  # goes up when the same file gives other pixels than before: what is cached is then made anew
+LEFT_OVER = 3600.0  # seconds after which a half-written file is no longer in the making
+
+Failure = tuple[int, str, str]  # number of the folder, path, reason
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class CropConfig:
     def shorter_side(self) -> int:
         """What the shorter side is brought to: a picture smaller than the crop is enlarged to it."""
         return max(self.imsize, self.cropsize)
+
+
+# -------------------------------------------------------------------------------------------------- cache
 
 
 class PictureCache:
@@ -59,12 +64,11 @@ class PictureCache:
         Raises PictureError as `load_resized` does.
         """
         file = self.file_of(path, size)
-        try:
+        with suppress(OSError, ValueError, EOFError):  # not there yet; or cut short, by a crash of the machine say
             return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # not there yet; or cut short, by a crash of the machine say
-            pass
         picture = np.asarray(load_resized(path, size, self.max_pixels))
-        self._write(picture, file)
+        if not self.is_full:
+            self._write(picture, file)
         return picture
 
     def file_of(self, path: Path, size: int) -> Path:
@@ -78,8 +82,6 @@ class PictureCache:
         return self.folder / picture[:2] / f"{picture}-{_digest(*version, DECODING)}.npy"
 
     def _write(self, picture: np.ndarray, file: Path) -> None:
-        if self.is_full:
-            return
         try:
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, lambda handle: np.save(handle, picture))
@@ -93,17 +95,18 @@ class PictureCache:
                 old.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Delete what killed runs left half-written, an hour ago or more: a younger one may be in the making."""
+        """Delete what killed runs left half-written; a young file may be in the making."""
         for temporary in self.folder.glob("??/.*.tmp"):
-            try:
-                if time.time() - temporary.stat().st_mtime > 3600.0:
+            with suppress(FileNotFoundError):  # another run was quicker
+                if time.time() - temporary.stat().st_mtime > LEFT_OVER:
                     temporary.unlink()
-            except FileNotFoundError:  # another run was quicker
-                continue
 
 
 def _digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+# ------------------------------------------------------------------------------------- pictures by position
 
 
 class PicturesByPosition(Dataset):
@@ -124,7 +127,8 @@ class PicturesByPosition(Dataset):
         self.cache = cache
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def _draw(self, number: int, position: int, failures: list) -> Tensor:
+    def _draw(self, number: int, position: int, failures: list[Failure]) -> Tensor:
+        """A crop from folder `number`, (3, cropsize, cropsize), uint8; what cannot be used joins `failures`."""
         paths = self.folders[number]
         epoch, place = divmod(position, len(paths))
         generator = np.random.default_rng((self.seed, number, 1, position))
@@ -136,7 +140,7 @@ class PicturesByPosition(Dataset):
             except PictureError as error:
                 failures.append((number, str(path), str(error)))
             index = generator.integers(len(paths))
-        # Never learned from: `check_failures` stops the run in the main process, where one line can be said.
+        # Never learned from: `count_failures` stops the run in the main process, where one line can be said.
         return torch.zeros(3, self.crop.cropsize, self.crop.cropsize, dtype=torch.uint8)
 
     def _order(self, number: int, epoch: int) -> np.ndarray:
@@ -147,21 +151,15 @@ class PicturesByPosition(Dataset):
         return cached[1]
 
     def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
-        if self.cache is None:
-            return self._crop(load_resized(path, self.crop.shorter_side, self.crop.max_pixels), generator)
-        return self._crop(self.cache.open(path, self.crop.shorter_side), generator)
-
-    def _crop(self, picture: np.ndarray | Image.Image, generator: np.random.Generator) -> Tensor:
-        """(H, W, C) to (C, cropsize, cropsize)."""
-        picture = np.asarray(picture)
-        side = self.crop.cropsize
-        height, width, _ = picture.shape
-        if self.crop.centered:
-            left, top = (width - side) // 2, (height - side) // 2
-        else:
-            left, top = (int(generator.integers(free + 1)) for free in (width - side, height - side))
+        side, load = self.crop.cropsize, self.cache.open if self.cache else self._decode
+        picture = np.asarray(load(path, self.crop.shorter_side))  # (H, W, 3)
+        free = [length - side for length in picture.shape[1::-1]]  # to the right, below
+        left, top = (each // 2 if self.crop.centered else int(generator.integers(each + 1)) for each in free)
         crop = picture[top : top + side, left : left + side].transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(crop))
+
+    def _decode(self, path: Path, size: int):
+        return load_resized(path, size, self.crop.max_pixels)
 
 
 class TrainingPictures(PicturesByPosition):
@@ -172,9 +170,8 @@ class TrainingPictures(PicturesByPosition):
     ) -> None:
         super().__init__((content, style), crop, seed, cache)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
-        """Returns content and style, each (3, cropsize, cropsize), uint8, and the failures met on the way,
-        as (folder number, path, reason)."""
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[Failure]]:
+        """Returns content and style, each (3, cropsize, cropsize), uint8, and the failures met on the way."""
         failures = []
         content, style = (self._draw(number, position, failures) for number in range(2))
         return content, style, failures
@@ -183,39 +180,14 @@ class TrainingPictures(PicturesByPosition):
 class MixedPictures(PicturesByPosition):
     """One crop by position, from the folders in turn."""
 
-    def __getitem__(self, position: int) -> tuple[Tensor, list[tuple[int, str, str]]]:
-        """Returns the crop, (3, cropsize, cropsize), uint8, and failures as TrainingPictures does."""
+    def __getitem__(self, position: int) -> tuple[Tensor, list[Failure]]:
+        """Returns the crop, (3, cropsize, cropsize), uint8, and the failures met on the way."""
         failures = []
         place, number = divmod(position, len(self.folders))
         return self._draw(number, place, failures), failures
 
 
-class PaintedTriples(PicturesByPosition):
-    """Crops of content, style and painted picture by position, content and painted cut at the same place."""
-
-    def __init__(
-        self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, partners: dict[Path, tuple[Path, Path]]
-    ) -> None:
-        """folders: the content pictures, one list of them; partners: see `open_triples`."""
-        super().__init__(folders, crop, seed)
-        self.partners = partners
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, str, str]]]:
-        """Returns content, style and painted, each (3, cropsize, cropsize), uint8, and failures as TrainingPictures
-        does."""
-        failures = []
-        triple = self._draw(0, position, failures).expand(3, 3, -1, -1)  # what could not be drawn is one blank
-        return *triple, failures
-
-    def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
-        content, style, painted = load_triple(
-            path, *self.partners[path], self.crop.shorter_side, self.crop.max_pixels
-        )
-        both = self._crop(np.concatenate([content, painted], axis=2), generator)  # (6, side, side)
-        return torch.stack([both[:3], self._crop(style, generator), both[3:]])
-
-
-def check_failures(failures: list[tuple[int, str, str]], tallies: Sequence[FailedPictures]) -> None:
+def count_failures(failures: list[Failure], tallies: Sequence[FailedPictures]) -> None:
     """Log and count the failures of a batch. Raises UserError when a folder has become unusable."""
     for number, path, reason in failures:
         tallies[number].add(path, reason)
@@ -223,34 +195,7 @@ def check_failures(failures: list[tuple[int, str, str]], tallies: Sequence[Faile
         raise UserError(f"{len(failures)} pictures in a row cannot be used (the last: {failures[-1][2]})")
 
 
-def collate(samples: list) -> tuple:
-    """Stack the pictures of a batch, (B, 3, H, W), uint8, as many as a sample has, and all failures in one list."""
-    *pictures, failures = zip(*samples)
-    return *map(torch.stack, pictures), sum(failures, [])
-
-
-class _Batch:
-    """A batch on its way from a worker: arrays go through the worker's pipe, tensors would go through /dev/shm, which
-    is small in a container."""
-
-    def __init__(self, samples: list) -> None:
-        *pictures, self.failures = collate(samples)
-        self.pictures = [picture.numpy() for picture in pictures]
-
-    def pin_memory(self) -> "_Batch":
-        self.pictures = [torch.from_numpy(picture).pin_memory() for picture in self.pictures]
-        return self
-
-    def unpack(self) -> tuple:
-        """As `collate` gives it."""
-        return *map(torch.as_tensor, self.pictures), self.failures
-
-
-def _begin_worker(_worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process finishes its step
-    # and needs its workers alive until then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# ------------------------------------------------------------------------------------------------- batches
 
 
 def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:
@@ -264,18 +209,18 @@ def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, proc
 
 
 def training_batches(
-    pictures: PicturesByPosition, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool,
-    stop: Callable[[], bool] = lambda: False,
+    pictures: PicturesByPosition, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple]:
-    """Batches of the given positions, in order, as `collate` gives them. `positions` must hold whole batches.
+    """Batches of the given positions, in order: the pictures of a sample stacked, (B, 3, H, W), uint8, each, and all
+    failures in one list. `positions` must hold whole batches.
 
-    Ends early when `stop` says so while a batch is waited for. Raises UserError when worker processes cannot be
-    started; when one is killed, DataLoader raises a RuntimeError, wherever this process is at that moment.
+    Raises UserError when worker processes cannot be started; when one is killed, DataLoader raises a RuntimeError,
+    wherever this process is at that moment.
     """
+    ending = torch.multiprocessing.Event()
     loader = DataLoader(
-        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_Batch,
-        pin_memory=pin_memory, worker_init_fn=_begin_worker, prefetch_factor=4 if num_workers else None,
-        timeout=WAIT if num_workers else 0,
+        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_as_arrays,
+        worker_init_fn=partial(_begin_worker, ending), prefetch_factor=4 if num_workers else None,
         # Its own generator: drawing the workers' base seed must not move the run's random state.
         generator=torch.Generator(),
     )
@@ -285,30 +230,30 @@ def training_batches(
         raise UserError(f"--num_workers {num_workers}: the processes that decode pictures cannot be started "
                         f"({error.strerror}); fewer, or 0, need less") from error
     try:
-        while True:
-            try:
-                yield next(batches).unpack()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                if stop():
-                    return
+        for *arrays, failures in batches:
+            tensors = map(torch.from_numpy, arrays)
+            yield *(tensor.pin_memory() if pin_memory else tensor for tensor in tensors), failures
     finally:
-        _end_workers()
+        ending.set()
 
 
-def _end_workers() -> None:
-    """Kill what is left of the workers: they are deaf to gentler signals, and this process would wait for their end."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    # torch's handler would take their end for an accident.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
-    try:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-            worker.join()
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+def _as_arrays(samples: list) -> tuple:
+    """Stack a batch. Arrays go through the worker's pipe; tensors would go through /dev/shm, which is small in a
+    container."""
+    *pictures, failures = zip(*samples)
+    return *(torch.stack(each).numpy() for each in pictures), sum(failures, [])
+
+
+def _begin_worker(ending, _worker: int) -> None:
+    """Let stop signals pass: Ctrl-C and a scheduler's SIGTERM reach every process, and the main process needs its
+    workers until it has saved. Only once `ending` is set does the SIGTERM by which DataLoader ends a worker that hangs
+    end it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: ending.is_set() and os._exit(0))
+
+
+def first_pictures(pictures: PicturesByPosition, count: int, tallies: Sequence[FailedPictures]) -> list[Tensor]:
+    """The pictures of the first `count` positions, (count, 3, H, W), uint8, each; failures are counted."""
+    *shown, failures = next(training_batches(pictures, range(count), count, 0, pin_memory=False))
+    count_failures(failures, tallies)
+    return shown

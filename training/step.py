@@ -21,7 +21,7 @@ from training.compaction import (
     Epsilon,
     TargetSteering,
 )
-from training.loop import Checked
+from training.dead_units import DeadUnits
 from training.muon import Muon
 from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, process_count
 from weights import model_checkpoint
@@ -29,8 +29,10 @@ from weights import model_checkpoint
 TERMS = ("content", "style", "uncorrelation", "channel", "xor")
 METRICS = (*TERMS, "total", "nonzero_channels", "channels_off_for_all", "channels_off_for_some")
 OPTIMIZERS = ("adam", "muon")
+PUBLISHED_RATES = {"encoder": 5e-6, "decoder": 1e-4}
 CENSUS_MEMORY = 100  # batches
 MOVES_APART = 29  # has no divisor in common with stride**2 - 1, so that every move has its turn
+PREVIEW_PICTURES = 4
 
 
 def epsilon(text: str) -> float | str:
@@ -44,13 +46,13 @@ def epsilon(text: str) -> float | str:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """The settings of the training step, with their defaults."""
+    """The settings of the training step; the defaults are the published `ch_xor`."""
 
-    lr: float = 1e-4
+    lr: float | None = setting(None, more="of both parts", none="each part has its own")
     encoder_lr: float | None = setting(None, "learning rate of the encoder; 0 freezes it", "learning", amount,
-                                       none="--lr")
+                                       none=f"--lr, or {PUBLISHED_RATES['encoder']:g}")
     decoder_lr: float | None = setting(None, "learning rate of the decoder; 0 freezes it", "learning", amount,
-                                       none="--lr")
+                                       none=f"--lr, or {PUBLISHED_RATES['decoder']:g}")
     optimizer: str = setting(
         "adam", "adam, as published, or muon (Jordan et al., 2024), which makes the updates of the filters orthogonal",
         "learning", choices=OPTIMIZERS)
@@ -62,11 +64,11 @@ class TransferConfig:
     style_loss: str = "meanstd"
     style_loss_weight: float = setting(100.0, "weight of the style loss; the content loss has weight 1", "losses",
                                        amount)
-    uncorrelation_loss_weight: float = setting(0.01, "weight of the uncorrelation loss", "losses", amount)
-    channel_loss_weight: float = setting(1.0, "weight of the channel loss, which switches channels off", "losses",
+    uncorrelation_loss_weight: float = setting(0.0, "weight of the uncorrelation loss", "losses", amount)
+    channel_loss_weight: float = setting(10_000.0, "weight of the channel loss, which switches channels off", "losses",
                                          amount)
     xor_loss_weight: float = setting(
-        1.0, "weight of the xor loss, which makes the same channels off for all pictures", "losses", amount)
+        500.0, "weight of the xor loss, which makes the same channels off for all pictures", "losses", amount)
     shift_loss_weight: float = setting(
         0.0, "weight of the shift loss, beyond the papers: a photograph moved by a few pixels is to be painted the "
         "same, moved, which makes videos calmer; 30 is much", "losses", amount)
@@ -77,13 +79,11 @@ class TransferConfig:
         "bottleneck", "layers that the channel and xor losses act on; bottleneck is as published", "compaction",
         choices=tuple(COMPACT_LAYERS))
     compact_cost: str = setting(
-        "count", "what the channel loss measures: the share of channels that are on, or of the parameters or "
-        "multiply-adds that they cost", "compaction", choices=COMPACT_COSTS)
+        "count", "what the channel loss measures: the share of channels that are on, or of the multiply-adds that they "
+        "cost", "compaction", choices=COMPACT_COSTS)
     target_macs: float | None = setting(
         None, "adjust the weight of the channel loss, starting from --channel_loss_weight, so that the run ends at "
         "this fraction of the full network's multiply-adds", "compaction", proper_fraction)
-    teacher: str | None = None
-    teacher_weight: float = setting(1.0, "weight of the loss that compares with --teacher", "losses", amount)
     amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
     compile: bool = setting(
         False, "faster training by torch.compile, after a minute or more of compiling; on a CPU this needs a C++ "
@@ -92,10 +92,9 @@ class TransferConfig:
     @property
     def learning_rates(self) -> dict[str, float]:
         """The rate of each part; 0 freezes it."""
-        return {
-            "encoder": self.lr if self.encoder_lr is None else self.encoder_lr,
-            "decoder": self.lr if self.decoder_lr is None else self.decoder_lr,
-        }
+        given = {"encoder": self.encoder_lr, "decoder": self.decoder_lr}
+        return {part: next(rate for rate in (given[part], self.lr, published) if rate is not None)
+                for part, published in PUBLISHED_RATES.items()}
 
     def rate_share(self, iteration: int) -> float:
         """What the learning rates are multiplied by in an iteration, counted from 1: a straight line up over the
@@ -114,8 +113,7 @@ class TransferConfig:
             "channel": self.channel_loss_weight,
             "xor": self.xor_loss_weight,
         }
-        added = {"shift": self.shift_loss_weight} if self.shift_loss_weight else {}
-        return weights | added | ({} if self.teacher is None else {"distillation": self.teacher_weight})
+        return weights | ({"shift": self.shift_loss_weight} if self.shift_loss_weight else {})
 
     @property
     def takes_census(self) -> bool:
@@ -143,11 +141,11 @@ class TransferConfig:
         return (*terms, *more, "nonzero_channels")
 
 
-class Pass(NamedTuple):
+class Features(NamedTuple):
     """What one forward pass computed, for the terms of the loss to take."""
 
     both: Tensor  # (2B, 3, H, W), content then style
-    feature: Tensor  # (2B, C, H/stride, W/stride), of the bottleneck
+    bottleneck: Tensor  # (2B, C, H/stride, W/stride)
     norms: dict[str, Tensor]  # "encoder": (2B * processes, C), "decoder": (B * processes, C'), see CompactLosses
     output: Tensor  # (B, 3, H, W)
     output_features: list[Tensor]  # of the loss network, shallow to deep
@@ -155,22 +153,22 @@ class Pass(NamedTuple):
     move: Tensor | None  # (2,), see `losses.moved`, for the shift loss
 
 
-class TransferLosses(nn.Module):
+class ForwardPass(nn.Module):
     """One forward pass of training: pictures in, the terms of the loss out.
 
     A module of its own so that DistributedDataParallel can wrap it.
     """
 
     def __init__(
-        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig, amp_dtype,
-        processes: int, device: torch.device, teacher: StyleTransferNetwork | None,
+        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig,
+        amp_dtype: torch.dtype | None, device: torch.device,
     ) -> None:
         super().__init__()
         self.network = network
         self.loss_network = loss_network
         self.config = config
         self.amp_dtype = amp_dtype
-        self.processes = processes
+        self.processes = process_count()
         self.gather = gather_with_gradient
         # The memory format of what goes into each.
         self.formats = {part: torch.channels_last for part in ("encoder", "decoder", "loss_network")}
@@ -180,12 +178,6 @@ class TransferLosses(nn.Module):
         self.all_encoder_layers = config.compact_layers in ("encoder", "all")
         is_frozen = config.learning_rates["encoder"] == 0 and not self.all_encoder_layers
         self.encoder_is_loss_network = is_frozen and _same_weights(network, loss_network)
-        self.teacher = teacher
-        if teacher is not None:
-            # Used in training only: at 0, its features count as a plain mean square, 1, and it learns from there.
-            self.projection = nn.Conv2d(network.config.bottleneck_width, teacher.config.bottleneck_width, 1)
-            for parameter in self.projection.requires_grad_(config.teacher_weight > 0).parameters():
-                nn.init.zeros_(parameter)
 
     def autocast(self, device: torch.device):
         return torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -196,9 +188,9 @@ class TransferLosses(nn.Module):
         """The terms of the loss for one batch (Kim & Choi, eq. 6: total = content + sum of weight * term).
 
         content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with
-        `all_terms` measured without a gradient. move: as in `Pass`. Returns the terms by name, and the channel norms of
-        the global batch, as in `Pass`; the encoder's end with the bottleneck's. Averaged over processes, terms and
-        gradients are those of one process with the whole batch.
+        `all_terms` measured without a gradient. move: as in `Features`. Returns the terms by name, and the channel
+        norms of the global batch, as in `Features`; the encoder's end with the bottleneck's. Averaged over processes,
+        terms and gradients are those of one process with the whole batch.
         """
         pictures = len(content)
         both = torch.cat([content, style])  # (2B, 3, H, W)
@@ -206,8 +198,8 @@ class TransferLosses(nn.Module):
             with torch.no_grad():
                 targets = self.loss_network(both.contiguous(memory_format=self.formats["loss_network"]))
             encoder_features = self._encode(both, targets)
-        feature = encoder_features[-1]
-        content_feature, style_feature = feature[:pictures], feature[pictures:]  # (B, C, H/stride, W/stride)
+        bottleneck = encoder_features[-1]
+        content_feature, style_feature = bottleneck[:pictures], bottleneck[pictures:]  # (B, C, H/stride, W/stride)
         aligned = adain(content_feature, *channel_statistics(style_feature))
         with self.autocast(both.device):
             *decoder_features, output = self._decode(aligned)  # output: (B, 3, H, W)
@@ -216,13 +208,11 @@ class TransferLosses(nn.Module):
         norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C)
         if decoder_features:
             norms["decoder"] = self._norms(decoder_features)  # (B * processes, C')
-        passed = Pass(both, feature, self.compact.spared(norms), output, output_features, targets, move)
-        terms = {name: self._term(name, passed) for name, weight in self.config.weights.items() if weight}
+        features = Features(both, bottleneck, self.compact.spared(norms), output, output_features, targets, move)
+        terms = {name: self._term(name, features) for name, weight in self.config.weights.items() if weight}
         if all_terms:
             with torch.no_grad():
-                for name in self.config.weights:
-                    if name not in terms:
-                        terms[name] = self._term(name, passed)
+                terms |= {name: self._term(name, features) for name in self.config.weights if name not in terms}
         return terms, {part: norm.detach() for part, norm in norms.items()}
 
     def _encode(self, both: Tensor, targets: list[Tensor]) -> list[Tensor]:
@@ -245,49 +235,35 @@ class TransferLosses(nn.Module):
         """The channel norms of a part's layers side by side, of the global batch."""
         return self.gather(torch.cat([losses.channel_norm(feature) for feature in features], dim=1))
 
-    def _term(self, name: str, passed: Pass) -> Tensor:
-        pictures = len(passed.output)
+    def _term(self, name: str, features: Features) -> Tensor:
+        pictures = len(features.output)
         match name:
             case "content":
-                return losses.content_loss(passed.output_features, [target[:pictures] for target in passed.targets])
+                content_targets = [target[:pictures] for target in features.targets]
+                return losses.content_loss(features.output_features, content_targets)
             case "style":
-                style_targets = [target[pictures:] for target in passed.targets]
-                return losses.style_loss(passed.output_features, style_targets, self.config.style_loss)
+                style_targets = [target[pictures:] for target in features.targets]
+                return losses.style_loss(features.output_features, style_targets, self.config.style_loss)
             case "uncorrelation":
                 # The mean of content and style, each a sum over the batch: over the global one.
-                return 0.5 * self.processes * losses.uncorrelation_loss(passed.feature)
+                return 0.5 * self.processes * losses.uncorrelation_loss(features.bottleneck)
             case "channel":
-                return self.compact.channel_loss(passed.norms)
+                return self.compact.channel_loss(features.norms)
             case "xor":
-                return self.compact.xor_loss(passed.norms)
+                return self.compact.xor_loss(features.norms)
             case "shift":
-                moved_output = self._paint_moved(passed)
-                return losses.shift_loss(passed.output, moved_output, passed.move, self.network.config.stride)
-            case "distillation":
-                return self._distillation(passed)
+                moved_output = self._paint_moved(features)
+                return losses.shift_loss(features.output, moved_output, features.move, self.network.config.stride)
 
-    def _paint_moved(self, passed: Pass) -> Tensor:
+    def _paint_moved(self, features: Features) -> Tensor:
         """The output for the content pictures `losses.moved`, in the same styles."""
-        pictures = len(passed.output)
-        content = losses.moved(passed.both[:pictures], passed.move)
+        pictures = len(features.output)
+        content = losses.moved(features.both[:pictures], features.move)
         with self.autocast(content.device):
-            feature = self.network.encoder(content.contiguous(memory_format=self.formats["encoder"]))
-        aligned = adain(feature, *channel_statistics(passed.feature[pictures:]))
+            bottleneck = self.network.encoder(content.contiguous(memory_format=self.formats["encoder"]))
+        aligned = adain(bottleneck, *channel_statistics(features.bottleneck[pictures:]))
         with self.autocast(content.device):
             return self._decode(aligned)[-1]
-
-    def _distillation(self, passed: Pass) -> Tensor:
-        """See `losses.distillation_loss`."""
-        pictures = len(passed.output)
-        with torch.no_grad(), self.autocast(passed.both.device):
-            teacher_feature = self.teacher.encoder(passed.both.contiguous(memory_format=torch.channels_last))
-            style_code = channel_statistics(teacher_feature[pictures:])
-            aligned = adain(teacher_feature[:pictures], *style_code)
-            teacher_output = self.teacher.decoder(aligned.contiguous(memory_format=torch.channels_last))
-        with self.autocast(passed.both.device):
-            projected = self.projection(passed.feature)  # (2B, C of the teacher, H/stride, W/stride)
-        square = self.gather(teacher_feature.float().square().mean().reshape(1)).mean()  # of the global batch
-        return losses.distillation_loss(passed.output, teacher_output, projected, teacher_feature, square)
 
 
 class TransferTrainer:
@@ -295,29 +271,22 @@ class TransferTrainer:
 
     def __init__(
         self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig, device: torch.device,
-        teacher: StyleTransferNetwork | None = None, vgg_origin: str | None = None,
+        vgg_origin: str | None = None,
     ) -> None:
-        """vgg_origin: where the loss network's weights are from, for the file."""
+        """vgg_origin: where the loss network's weights are from, for the file. All is computed in the network's data
+        type, its convolutions with `config.amp` in another."""
         self.config = config
         self.device = device
         self.metrics, self.shown = config.metrics, config.shown
         self.vgg_origin = vgg_origin
-        self.move = None
-        if config.shift_loss_weight:
-            stride = network.config.stride
-            every = [(rows, columns) for rows in range(stride) for columns in range(stride)]
-            self.moves = torch.tensor(every[1:], device=device)
-            self.move = self.moves[0]
-        self.preview_pictures: tuple[Tensor, Tensor] | None = None  # content and style for `check`, (n, 3, H, W), uint8
+        self.shown_pictures: tuple[Tensor, Tensor] | None = None  # content and style for `report`, see `show`
+        self.dead_units: DeadUnits | None = None
         self.network = network.to(device).train()
-        amp_dtype, processes = autocast_dtype(config.amp, device), process_count()
-        if teacher is not None:
-            teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.losses = TransferLosses(
-            self.network, loss_network.to(device), config, amp_dtype, processes, device, teacher
-        ).to(device)
+        self.dtype = next(network.parameters()).dtype
+        amp_dtype = autocast_dtype(config.amp, device)
+        self.forward_pass = ForwardPass(self.network, loss_network.to(device, self.dtype), config, amp_dtype, device)
         # Frozen weights that autocast would round anew at every use are rounded once.
-        loss_network.to(amp_dtype or torch.float32, memory_format=self.losses.formats["loss_network"])
+        loss_network.to(amp_dtype or self.dtype, memory_format=self.forward_pass.formats["loss_network"])
         groups, self.group_parts = [], []
         for part, rate in config.learning_rates.items():
             module = getattr(self.network, part).requires_grad_(rate > 0)
@@ -325,29 +294,46 @@ class TransferTrainer:
                 added = parameter_groups(module, config.optimizer)
                 groups += [group | {"lr": rate} for group in added]
                 self.group_parts += [part] * len(added)
-            self.losses.formats[part] = conv_format(device, amp_dtype, is_trained=rate > 0)
-            module.to(memory_format=self.losses.formats[part])
-        if teacher is not None:
-            groups[-1]["params"] += self.losses.projection.parameters()  # the decoder's
+            self.forward_pass.formats[part] = conv_format(device, amp_dtype, is_trained=rate > 0)
+            module.to(memory_format=self.forward_pass.formats[part])
         if config.optimizer == "adam":
             self.optimizer = torch.optim.Adam(groups, fused=True)
         else:
-            self.optimizer = Muon(groups, amp_dtype or torch.float32)
+            self.optimizer = Muon(groups, amp_dtype or self.dtype)
+        stride = network.config.stride
+        every = [(rows, columns) for rows in range(stride) for columns in range(stride)]
+        self.moves = torch.tensor(every[1:], device=device)  # all but (0, 0)
+        self.move = self.moves[0] if config.shift_loss_weight else None
         self.census = self.steering = None
         if config.takes_census:
             self.census = ChannelCensus(network.config, config.compact_layers, config.census_memory, device)
         if config.target_macs is not None:
             weight, start = config.channel_loss_weight, self.census.macs().item()
             self.steering = TargetSteering(weight, start, config.target_macs, config.max_iter, device)
-        self.model = self.losses
-        if processes > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        if config.compile:
-            if processes > 1:
-                self.losses.gather = torch.compiler.disable(gather_with_gradient)
-            self.model = compile_step(self.model, device, processes)
+        self.model = self._wrapped()
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
+
+    def _wrapped(self) -> nn.Module:
+        """The forward pass as a step calls it: among several processes, and compiled, where that is asked for."""
+        model, is_alone = self.forward_pass, process_count() == 1
+        if not is_alone:
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if not self.config.compile:
+            return model
+        if not is_alone:
+            self.forward_pass.gather = torch.compiler.disable(gather_with_gradient)
+        # The xor loss's (C, 2B) table, a few KiB: the compiler lays it out as it likes, nothing to act on.
+        warnings.filterwarnings("ignore", message="torch.searchsorted")
+        # Batches have one shape; one GPU replays the step as CUDA graphs.
+        mode = "reduce-overhead" if self.device.type == "cuda" and is_alone else "default"
+        return torch.compile(model, dynamic=False, mode=mode)
+
+    def show(self, content: Tensor, style: Tensor) -> None:
+        """Have `report` paint and look at these pictures, (n, 3, H, W), uint8, each."""
+        self.shown_pictures = content[:PREVIEW_PICTURES], style[:PREVIEW_PICTURES]
+        # Units of a decoder that is to be compacted are meant to die.
+        self.dead_units = DeadUnits(content, style, warns="decoder" not in COMPACT_LAYERS[self.config.compact_layers])
 
     def step(self, content: Tensor, style: Tensor, all_terms: bool = False) -> dict[str, Tensor]:
         """One step of the optimiser. content, style: (B, 3, H, W), uint8. Returns `TransferConfig.metrics` as
@@ -355,8 +341,14 @@ class TransferTrainer:
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
-        terms, norms = self.model(normalize(content), normalize(style), all_terms, self.move)
-        weights, progress = self.follow(norms)
+        content, style = (normalize(pictures).to(self.dtype) for pictures in (content, style))
+        terms, norms = self.model(content, style, all_terms, self.move)
+        weights, progress = self.config.weights, {}
+        if self.census is not None:
+            self.census.add(norms)
+            progress["macs"] = self.census.macs()
+        if self.steering is not None:
+            weights["channel"] = progress["channel_weight"] = self.steering.update(progress["macs"])
         total = sum(weights[name] * terms[name] for name, weight in self.config.weights.items() if weight)
         total.backward()
         self.optimizer.step()
@@ -377,20 +369,6 @@ class TransferTrainer:
         for group, part in zip(self.optimizer.param_groups, self.group_parts):
             group["lr"] = self.config.learning_rates[part] * share
 
-    def follow(self, norms: dict[str, Tensor]) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
-        """Count the channels that are left, and steer the channel loss's weight, where the settings want it.
-
-        Returns the weights of the terms, and the metrics of it.
-        """
-        weights = self.config.weights
-        if self.census is None:
-            return weights, {}
-        self.census.add(norms)
-        progress = {"macs": self.census.macs()}
-        if self.steering is not None:
-            weights["channel"] = progress["channel_weight"] = self.steering.update(progress["macs"])
-        return weights, progress
-
     def layer_widths(self) -> list[int]:
         """The channels on in each selected layer, encoder then decoder, in forward order."""
         return torch.cat(list(self.census.widths().values())).int().tolist()
@@ -399,29 +377,23 @@ class TransferTrainer:
         """What a checkpoint needs to go on; it is a model file too."""
         parts = {"census": self.census, "steering": self.steering}
         state = {name: part.state() for name, part in parts.items() if part is not None}
-        if self.losses.teacher is not None:
-            state["projection"] = self.losses.projection.state_dict()
         return model_checkpoint(self.network, vgg_weights=self.vgg_origin, **state,
                                 optimizer=self.optimizer.state_dict(), optimized=self._optimized())
 
     def _optimized(self) -> list[list]:
         """Name and shape of each parameter that learns, in the optimiser's order."""
-        names = {parameter: name for name, parameter in self.losses.named_parameters()}
+        names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
         return [[names[parameter], list(parameter.shape)]
                 for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def restore(self, checkpoint: dict) -> None:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts
         were trained. What the run did not count or steer before starts anew."""
-        stored = checkpoint.get("optimized") or _shapes_in(checkpoint["optimizer"])  # older runs have no names
-        own = self._optimized() if "optimized" in checkpoint else [shape for _, shape in self._optimized()]
-        if stored != own:
+        if checkpoint.get("optimized", self._optimized()) != self._optimized():
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
                             "start a new run with --load_path for that")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.begin(checkpoint["iteration"])  # load_state_dict put those of its run back
-        if self.losses.teacher is not None:
-            self.losses.projection.load_state_dict(checkpoint["projection"])
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:
             self.census.restore(checkpoint["census"])
@@ -430,26 +402,19 @@ class TransferTrainer:
                 self.steering.restore(checkpoint["steering"])
             self.steering.iteration.fill_(checkpoint["iteration"])
 
-    def check(self, folder: Path, iteration: int) -> Checked:
-        """Write a picture grid of `preview_pictures` to `samples/`; count what is left of compacted layers."""
-        path = make_folder(folder / "samples", "--save_path") / f"iteration_{iteration:07d}.png"
-        save_picture(self.preview(*self.preview_pictures), path)
-        has_layers = self.config.compact_layers != "bottleneck"
-        return Checked({"layer_widths": self.layer_widths()} if has_layers else {}, path)
-
     @torch.no_grad()
-    def preview(self, content: Tensor, style: Tensor):
-        """A picture with the rows content, style, output. content, style: (n, 3, H, W), uint8."""
-        content, style = normalize(content.to(self.device)), normalize(style.to(self.device))
-        with self.losses.autocast(self.device):
-            output = self.network(content, style)
-        return picture_grid([content, style, output.float()])
-
-
-def _shapes_in(optimizer: dict) -> list[list[int]]:
-    """The shapes of the parameters in an optimiser's state dict, in its order."""
-    order = [number for group in optimizer["param_groups"] for number in group["params"]]
-    return [list(optimizer["state"][number]["exp_avg"].shape) for number in order]
+    def report(self, folder: Path, iteration: int) -> tuple[dict, Path]:
+        """Count dead units, and what is left of compacted layers; write a picture with the rows content, style, output
+        to `samples/`. Returns the counts for metrics.jsonl, and the picture's path."""
+        path = make_folder(folder / "samples", "--save_path") / f"iteration_{iteration:07d}.png"
+        content, style = (normalize(pictures.to(self.device)).to(self.dtype) for pictures in self.shown_pictures)
+        with self.forward_pass.autocast(self.device):
+            style_statistics = channel_statistics(self.network.encoder(style))
+            output = self.network.decoder(adain(self.network.encoder(content), *style_statistics))
+        save_picture(picture_grid([content, style, output.float()]), path)
+        has_layers = self.config.compact_layers != "bottleneck"
+        widths = {"layer_widths": self.layer_widths()} if has_layers else {}
+        return self.dead_units.count(self.network) | widths, path
 
 
 def parameter_groups(module: nn.Module, optimizer: str) -> list[dict]:
@@ -457,9 +422,10 @@ def parameter_groups(module: nn.Module, optimizer: str) -> list[dict]:
     hidden layers as matrices; biases, and the filters that give the picture's three colours, learn by Adam."""
     if optimizer == "adam":
         return [{"params": list(module.parameters())}]
-    hidden = [parameter for parameter in module.parameters() if parameter.dim() == 4 and len(parameter) > 3]
-    others = [parameter for parameter in module.parameters() if parameter.dim() != 4 or len(parameter) <= 3]
-    return [{"params": hidden, "orthogonal": True}, {"params": others, "orthogonal": False}]
+    groups = {is_matrix: {"params": [], "orthogonal": is_matrix} for is_matrix in (True, False)}
+    for parameter in module.parameters():
+        groups[parameter.dim() == 4 and len(parameter) > 3]["params"].append(parameter)
+    return list(groups.values())
 
 
 def conv_format(device: torch.device, amp_dtype: torch.dtype | None, is_trained: bool) -> torch.memory_format:
@@ -473,14 +439,6 @@ def conv_format(device: torch.device, amp_dtype: torch.dtype | None, is_trained:
     if device.type == "cpu" and amp_dtype is None and is_trained:
         return torch.contiguous_format
     return torch.channels_last
-
-
-def compile_step(model: nn.Module, device: torch.device, processes: int) -> nn.Module:
-    """`model` through torch.compile, for batches of one shape; one GPU replays it as CUDA graphs."""
-    # The xor loss's (C, 2B) table, a few KiB: the compiler lays it out as it likes, nothing to act on.
-    warnings.filterwarnings("ignore", message="torch.searchsorted")
-    cuda_graphs = device.type == "cuda" and processes == 1
-    return torch.compile(model, dynamic=False, mode="reduce-overhead" if cuda_graphs else "default")
 
 
 def _same_weights(network: StyleTransferNetwork, loss_network: LossNetwork) -> bool:

@@ -27,7 +27,7 @@ from PIL import Image
 
 import data
 import evaluate
-from data import OUTPUT_FORMATS, TRIPLE, save_picture
+from data import OUTPUT_FORMATS, save_picture
 from evaluate import TestConfig
 from main import main
 from painting import stylizer as stylize
@@ -165,15 +165,6 @@ def test_no_mode_writes_into_a_folder_that_it_searches(flags, tmp_path, capsys, 
     line = refused(capsys, {"mode": mode, "gpu_no": -1, "load_path": model, "save_path": output} | directories | more,
                    tmp_path)
     assert line.startswith(f"error: --save_path {output}: belongs to --{kind}_dir {folder}, which is searched")
-
-
-@pytest.mark.parametrize("part", TRIPLE)
-def test_distilling_writes_into_no_folder_of_painted_pictures(flags, tmp_path, capsys, part):
-    for each in TRIPLE:
-        write_noise(tmp_path / "painted" / each / "a.png", (16, 16), 0)
-    line = refused(capsys, {"mode": "distill", "gpu_no": -1, "load_path": flags["load_path"], "teacher": tmp_path /
-                            "painted", "save_path": tmp_path / "painted" / part / "run"}, tmp_path)
-    assert f"belongs to --teacher {tmp_path / 'painted' / part}, which is searched" in line
 
 
 def test_output_folder_beside_or_around_the_pictures_is_fine(flags, tmp_path):

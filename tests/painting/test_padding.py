@@ -146,7 +146,7 @@ def test_step_measures_with_a_loss_network_that_pads_as_the_network(padding):
     network = small_network()
     network.use(padding=padding)
     losses = make_trainer(network, style_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0,
-                          uncorrelation_loss_weight=0.0).losses.double()
+                          uncorrelation_loss_weight=0.0).forward_pass.double()
     assert losses.loss_network.padding == padding
     content, style = pictures_of(32)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_step_measures_with_a_loss_network_that_pads_as_the_network(padding):
         output = paint(network.state_dict(), content, style, padding)
         desired, wrong = (F.mse_loss(encode(vgg, output, each), encode(vgg, content, each))
                           for each in (padding, PADDINGS[1 - PADDINGS.index(padding)]))
-    assert_close(terms["content"].double(), desired, rtol=1e-5, atol=0)  # losses are summed up in float32
+    assert_close(terms["content"].double(), desired, rtol=1e-9, atol=0)
     assert abs(wrong / desired - 1) > 1e-3
 
 
@@ -167,7 +167,7 @@ def test_training_pads_as_its_file_or_the_flag_says(small, tmp_path, padding):
     given = small | {"load_path": start, "save_path": str(tmp_path / "run"), "max_iter": 1, "padding": padding}
     trainer = build_trainer(TrainConfig(**given), CPU, None)
     desired = padding or "reflect"
-    assert trainer.network.config.padding == trainer.losses.loss_network.padding == desired
+    assert trainer.network.config.padding == trainer.forward_pass.loss_network.padding == desired
 
 
 def test_padding_of_a_run_stays(small, tmp_path):

@@ -1,6 +1,7 @@
-"""Training: resume, refusals, signals, wandb, metrics. Small crops, random VGG, CPU."""
+"""Training runs: resume, faults, signals, wandb, metrics. Small crops, random VGG, CPU."""
 
 import json
+import shutil
 import signal
 import struct
 import subprocess
@@ -14,9 +15,8 @@ import torch
 from helpers import (
     CPU,
     REPORTING_MAIN,
+    ROOT,
     SMALL_TRAINING,
-    make_trainer,
-    random_batch,
     read_metrics,
     refusal,
     small_network,
@@ -28,51 +28,43 @@ from helpers import (
 )
 from torch.testing import assert_close
 
-import loss as losses
-from data import normalize
+from evaluate import test as stylise
 from main import main
-from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics
+from network import NetworkConfig, StyleTransferNetwork
 from pruning.surgery import cut_bottleneck
 from train import TrainConfig, build_trainer, train
-from training import step as transfer_module
+from training import step as step_module
 from training.loop import MetricSums
+from training.run_folder import LOCK_NAME, CheckpointFolder
 from training.step import METRICS
-from utils import UserError
-from weights import load_network
+from utils import save_checkpoint
+from weights import BUNDLED_VGG19, load_network, same_vgg
+
+
+def checkpoint_of(folder: Path) -> dict:
+    return torch.load(folder / "check_point.pth", weights_only=True)
+
+
+def assert_same_runs(actual: Path, desired: Path) -> None:
+    for name, tensor in checkpoint_of(desired)["state_dict"].items():
+        assert_close(checkpoint_of(actual)["state_dict"][name], tensor, rtol=0, atol=0, msg=name)
+    assert read_metrics(actual) == read_metrics(desired)
+
 
 # ------------------------------------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("check_iter", [1, 4])
-def test_resumed_run_equals_uninterrupted_run(small, tmp_path, check_iter):
-    """3 + 3 iterations give the losses and weights of 6, also when a check spans the interruption."""
-    settings = small | {"check_iter": check_iter, "shift_loss_weight": 30.0}
-    train(settings | {"save_path": str(tmp_path / "whole"), "max_iter": 6})
-    train(settings | {"save_path": str(tmp_path / "halves"), "max_iter": 3, "num_workers": 1})
-    train({"save_path": str(tmp_path / "halves"), "resume": True, "max_iter": 6})
-
-    whole, halves = load_network(tmp_path / "whole")[0], load_network(tmp_path / "halves")[0]
-    for (name, desired), actual in zip(whole.state_dict().items(), halves.state_dict().values()):
-        assert_close(actual, desired, rtol=0, atol=0, msg=name)
-    desired = {row["iteration"]: row for row in read_metrics(tmp_path / "whole")}
-    actual = {row["iteration"]: row for row in read_metrics(tmp_path / "halves")}
-    if check_iter == 1:
-        assert actual == desired
-        assert [row["iteration"] for row in read_metrics(tmp_path / "halves")] == [1, 2, 3, 4, 5, 6]
-    assert actual[6]["iteration"] == desired[6]["iteration"] == 6
-
-
-def test_interruption_inside_a_check_interval_keeps_its_sums(small, tmp_path, monkeypatch):
-    """A stop after iteration 3 of a check interval of 6: the mean over all 6 is that of the whole run."""
-    settings = small | {"check_iter": 6, "max_iter": 6}
+def test_stopped_and_resumed_run_equals_uninterrupted_run(small, tmp_path, monkeypatch):
+    """Stopped inside a check interval, and the rest with a worker process: weights and means are the whole run's."""
+    settings = small | {"check_iter": 4, "max_iter": 6, "shift_loss_weight": 30.0}
     train(settings | {"save_path": str(tmp_path / "whole")})
-
-    stop_after(3, monkeypatch)
-    assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
-    monkeypatch.undo()
-    assert torch.load(tmp_path / "halves" / "check_point.pth", weights_only=True)["iteration"] == 3
-    assert train({"save_path": str(tmp_path / "halves"), "resume": True}) == 0
-    assert read_metrics(tmp_path / "halves") == read_metrics(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
+    assert checkpoint_of(tmp_path / "halves")["iteration"] == 3
+    assert train({"save_path": str(tmp_path / "halves"), "resume": True, "num_workers": 1}) == 0
+    assert_same_runs(tmp_path / "halves", tmp_path / "whole")
+    assert [row["iteration"] for row in read_metrics(tmp_path / "halves")] == [4, 6]
 
 
 def test_resume_drops_metrics_past_the_checkpoint(small, tmp_path):
@@ -85,23 +77,91 @@ def test_resume_drops_metrics_past_the_checkpoint(small, tmp_path):
     assert rows[2]["content"] != 99.0
 
 
-def test_resume_without_a_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="check_point.pth is not there"):
-        train({"save_path": str(tmp_path), "resume": True})
-
-
-def test_resume_with_another_network_is_refused(small, tmp_path):
-    train(small | {"save_path": str(tmp_path), "max_iter": 1})
-    with pytest.raises(UserError, match="--backbone vgg19, not vgg16"):
-        train({"save_path": str(tmp_path), "resume": True, "backbone": "vgg16"})
-
-
-def test_a_finished_run_is_not_overwritten(small, tmp_path):
-    train(small | {"save_path": str(tmp_path), "max_iter": 1})
+def test_what_cannot_be_resumed_is_refused(small, tmp_path):
+    again = {"save_path": str(tmp_path), "resume": True, "max_iter": 2}
+    assert "check_point.pth is not there" in user_error(train, again)
+    settings = small | {"save_path": str(tmp_path), "max_iter": 1}
+    train(settings)
     before = (tmp_path / "check_point.pth").read_bytes()
-    with pytest.raises(UserError, match="holds a run already"):
-        train(small | {"save_path": str(tmp_path), "max_iter": 1})
+    assert "--backbone vgg19, not vgg16" in user_error(train, again | {"backbone": "vgg16"})
+    assert "holds a run already" in user_error(train, settings)
     assert (tmp_path / "check_point.pth").read_bytes() == before
+
+
+def test_another_number_of_processes_is_refused_unless_the_batches_stay(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 1})
+    save_checkpoint(checkpoint_of(tmp_path) | {"processes": 3}, tmp_path / "check_point.pth")
+    again = {"save_path": str(tmp_path), "resume": True, "max_iter": 2}
+    assert "3 processes of --batch_size 2 trained this run, now there are 1 of 2" in user_error(train, again)
+    assert train(again | {"batch_size": 6}) == 0 and checkpoint_of(tmp_path)["processes"] == 1
+
+
+@pytest.mark.parametrize("before, after", [
+    ({"encoder_lr": 0.0}, {"encoder_lr": 1e-5, "decoder_lr": 0.0}),
+    ({"encoder_lr": 0.0}, {"encoder_lr": 1e-5}),
+    ({}, {"encoder_lr": 0.0}),
+])
+def test_other_parts_are_not_resumed(small, tmp_path, before, after):
+    train(small | before | {"save_path": str(tmp_path), "max_iter": 1})
+    good = (tmp_path / "check_point.pth").read_bytes()
+    again = {"save_path": str(tmp_path), "resume": True, "max_iter": 2}
+    assert "freezes or thaws a part" in user_error(train, again | after)
+    assert (tmp_path / "check_point.pth").read_bytes() == good
+    assert train(again) == 0
+
+
+def test_a_run_is_resumed_from_another_folder(small, tmp_path, monkeypatch):
+    for kind in ("content", "style"):
+        shutil.copytree(small[f"{kind}_dir"], tmp_path / kind)
+    shutil.copy(BUNDLED_VGG19, tmp_path / "vgg.pth")
+    monkeypatch.chdir(tmp_path)
+    settings = small | {"content_dir": "content", "style_dir": "style", "vgg_weights": "vgg.pth", "save_path": "run"}
+    train(settings | {"max_iter": 1})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train({"save_path": "../run", "resume": True, "max_iter": 2, "content_dir": "../content"}) == 0
+
+
+def test_vgg_weights_are_known_by_what_is_in_the_file(small, tmp_path, capsys):
+    shutil.copy(BUNDLED_VGG19, tmp_path / "copy.pth")
+    settings = small | {"save_path": str(tmp_path / "run"), "vgg_weights": "bundled"}
+    train(settings | {"max_iter": 1})
+    again = {"save_path": str(tmp_path / "run"), "resume": True}
+    assert train(again | {"max_iter": 2, "vgg_weights": str(tmp_path / "copy.pth")}) == 0
+    assert "VGG weights" in user_error(train, again | {"max_iter": 3, "vgg_weights": "random"})
+
+
+@pytest.mark.parametrize("first, second, desired", [
+    ("bundled (sha256 00aa)", "/a/b.pth (sha256 00aa)", True),
+    ("bundled (sha256 00aa)", "bundled (sha256 00ab)", False),
+    ("imagenet (torchvision X)", "imagenet (torchvision X, sha256 00aa)", True),
+    ("imagenet (torchvision X)", "imagenet (torchvision Y, sha256 00aa)", False),
+    ("random (He initialisation, seed 0)", "random (He initialisation, seed 0)", True),
+    ("random (He initialisation, seed 0)", "random (He initialisation, seed 1)", False),
+    (None, None, True),
+    (None, "bundled (sha256 00aa)", False),
+])
+def test_origins_of_the_same_weights(first, second, desired):
+    assert same_vgg(first, second) == same_vgg(second, first) == desired
+
+
+def test_the_gpu_of_a_run_does_not_bind_its_resumption(small, tmp_path):
+    train(small | {"save_path": str(tmp_path), "max_iter": 1})
+    checkpoint = checkpoint_of(tmp_path)
+    checkpoint["train_config"]["gpu_no"] = 7
+    torch.save(checkpoint, tmp_path / "check_point.pth")
+    assert train({"save_path": str(tmp_path), "resume": True, "max_iter": 2}) == 0
+
+
+def test_resume_auto_starts_and_goes_on(small, tmp_path, capsys):
+    settings = small | {"save_path": str(tmp_path / "run"), "resume": "auto", "check_iter": 2}
+    assert train(settings | {"max_iter": 2}) == 0
+    assert train(settings | {"max_iter": 4}) == 0
+    assert [row["iteration"] for row in read_metrics(tmp_path / "run")] == [2, 4]
+    assert train(settings | {"max_iter": 4}) == 0 and "has done its 4 iterations" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ where a run starts
 
 
 def test_pruned_network_trains_on(small, tmp_path):
@@ -111,30 +171,16 @@ def test_pruned_network_trains_on(small, tmp_path):
     assert load_network(tmp_path / "on")[0].config.encoder_widths == (*(8,) * 8, 5)
 
 
-def test_upsampling_is_the_files_unless_another_is_asked_for(small, tmp_path):
-    train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, "upsampling": "bilinear"})
-    train({"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2})
-    for name, more, desired in (("b", {}, "bilinear"), ("c", {"upsampling": "nearest"}, "nearest")):
-        train(small | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / name), "max_iter": 1} | more)
-        assert load_network(tmp_path / name)[0].config.upsampling == desired
-    assert load_network(tmp_path / "a")[0].config.upsampling == "bilinear"
-    assert cut_bottleneck(load_network(tmp_path / "a")[0], range(3)).config.upsampling == "bilinear"
-    with pytest.raises(UserError, match="--upsampling"):
-        train({"save_path": str(tmp_path / "a"), "resume": True, "upsampling": "nearest", "max_iter": 3})
-
-
-def test_pooling_is_the_files_unless_another_is_asked_for(small, tmp_path):
-    train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, "pooling": "blur"})
-    train({"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2})
-    for name, more, desired in (("b", {}, "blur"), ("c", {"pooling": "max"}, "max"), ("d", {"pooling": "avg"}, "avg")):
-        train(small | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / name), "max_iter": 1} | more)
-        assert load_network(tmp_path / name)[0].config.pooling == desired
-    network = load_network(tmp_path / "a")[0]
-    assert cut_bottleneck(network, range(3)).config.pooling == network.config.pooling == "blur"
-    assert "--pooling" in user_error(train, {"save_path": str(tmp_path / "a"), "resume": True, "pooling": "max",
-                                             "max_iter": 3})
-    message = user_error(train, small | {"save_path": str(tmp_path / "e"), "swap_max_pool": True, "pooling": "blur"})
-    assert "--swap_max_pool" in message and "--pooling blur" in message and not (tmp_path / "e").exists()
+@pytest.mark.parametrize("name, value, other", [("upsampling", "bilinear", "nearest"), ("pooling", "blur", "max")])
+def test_the_file_says_how_to_sample_unless_another_way_is_asked_for(small, tmp_path, name, value, other):
+    train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, name: value})
+    again = {"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2}
+    train(again)
+    for folder, more, desired in (("b", {}, value), ("c", {name: other}, other)):
+        train(small | {"load_path": str(tmp_path / "a"), "save_path": str(tmp_path / folder), "max_iter": 1} | more)
+        assert getattr(load_network(tmp_path / folder)[0].config, name) == desired
+    assert getattr(cut_bottleneck(load_network(tmp_path / "a")[0], range(3)).config, name) == value
+    assert f"--{name}" in user_error(train, again | {name: other, "max_iter": 3})
 
 
 def test_new_weights_keep_the_widths_alone(tmp_path):
@@ -155,13 +201,11 @@ def test_new_weights_keep_the_widths_alone(tmp_path):
         assert actual.std().item() == pytest.approx((gain / actual[0].numel()) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("change, needed", [
-    ({"new_weights": True}, "--load_path says"),
-    ({"new_weights": True, "load_path": "m.pth", "encoder_lr": 0.0}, "would stay so"),
-])
-def test_new_weights_that_make_no_sense_are_refused(change, needed):
-    with pytest.raises(UserError, match=needed):
-        TrainConfig(**SMALL_TRAINING | {"save_path": "x"} | change).check()
+def test_vgg16_and_average_pooling_train(tmp_path):
+    settings = {"backbone": "vgg16", "swap_max_pool": True, "style_loss": "gram", "max_iter": 2}
+    train(SMALL_TRAINING | settings | {"save_path": str(tmp_path)})
+    network, _ = load_network(tmp_path)
+    assert (network.config.backbone, network.config.pooling) == ("vgg16", "avg")
 
 
 # --------------------------------------------------------------------------------- signals, kill, bad losses
@@ -176,7 +220,7 @@ def test_signal_saves_and_says_how_to_resume(small, tmp_path, monkeypatch, capsy
         assert main(["--mode", "train", *words(settings)]) == code
     errors = capsys.readouterr().err
     assert f"python main.py --mode train --resume --save_path {folder}" in errors and "Traceback" not in errors
-    assert torch.load(folder / "check_point.pth", weights_only=True)["iteration"] == 2
+    assert checkpoint_of(folder)["iteration"] == 2
     assert train({"save_path": str(folder), "resume": True, "max_iter": 3}) == 0
 
 
@@ -199,8 +243,9 @@ def test_loss_that_is_not_finite_stops_the_run(small, tmp_path):
     train(small | {"save_path": str(tmp_path), "max_iter": 1})
     good = (tmp_path / "check_point.pth").read_bytes()
     # A rate this large makes iteration 2's weights, and so iteration 3's losses, overflow.
-    with pytest.raises(UserError, match=r"iteration \d+: (the \w+ loss|a weight) is not finite"):
-        train({"save_path": str(tmp_path), "resume": True, "max_iter": 9, "check_iter": 9, "decoder_lr": 1e30})
+    again = {"save_path": str(tmp_path), "resume": True, "max_iter": 9, "check_iter": 9, "decoder_lr": 1e30}
+    message = user_error(train, again)
+    assert "iteration " in message and "is not finite" in message
     assert (tmp_path / "check_point.pth").read_bytes() == good
 
 
@@ -209,7 +254,7 @@ def test_compile_without_a_compiler_is_one_line(small, tmp_path, monkeypatch, ca
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfer_module.TransferLosses, "forward",
+    monkeypatch.setattr(step_module.ForwardPass, "forward",
                         lambda self, content, style, all_terms, move: ({"content": content.sin().sum()}, {}))
     with inductor.patch({"cpp.cxx": ("/no/compiler",)}):
         line = refusal(capsys, "--mode", "train",
@@ -224,151 +269,34 @@ def test_first_term_that_is_not_finite_is_named():
     sums.raise_if_bad()
     sums.add(good | {"style": torch.tensor(float("nan")), "total": torch.tensor(float("nan"))}, 7)
     sums.add({name: torch.tensor(float("inf")) for name in METRICS}, 8)
-    with pytest.raises(UserError, match="iteration 7: the style loss is not finite"):
-        sums.raise_if_bad()
+    assert "iteration 7: the style loss is not finite" in user_error(sums.raise_if_bad)
 
 
-# ------------------------------------------------------------------------------------------------ the step
+def test_a_second_run_in_the_folder_is_refused(small, tmp_path):
+    with CheckpointFolder.of_run(str(tmp_path), 0, is_resumed=False):
+        for more in ({}, {"resume": "auto"}):
+            assert "another run is writing to it" in user_error(train, small | {"save_path": str(tmp_path)} | more)
+    assert train(small | {"save_path": str(tmp_path), "max_iter": 1}) == 0
 
 
-def test_frozen_encoder_does_not_change():
-    trainer = make_trainer(encoder_lr=0.0)
-    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
-    trainer.step(*random_batch())
-    for name, tensor in trainer.network.state_dict().items():
-        assert torch.equal(tensor, before[name]) == name.startswith("encoder"), name
+def test_a_kill_releases_the_folder(small, tmp_path):
+    script = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from training.run_folder import CheckpointFolder\n"
+              f"with CheckpointFolder.of_run({str(tmp_path)!r}, 0, False): print('held', flush=True); time.sleep(600)")
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n" and (tmp_path / LOCK_NAME).exists()
+    assert "another run is writing to it" in user_error(train, small | {"save_path": str(tmp_path)})
+    holder.kill()
+    holder.wait()
+    assert train(small | {"save_path": str(tmp_path), "max_iter": 1}) == 0
 
 
-def test_rates_rise_stay_and_fall():
-    config = TrainConfig(max_iter=8, warmup_iter=2, decay_iter=3)
-    assert [config.rate_share(iteration) for iteration in range(1, 9)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    assert {TrainConfig(max_iter=8).rate_share(iteration) for iteration in range(1, 9)} == {1.0}
-    with pytest.raises(UserError, match="--warmup_iter 5 and --decay_iter 4"):
-        TrainConfig(**SMALL_TRAINING, save_path="x", max_iter=8, warmup_iter=5, decay_iter=4).check()
-
-
-def test_run_learns_at_the_rates_of_its_iterations(small, tmp_path):
-    """The last of 4 iterations has a quarter of the rates; a step at a quarter of them is one at rates that small."""
-    settings = small | {"save_path": str(tmp_path / "run"), "max_iter": 4}
-    train(settings | {"warmup_iter": 1, "decay_iter": 3})
-    rates = [group["lr"] for group in torch.load(tmp_path / "run/check_point.pth")["optimizer"]["param_groups"]]
-    assert rates == pytest.approx([0.25 * 5e-5, 0.25 * 1e-3])
-    scheduled = make_trainer(small_network(), warmup_iter=4)
-    plain = make_trainer(small_network(), encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)
-    scheduled.begin(1)
-    for trainer in (scheduled, plain):
-        trainer.step(*random_batch())
-    for actual, desired in zip(scheduled.network.parameters(), plain.network.parameters()):
-        assert torch.equal(actual, desired)
-
-
-def test_shared_features_give_the_same_losses():
-    """A frozen encoder that equals the loss network is computed once; the terms stay what they were."""
-    shared, separate = make_trainer(encoder_lr=0.0), make_trainer(encoder_lr=0.0)
-    assert shared.losses.encoder_is_loss_network
-    separate.losses.encoder_is_loss_network = False
-    desired, actual = separate.step(*random_batch(), all_terms=True), shared.step(*random_batch(), all_terms=True)
-    for name in METRICS:
-        assert_close(actual[name], desired[name], rtol=1e-5, atol=1e-7, msg=name)
-
-
-def test_trained_encoder_is_not_taken_for_the_loss_network():
-    assert not make_trainer().losses.encoder_is_loss_network
-
-
-def test_step_matches_the_definition():
-    """Total and gradients against the formulas of the method, written out with separate passes."""
-    weights = dict(uncorrelation_loss_weight=50.0, channel_loss_weight=100.0, xor_loss_weight=5.0)
-    trainer, plain = make_trainer(**weights), make_trainer(**weights)
-    content, style = random_batch()
-    terms, _ = trainer.losses(normalize(content), normalize(style), all_terms=False)
-    sum(trainer.config.weights[name] * term for name, term in terms.items()).backward()
-
-    content, style = normalize(content), normalize(style)
-    encoder, decoder, vgg = plain.network.encoder, plain.network.decoder, plain.losses.loss_network
-    content_feature, style_feature = encoder(content), encoder(style)
-    output_features = vgg(decoder(adain(content_feature, *channel_statistics(style_feature))))
-    norm = losses.channel_norm(torch.cat([content_feature, style_feature]))
-    desired = {
-        "content": losses.content_loss(output_features, vgg(content)),
-        "style": losses.style_loss(output_features, vgg(style)),
-        "uncorrelation": 0.5 * (losses.uncorrelation_loss(content_feature) + losses.uncorrelation_loss(style_feature)),
-        "channel": losses.channel_loss(norm),
-        "xor": losses.xor_loss(norm),
-    }
-    for name, term in desired.items():
-        assert_close(terms[name], term, rtol=1e-4, atol=1e-7, msg=name)
-    total = desired["content"] + 100 * desired["style"] + 50 * desired["uncorrelation"]
-    (total + 100 * desired["channel"] + 5 * desired["xor"]).backward()
-    for (name, actual), wanted in zip(trainer.network.named_parameters(), plain.network.parameters()):
-        error = (actual.grad - wanted.grad).norm() / wanted.grad.norm()
-        assert error < 1e-4, (name, error)
-
-
-def test_shift_loss_of_the_step():
-    """Against two separate passes: a photograph, and the same moved, in the style of the same pictures."""
-    trainer, plain = (make_trainer(shift_loss_weight=30.0, encoder_lr=rate) for rate in (5e-5, 0.0))
-    for frozen in (trainer, plain):  # a frozen encoder is the loss network
-        frozen.begin(3)
-    content, style = random_batch(32)
-    step = trainer.step(content, style)
-    network = make_trainer().network
-    rows, columns = trainer.move.tolist()
-    outputs = [network(normalize(picture), normalize(style))
-               for picture in (content, losses.moved(content, trainer.move))]
-    inner = (..., slice(6, 18), slice(6, 18))  # of 32 x 32 pixels, a quarter of 24 at each border, and a stride
-    desired = (outputs[0][..., rows:, columns:][inner] - outputs[1][inner]).square().mean()
-    assert desired > 0
-    for actual in (step, plain.step(content, style)):
-        assert_close(actual["shift"], desired, rtol=1e-4, atol=0)
-    without = make_trainer().step(content, style)
-    assert "shift" not in without
-    assert_close(step["total"], without["total"] + 30.0 * desired, rtol=1e-4, atol=0)
-
-
-def test_shift_loss_takes_every_move_in_turn():
-    trainer = make_trainer(small_network(), shift_loss_weight=1.0)
-    moves = []
-    for iteration in range(1, 64):
-        trainer.begin(iteration)
-        moves.append(tuple(trainer.move.tolist()))
-    assert set(moves) == {(rows, columns) for rows in range(8) for columns in range(8)} - {(0, 0)}
-
-
-def test_shift_loss_makes_paint_follow():
-    """A few dozen steps on one batch."""
-    trainer = make_trainer(small_network(), shift_loss_weight=1000.0)
-    steps = []
-    for iteration in range(1, 64):
-        trainer.begin(iteration)
-        steps.append(trainer.step(*random_batch())["shift"].item())
-    assert sum(steps[-10:]) < 0.5 * sum(steps[:10])
-
-
-def test_weight_zero_is_logged_but_gives_no_gradient():
-    trainer = make_trainer(channel_loss_weight=0.0, xor_loss_weight=0.0, uncorrelation_loss_weight=0.0)
-    step = trainer.step(*random_batch())
-    assert not {"channel", "xor", "uncorrelation"} & step.keys() and step["nonzero_channels"] > 0
-    check = trainer.step(*random_batch(), all_terms=True)
-    assert_close(check["total"], check["content"] + 100 * check["style"])
-    assert check["channel"] > 0
-
-
-def test_channel_and_xor_losses_switch_channels_off():
-    """A few dozen steps on one batch: channels go off, and for all pictures alike."""
-    trainer = make_trainer(channel_loss_weight=1e4, xor_loss_weight=500.0, encoder_lr=1e-4)
-    start = trainer.step(*random_batch())
-    for _ in range(25):
-        end = trainer.step(*random_batch())
-    assert end["nonzero_channels"] < start["nonzero_channels"] - 20
-    assert end["channels_off_for_all"] > start["channels_off_for_all"] + 10
-
-
-def test_vgg16_and_average_pooling_train(tmp_path):
-    settings = {"backbone": "vgg16", "swap_max_pool": True, "style_loss": "gram", "max_iter": 2}
-    train(SMALL_TRAINING | settings | {"save_path": str(tmp_path)})
-    network, _ = load_network(tmp_path)
-    assert (network.config.backbone, network.config.pooling) == ("vgg16", "avg")
+def test_only_convolutions_of_a_training_may_use_tf32(small, tmp_path):
+    train(small | {"save_path": str(tmp_path / "run"), "max_iter": 1})
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32  # products are the losses'
+    picture = str(next(Path(small["content_dir"]).iterdir()))
+    stylise({"load_path": (small["load_path"],), "content": (picture,), "style": (picture,), "gpu_no": -1,
+             "save_path": str(tmp_path / "out.png")})
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 # ------------------------------------------------------------------------------------------- what is written
@@ -378,7 +306,8 @@ def test_every_check_writes_metrics_grid_and_checkpoint(small, tmp_path):
     train(small | {"save_path": str(tmp_path), "max_iter": 5, "check_iter": 2, "keep_checkpoints": 2})
     rows = read_metrics(tmp_path)
     assert [row["iteration"] for row in rows] == [2, 4, 5]
-    assert all(set(METRICS) <= row.keys() for row in rows)
+    for row in rows:
+        assert set(METRICS) <= row.keys() and row["dead_units"] == sum(row["dead_units_by_layer"])
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["iteration_0000002.png", "iteration_0000004.png", "iteration_0000005.png"]
     models = sorted(path.name for path in tmp_path.glob("*.pth"))
@@ -431,15 +360,23 @@ def test_wandb_offline_holds_the_logged_values(small, tmp_path, monkeypatch):
         assert actual["pictures._type"] == "image-file"
 
 
-def test_training_without_wandb_says_so_once(small, tmp_path, monkeypatch, capsys):
-    import importlib.util
+class NoWandb:
+    """Finds no package wandb, wherever it lies."""
 
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "wandb":
+            raise ModuleNotFoundError(name)
+
+
+def test_training_without_wandb_says_so_once(small, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NoWandb, *sys.meta_path])
     assert train(small | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "auto"}) == 0
     assert capsys.readouterr().err.count("wandb is not installed") == 1
-    with pytest.raises(UserError, match="wandb is not installed"):
-        train(small | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "online"})
+    message = user_error(train, small | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "offline"})
+    assert "--wb_mode offline: wandb is not installed" in message
 
 
 def test_cached_run_equals_run_without_a_cache(small, tmp_path):

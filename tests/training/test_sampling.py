@@ -1,0 +1,446 @@
+"""Training pictures: crops that depend on seed and position alone, the cache, and the workers that draw them."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CONTENT_DIR,
+    ROOT,
+    STYLE_DIR,
+    read_metrics,
+    user_error,
+    words,
+    write_map,
+    write_picture,
+)
+from PIL import Image
+from torch.testing import assert_close
+
+from data import FailedPictures, PictureError, find_pictures
+from train import train
+from training import sampling
+from training.sampling import (
+    CropConfig,
+    MixedPictures,
+    PictureCache,
+    TrainingPictures,
+    count_failures,
+    shard_positions,
+    training_batches,
+)
+from utils import usable_cores, worker_count
+
+MANY = 10**9
+
+
+CROP = CropConfig(imsize=30, cropsize=16, centered=False, max_pixels=MANY)
+
+
+def make_pictures(folder, contents: int = 5, styles: int = 3, crop: CropConfig = CROP, seed: int = 1):
+    """Content pictures have blue 0, 1, ..., style pictures 100, 101, ...; 40 x 30 pixels, so that nothing is
+    resized and every pixel tells its column, row and picture."""
+    content = [write_map(folder / "content" / f"{number}.png", number=number) for number in range(contents)]
+    style = [write_map(folder / "style" / f"{number}.png", number=100 + number) for number in range(styles)]
+    return TrainingPictures(content, style, crop, seed)
+
+
+def describe(crop: torch.Tensor) -> tuple[int, int, int]:
+    """(picture, left, top) of a crop, which must be one window of one picture."""
+    red, green, blue = crop[:, 0, 0].tolist()
+    left, top = red // 5, green // 7
+    assert (crop[0] == 5 * torch.arange(left, left + crop.shape[2])[None, :]).all()
+    assert (crop[1] == 7 * torch.arange(top, top + crop.shape[1])[:, None]).all()
+    assert (crop[2] == blue).all()
+    return blue, left, top
+
+
+def test_crops_are_windows_inside_the_picture(tmp_path):
+    pictures = make_pictures(tmp_path)
+    lefts, tops = set(), set()
+    for position in range(60):
+        content, style, failures = pictures[position]
+        assert content.shape == style.shape == (3, 16, 16) and content.dtype == torch.uint8
+        assert failures == []
+        for blue, left, top in (describe(content), describe(style)):
+            assert 0 <= left <= 24 and 0 <= top <= 14 and blue in (0, 1, 2, 3, 4, 100, 101, 102)
+            lefts.add(left)
+            tops.add(top)
+    # 120 draws of 25 and 15 places: all of them nearly always, both ends among them with this seed.
+    assert len(lefts) > 20 and len(tops) == 15
+    assert {0, 24} <= lefts
+
+
+def test_same_position_gives_the_same_crop_in_any_order(tmp_path):
+    pictures = make_pictures(tmp_path)
+    forward = {position: pictures[position] for position in range(20)}
+    for position in (*reversed(range(20)), 7, 19, 0):
+        content, style, _ = pictures[position]
+        assert_close(content, forward[position][0], rtol=0, atol=0)
+        assert_close(style, forward[position][1], rtol=0, atol=0)
+    fresh = make_pictures(tmp_path)[13]
+    assert_close(fresh[0], forward[13][0], rtol=0, atol=0)
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    positions = range(6, 18)
+    alone, shared = (list(training_batches(make_pictures(tmp_path), positions, 4, workers, pin_memory=False))
+                     for workers in (0, 2))
+    assert len(alone) == len(shared) == 3
+    pictures = make_pictures(tmp_path)
+    for number, (actual, desired) in enumerate(zip(shared, alone)):
+        assert actual[0].shape == actual[1].shape == (4, 3, 16, 16)
+        for kind in range(2):
+            assert_close(actual[kind], desired[kind], rtol=0, atol=0)
+            by_hand = torch.stack([pictures[position][kind] for position in positions[4 * number : 4 * number + 4]])
+            assert_close(actual[kind], by_hand, rtol=0, atol=0)
+
+
+def test_every_epoch_visits_every_picture_once_in_its_own_order(tmp_path):
+    pictures = make_pictures(tmp_path)
+    drawn = [[describe(pictures[position][kind])[0] for position in range(30)] for kind in range(2)]
+    content_epochs = [drawn[0][start : start + 5] for start in range(0, 30, 5)]
+    style_epochs = [drawn[1][start : start + 3] for start in range(0, 30, 3)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in content_epochs)
+    assert all(sorted(epoch) == [100, 101, 102] for epoch in style_epochs)
+    assert len({tuple(epoch) for epoch in content_epochs}) > 3
+    assert len({tuple(epoch) for epoch in style_epochs}) > 3
+
+
+def test_content_and_style_are_drawn_independently(tmp_path):
+    pictures = make_pictures(tmp_path, contents=4, styles=4)
+    drawn = [[describe(pictures[position][kind]) for position in range(24)] for kind in range(2)]
+    assert [each[0] for each in drawn[0]] != [each[0] - 100 for each in drawn[1]]
+    assert [each[1:] for each in drawn[0]] != [each[1:] for each in drawn[1]]
+
+
+def test_picture_that_breaks_later_is_replaced_and_reported(tmp_path):
+    pictures = make_pictures(tmp_path)
+    before = [describe(pictures[position][0]) for position in range(5)]
+    broken = pictures.folders[0][2]
+    broken.write_text("overwritten during the run")
+    for position in range(5):
+        content, _, failures = pictures[position]
+        if before[position][0] != 2:
+            assert describe(content) == before[position] and failures == []
+            continue
+        assert describe(content)[0] in (0, 1, 3, 4)
+        assert {(number, path) for number, path, _ in failures} == {(0, str(broken))}
+        assert all(str(broken) in reason for _, _, reason in failures)
+        again, _, _ = pictures[position]
+        assert_close(again, content, rtol=0, atol=0)
+
+
+def test_failures_of_a_batch_reach_the_tally(tmp_path, capsys):
+    pictures = make_pictures(tmp_path, contents=12)
+    broken = pictures.folders[0][2]
+    broken.unlink()
+    tallies = (FailedPictures(tmp_path / "content", "--content_dir", 12), FailedPictures(tmp_path, "--style_dir", 3))
+    for _, _, failures in training_batches(pictures, range(24), 4, 0, pin_memory=False):
+        count_failures(failures, tallies)
+    assert tallies[0].paths == {str(broken)} and tallies[1].paths == set()
+    assert [str(broken) in line for line in capsys.readouterr().err.splitlines()] == [True]
+
+
+def test_folder_that_went_away_stops_the_run(tmp_path, capsys):
+    pictures = make_pictures(tmp_path, contents=200)
+    for path in pictures.folders[0]:
+        path.unlink()
+    _, _, failures = pictures[0]
+    tallies = tuple(FailedPictures(tmp_path, flag, 10_000) for flag in ("--content_dir", "--style_dir"))
+    assert len(failures) == sampling.MAX_DRAWS
+    assert "cannot be used" in user_error(count_failures, failures, tallies)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_picture_smaller_than_the_crop_is_enlarged(tmp_path, centered):
+    path = write_picture(tmp_path / "tiny.png", (10, 6), (200, 100, 50))
+    pictures = TrainingPictures([path], [path], CropConfig(6, 16, centered, MANY), seed=0)
+    for position in range(3):
+        content, style, failures = pictures[position]
+        assert content.shape == style.shape == (3, 16, 16) and failures == []
+        assert content.amin(dim=(1, 2)).tolist() == content.amax(dim=(1, 2)).tolist() == [200, 100, 50]
+
+
+def test_centered_crops(tmp_path):
+    pictures = make_pictures(tmp_path, crop=CropConfig(30, 16, True, MANY))
+    assert {describe(pictures[position][0])[1:] for position in range(10)} == {(12, 7)}
+
+
+def test_shorter_side_is_brought_to_imsize_before_the_crop(tmp_path):
+    """A 60 x 40 picture, left half black, resized to 30 x 20: of the whole height, 20 of 30 columns."""
+    image = Image.new("RGB", (60, 40), "black")
+    image.paste("white", (30, 0, 60, 40))
+    image.save(tmp_path / "halves.png")
+    paths = [tmp_path / "halves.png"]
+    content, _, _ = TrainingPictures(paths, paths, CropConfig(20, 20, True, MANY), seed=0)[0]
+    assert content.shape == (3, 20, 20)
+    assert (content[:, :, :8] < 5).all() and (content[:, :, 12:] > 250).all()
+
+
+def test_mixed_pictures_take_the_folders_in_turn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(MixedPictures, "_cut", lambda self, path, generator: seen.append(path))
+    pictures = MixedPictures([find_pictures(folder, "") for folder in (CONTENT_DIR, STYLE_DIR)], CROP, 0)
+    for position in range(16):
+        pictures[position]
+    assert [path.parent for path in seen] == [CONTENT_DIR, STYLE_DIR] * 8
+    assert len(set(seen)) == 16  # an epoch shows each picture once
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_positions_of_one_run(processes):
+    """Together the processes draw what one process with the whole batch draws, iteration by iteration."""
+    shards = [shard_positions(24, 5, 2, rank, processes) for rank in range(processes)]
+    actual = [[position for shard in shards for position in shard[2 * i : 2 * i + 2]] for i in range(5)]
+    desired = [list(range(24 + 2 * processes * i, 24 + 2 * processes * (i + 1))) for i in range(5)]
+    assert actual == desired
+
+
+# -------------------------------------------------------------------------------------------------- cache
+
+
+def cached_pictures(folder, cache) -> TrainingPictures:
+    """The pictures of `make_pictures`, through a cache."""
+    pictures = make_pictures(folder)
+    cache.folder.mkdir(exist_ok=True)
+    return TrainingPictures(*pictures.folders, pictures.crop, pictures.seed, cache)
+
+
+def test_cached_crops_are_the_same_pixels(tmp_path):
+    """In the run that fills the cache and in the next, at every size; JPEGs too, which are decoded reduced."""
+    generator = np.random.default_rng(0)
+    paths = []
+    for number, size in enumerate([(90, 60), (33, 47), (400, 300), (12, 200)]):
+        noise = generator.integers(0, 256, (size[1], size[0], 3), np.uint8)
+        paths.append(tmp_path / f"{number}.{('jpg', 'png')[number % 2]}")
+        Image.fromarray(noise).save(paths[-1])
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    for crop in (CropConfig(24, 16, False, MANY), CropConfig(16, 40, True, MANY)):
+        plain = TrainingPictures(paths, paths, crop, seed=0)
+        cached = TrainingPictures(paths, paths, crop, 0, cache)
+        for _ in range(2):
+            for position in range(8):
+                for actual, desired in zip(cached[position][:2], plain[position][:2]):
+                    assert torch.equal(actual, desired)
+
+
+def test_cached_picture_is_not_decoded_again(tmp_path, monkeypatch):
+    pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
+    desired = [pictures[position] for position in range(15)]  # every picture is in it now
+    monkeypatch.setattr(sampling, "load_resized", None)  # what cannot be called
+    again = TrainingPictures(*pictures.folders, pictures.crop, pictures.seed, PictureCache(tmp_path / "cache"))
+    for position in range(15):
+        assert all(torch.equal(*pair) for pair in zip(again[position][:2], desired[position][:2]))
+
+
+@pytest.mark.parametrize("change", ["content", "time"])
+def test_changed_picture_is_decoded_anew_and_the_old_one_dropped(tmp_path, change):
+    path = write_picture(tmp_path / "picture.png", (20, 20), (10, 20, 30))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    assert cache.open(path, 16)[0, 0].tolist() == [10, 20, 30]
+    other = cache.open(write_picture(tmp_path / "other.png", (20, 20), (1, 1, 1)), 16)
+    before = os.stat(path)
+    if change == "content":  # a longer file
+        write_map(path, (20, 20), number=77)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:  # as long, at another time
+        write_picture(path, (20, 20), (10, 20, 77))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert cache.open(path, 16)[0, 0, 2] == 77
+    assert len(list(cache.folder.glob("*/*.npy"))) == 2 and other[0, 0].tolist() == [1, 1, 1]
+
+
+def test_sizes_and_limits_do_not_mix(tmp_path):
+    path = write_picture(tmp_path / "picture.png", (40, 20))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    assert cache.open(path, 10).shape == (10, 20, 3) and cache.open(path, 16).shape == (16, 32, 3)
+    with pytest.raises(PictureError, match="--max_pixels 100"):
+        PictureCache(cache.folder, max_pixels=100).open(path, 10)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_damaged_cache_file_is_made_anew(tmp_path, damage):
+    path = write_map(tmp_path / "picture.png", (30, 20))
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    desired = np.array(cache.open(path, 16))
+    file = cache.file_of(path, 16)
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-1], "empty": b"", "text": b"no array" * 100}[damage])
+    assert np.array_equal(cache.open(path, 16), desired)
+    assert file.read_bytes() == whole
+
+
+def test_leftovers_are_swept_up_in_an_hours_time_and_nothing_is_flushed(tmp_path, monkeypatch):
+    """A kill leaves a file under another name, which nobody reads; a plain rename is all that pictures need."""
+    monkeypatch.setattr(os, "fsync", None)  # what cannot be called
+    cache = PictureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    file = cache.file_of(write_map(tmp_path / "picture.png", (30, 20)), 16)
+    cache.open(tmp_path / "picture.png", 16)
+    leftover = file.with_name(f".{file.name}.1.abcd.tmp")
+    leftover.write_bytes(b"half a pic")
+    cache.remove_leftovers()
+    assert leftover.exists()  # for all it knows another run is writing it
+    os.utime(leftover, (0, 0))
+    cache.remove_leftovers()
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, monkeypatch, capsys):
+    def no_space(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sampling, "write_atomically", no_space)
+    pictures, plain = cached_pictures(tmp_path, PictureCache(tmp_path / "cache")), make_pictures(tmp_path)
+    for position in range(6):
+        assert torch.equal(pictures[position][0], plain[position][0])
+    assert capsys.readouterr().err.count("--cache_dir") == 1
+
+
+def test_workers_share_a_cache(tmp_path):
+    pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
+    batches = list(training_batches(pictures, range(24), 4, 2, False))
+    plain = make_pictures(tmp_path)
+    for number, (content, style, failures) in enumerate(batches):
+        assert not failures
+        for offset in range(4):
+            desired = plain[4 * number + offset]
+            assert torch.equal(content[offset], desired[0]) and torch.equal(style[offset], desired[1])
+    assert len(list((tmp_path / "cache").glob("??/*.npy"))) == 8
+
+
+def test_picture_that_breaks_is_reported_by_a_cache_too(tmp_path):
+    pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
+    pictures.folders[0][0].unlink()
+    failures = [failure for position in range(5) for failure in pictures[position][2]]
+    assert any(str(pictures.folders[0][0]) == path for _, path, _ in failures)
+
+
+# ------------------------------------------------------------------------------------------------ workers
+
+
+def test_batches_go_through_the_pipe_and_not_through_shared_memory():
+    picture = torch.arange(3 * 8 * 8, dtype=torch.uint8).reshape(3, 8, 8)
+    *arrays, failures = sampling._as_arrays([(picture, []), (picture + 1, [(0, "a.jpg", "broken")])])
+    assert len(ForkingPickler.dumps(arrays)) > sum(array.nbytes for array in arrays)
+    assert (arrays[0][1] == picture.numpy() + 1).all() and failures == [(0, "a.jpg", "broken")]
+
+
+class Hanging(torch.utils.data.Dataset):
+    """Pictures that never come from position 2 on."""
+
+    def __getitem__(self, position: int):
+        if position >= 2:
+            threading.Event().wait()
+        return torch.full((3, 4, 4), position, dtype=torch.uint8), []
+
+
+def test_the_end_of_the_batches_ends_workers_that_hang_and_no_other_process():
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    other.start()
+    batches = training_batches(Hanging(), range(8), 2, 1, False)
+    assert next(batches)[0][:, 0, 0, 0].tolist() == [0, 1]
+    (worker,) = set(multiprocessing.active_children()) - {other}
+    os.kill(worker.pid, signal.SIGTERM)  # a scheduler's, which reaches all: the main process is not done
+    worker.join(0.5)
+    assert worker.is_alive()
+    batches.close()
+    assert multiprocessing.active_children() == [other]
+    other.kill()
+
+
+def hang(monkeypatch, after: int) -> None:
+    """Training pictures from position `after` on never come."""
+    real = TrainingPictures.__getitem__
+
+    def picture(self, position):
+        if position >= after:
+            threading.Event().wait()
+        return real(self, position)
+
+    monkeypatch.setattr(TrainingPictures, "__getitem__", picture)
+
+
+@pytest.mark.parametrize("number, code, workers", [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1)])
+def test_signal_while_waiting_for_data_saves_and_stops(small, tmp_path, monkeypatch, capsys, number, code, workers):
+    hang(monkeypatch, after=8)  # those before are shown at checkpoints, or seen in four iterations
+    settings = small | {"save_path": str(tmp_path / "run"), "num_workers": workers, "max_iter": 6, "check_iter": 4}
+
+    def stop() -> None:
+        while not (tmp_path / "run" / "check_point.pth").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert train(settings) == code
+    thread.join()
+    assert "stopped after iteration 4, saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train({"save_path": str(tmp_path / "run"), "resume": True}) == 0
+
+
+def test_killed_worker_ends_the_run_in_one_line(small, tmp_path, monkeypatch):
+    """What the kernel does when memory is short. The last checkpoint is good."""
+    hang(monkeypatch, after=4 * small["batch_size"])
+    settings = small | {"save_path": str(tmp_path / "run"), "num_workers": 2, "max_iter": 20, "check_iter": 2}
+
+    def kill() -> None:
+        while not (tmp_path / "run" / "check_point.pth").exists():
+            time.sleep(0.1)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    message = user_error(train, settings)
+    thread.join()
+    assert "--num_workers 2: a process that decodes pictures was killed" in message
+    assert "check_point.pth, go on with: python main.py --mode train --resume --save_path" in message
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
+def test_a_small_dev_shm_is_enough(small, tmp_path):
+    settings = small | {"save_path": tmp_path / "run", "num_workers": 4, "max_iter": 4, "batch_size": 8, "cropsize": 64,
+                        "imsize": 64}
+    command = " ".join([sys.executable, str(ROOT / "main.py"), "--mode", "train", *words(settings)])
+    mounted = f"mount -t tmpfs -o size=256k tmpfs /dev/shm || exit 77; {command}"
+    result = subprocess.run(["unshare", "-m", "bash", "-c", mounted], text=True, capture_output=True, timeout=300)
+    if result.returncode in (1, 77) and "training on" not in result.stderr:
+        pytest.skip(f"no file system of its own here: {result.stderr[-200:]}")
+    assert result.returncode == 0, result.stderr
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):
+    assert worker_count(0) == 0 and worker_count(5) == 5
+    for cores, desired in ((1, 1), (6, 6), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, cores=cores: set(range(cores)))
+        monkeypatch.setattr("utils.Path.read_text", lambda _self: "max 100000\n")
+        assert worker_count(None) == desired
+    monkeypatch.setattr("utils.Path.read_text", lambda _self: "250000 100000\n")
+    assert usable_cores() == 2
+    monkeypatch.setattr("utils.Path.read_text", lambda _self: "50000 100000\n")
+    assert usable_cores() == 1
+
+
+def test_a_skipped_picture_is_said_by_the_process_that_met_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    failed = FailedPictures(Path("photos"), "--content_dir", 100)
+    failed.add(Path("photos/a.jpg"), "photos/a.jpg: the file is empty")
+    assert capsys.readouterr().err == "rank 1: skipped photos/a.jpg: the file is empty\n"

@@ -1,0 +1,165 @@
+"""The training step: it learns what the plain one learns, and what makes it fast does what it says."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import CPU, make_trainer, random_batch, random_vgg, small_network
+from plain import PlainTrainer
+from torch.testing import assert_close
+
+import loss as losses
+from data import normalize
+from train import TrainConfig
+from training.step import METRICS, conv_format
+
+OFF = dict(style_loss_weight=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0)
+# An epsilon that gives channels of any strength a gradient.
+ON = dict(style_loss_weight=100.0, uncorrelation_loss_weight=50.0, channel_loss_weight=1e3, xor_loss_weight=500.0)
+WEIGHTS = {"content": OFF, "all": ON} | {
+    name.removesuffix("_loss_weight"): OFF | {name: weight} for name, weight in ON.items()
+}
+# With a frozen encoder, no other term has a gradient beyond these.
+CASES = [(name, 1e-5) for name in WEIGHTS] + [("content", 0.0), ("all", 0.0)]
+
+
+def relative_error(actual: torch.Tensor, desired: torch.Tensor) -> float:
+    return ((actual - desired).norm() / desired.norm()).item()
+
+
+# ------------------------------------------------------------------------------------- against the plain step
+
+
+def one_step_each(dtype: torch.dtype, **settings) -> tuple[dict, dict, float]:
+    """The losses of the fast and the plain step from the same weights, and the largest relative difference of a
+    gradient. The picture is noise: max pooling meets no ties."""
+    fast = make_trainer(dtype=dtype, decoder_lr=1e-4, l0_eps=1.0, **settings)
+    config = fast.config
+    plain = PlainTrainer(fast.network.state_dict(), random_vgg(), config.weights, config.learning_rates, config.l0_eps,
+                         CPU, dtype)
+    actual, desired = fast.step(*random_batch()), plain.step(*random_batch())
+    errors = []
+    for part, rate in config.learning_rates.items():
+        for mine, theirs in zip(getattr(fast.network, part).parameters(), getattr(plain, part).parameters()):
+            if rate:
+                errors.append(relative_error(mine.grad, theirs.grad))
+            else:
+                assert mine.grad is None and torch.equal(mine, theirs)
+    return {name: actual[name].item() for name in desired}, desired, max(errors)
+
+
+@pytest.mark.parametrize("terms, encoder_lr", CASES)
+def test_fast_step_equals_plain_step(terms, encoder_lr):
+    actual, desired, error = one_step_each(torch.float64, encoder_lr=encoder_lr, **WEIGHTS[terms])
+    assert actual == pytest.approx(desired, rel=1e-9)
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("amp, loss_error, gradient_error", [("off", 1e-3, 0.2), ("bf16", 0.1, 0.9)])
+def test_fast_step_is_near_the_plain_step_in_lower_precision(amp, loss_error, gradient_error):
+    """Where rounding puts a ReLU's input on the other side of zero, many gradients move."""
+    actual, desired, error = one_step_each(torch.float32, amp=amp, encoder_lr=1e-5, **ON)
+    assert actual == pytest.approx(desired, rel=loss_error)
+    assert 0 < error < gradient_error
+
+
+def test_shared_features_give_the_same_losses():
+    """A frozen encoder that equals the loss network is computed once; the terms stay what they were."""
+    shared, separate = (make_trainer(encoder_lr=0.0, dtype=torch.float64) for _ in range(2))
+    assert shared.forward_pass.encoder_is_loss_network and not make_trainer().forward_pass.encoder_is_loss_network
+    separate.forward_pass.encoder_is_loss_network = False
+    desired, actual = (trainer.step(*random_batch(), all_terms=True) for trainer in (separate, shared))
+    for name in METRICS:
+        assert_close(actual[name], desired[name], rtol=1e-9, atol=0, msg=name)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_step_equals_eager_step():
+    """Losses and gradients, as where terms of weight 0 are measured, too. (test_gpu.py has every layer: on a CPU that
+    compiles for minutes.)"""
+    settings = ON | dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0, shift_loss_weight=30.0, xor_loss_weight=0.0)
+    eager, compiled = (make_trainer(small_network(), dtype=torch.float64, compile=compile, **settings)
+                       for compile in (False, True))
+    desired, actual = (trainer.step(*random_batch(), all_terms=True) for trainer in (eager, compiled))
+    assert_close(actual, desired, rtol=1e-9, atol=1e-12)
+    for one, other in zip(compiled.network.parameters(), eager.network.parameters()):
+        assert relative_error(one.grad, other.grad) < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------- its parts
+
+
+def test_format_of_convolutions():
+    assert conv_format(CPU, None, is_trained=True) == torch.contiguous_format
+    assert conv_format(CPU, None, is_trained=False) == torch.channels_last
+    assert conv_format(CPU, torch.bfloat16, is_trained=True) == torch.channels_last
+    assert conv_format(torch.device("cuda"), None, is_trained=True) == torch.channels_last
+
+
+def test_rates_rise_stay_and_fall():
+    config = TrainConfig(max_iter=8, warmup_iter=2, decay_iter=3)
+    assert [config.rate_share(iteration) for iteration in range(1, 9)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert {TrainConfig(max_iter=8).rate_share(iteration) for iteration in range(1, 9)} == {1.0}
+
+
+def test_a_step_at_a_share_of_the_rates_is_one_at_rates_that_small():
+    scheduled = make_trainer(small_network(), warmup_iter=4)
+    plain = make_trainer(small_network(), encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)
+    scheduled.begin(1)
+    for trainer in (scheduled, plain):
+        trainer.step(*random_batch())
+    for actual, desired in zip(scheduled.network.parameters(), plain.network.parameters()):
+        assert torch.equal(actual, desired)
+
+
+def test_weight_zero_is_measured_at_a_check_but_gives_no_gradient():
+    trainer = make_trainer(small_network(), channel_loss_weight=0.0, xor_loss_weight=0.0, uncorrelation_loss_weight=0.0)
+    step = trainer.step(*random_batch())
+    assert not {"channel", "xor", "uncorrelation"} & step.keys() and step["nonzero_channels"] > 0
+    check = trainer.step(*random_batch(), all_terms=True)
+    assert_close(check["total"], check["content"] + 100 * check["style"])
+    assert check["channel"] > 0
+
+
+def test_channel_and_xor_losses_switch_channels_off():
+    """A dozen steps on one batch: channels go off, and for all pictures alike."""
+    trainer = make_trainer(channel_loss_weight=1e4, xor_loss_weight=500.0, encoder_lr=2e-4)
+    start = trainer.step(*random_batch())
+    for _ in range(12):
+        end = trainer.step(*random_batch())
+    assert end["nonzero_channels"] < start["nonzero_channels"] - 20
+    assert end["channels_off_for_all"] > start["channels_off_for_all"] + 10
+
+
+# -------------------------------------------------------------------------------------------------- shift loss
+
+
+def test_shift_loss_of_the_step():
+    """Against two separate passes: a photograph, and the same moved, in the style of the same pictures."""
+    trainer, frozen = (make_trainer(shift_loss_weight=30.0, encoder_lr=rate, dtype=torch.float64)
+                       for rate in (5e-5, 0.0))  # a frozen encoder is the loss network
+    for each in (trainer, frozen):
+        each.begin(3)
+    content, style = random_batch(32)
+    rows, columns = trainer.move.tolist()
+    step = trainer.step(content, style)
+    network = make_trainer(dtype=torch.float64).network
+    outputs = [network(normalize(picture).double(), normalize(style).double())
+               for picture in (content, losses.moved(content, trainer.move))]
+    inner = (..., slice(6, 18), slice(6, 18))  # of 32 x 32 pixels, a quarter of 24 at each border, and a stride
+    desired = (outputs[0][..., rows:, columns:][inner] - outputs[1][inner]).square().mean()
+    assert desired > 0
+    for actual in (step, frozen.step(content, style)):
+        assert_close(actual["shift"], desired, rtol=1e-9, atol=0)
+    without = make_trainer(dtype=torch.float64).step(content, style)
+    assert "shift" not in without
+    assert_close(step["total"], without["total"] + 30.0 * desired, rtol=1e-9, atol=0)
+
+
+def test_shift_loss_takes_every_move_in_turn():
+    trainer = make_trainer(small_network(), shift_loss_weight=1.0)
+    moves = []
+    for iteration in range(1, 64):
+        trainer.begin(iteration)
+        moves.append(tuple(trainer.move.tolist()))
+    assert set(moves) == {(rows, columns) for rows in range(8) for columns in range(8)} - {(0, 0)}

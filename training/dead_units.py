@@ -1,0 +1,53 @@
+"""Dead units: channels that are on nowhere, counted while a network learns."""
+
+import torch
+from torch import Tensor
+
+from data import normalize
+from network import StyleTransferNetwork, adain, channel_statistics
+from utils import note
+
+MANY = 0.1  # share of the decoder's units, above which their number is said
+
+
+class DeadUnits:
+    """Counts the units, output channels of a convolution behind its ReLU, that are on (above 0) at no position of any
+    of some pictures.
+
+    The same PAIRS pairs of crops at every checkpoint: few enough to take less time than two training steps, and their
+    thousands of positions tell a unit that died from one that is seldom on. A few units that only rare things switch on
+    count as dead, too.
+    """
+
+    PAIRS = 8
+
+    def __init__(self, content: Tensor, style: Tensor, warns: bool = True) -> None:
+        """content, style: (n, 3, H, W), uint8. warns: whether many dead units of the decoder are said, once."""
+        self.pairs = content, style
+        self.warns = warns
+
+    def count(self, network: StyleTransferNetwork) -> dict[str, int | list[int]]:
+        """For metrics.jsonl: all dead units, and those of each layer in forward order, encoder then decoder; the
+        decoder's last layer gives the picture and is left out."""
+        dead = [int(is_dead.sum()) for is_dead in self.find(network)]
+        units = sum(network.config.decoder_widths[:-1])
+        of_decoder = sum(dead[len(network.config.encoder_widths) :])
+        if self.warns and of_decoder > MANY * units:
+            self.warns = False
+            note(f"{of_decoder} of the decoder's {units} units are on nowhere in {len(self.pairs[0])} pictures, and do "
+                 "not learn any more; --warmup_iter, a lower rate or a lower --channel_loss_weight may keep them alive")
+        return {"dead_units": sum(dead), "dead_units_by_layer": dead}
+
+    @torch.no_grad()
+    def find(self, network: StyleTransferNetwork) -> list[Tensor]:
+        """Which units of each layer are dead, (C,), in forward order."""
+        weight = next(network.parameters())
+        is_on = None
+        for content, style in zip(*(pictures.split(1) for pictures in self.pairs)):
+            both = normalize(torch.cat([content, style]).to(weight.device)).to(weight.dtype)  # (2, 3, H, W)
+            features = network.encoder.features(both)
+            aligned = adain(features[-1][:1], *channel_statistics(features[-1][1:]))
+            features += network.decoder.features(aligned.to(weight.dtype))[:-1]
+            these = [(feature > 0).any(dim=3).any(dim=2).any(dim=0) for feature in features]
+            is_on = these if is_on is None else [a | b for a, b in zip(is_on, these)]
+        return [~on for on in is_on]

@@ -132,5 +132,8 @@ def write_page(path: Path, files: Mapping[str, bytes]) -> None:
             write_atomically(beside / name, lambda file, content=content: file.write(content))
         beside.chmod(0o755)  # for a web server; mkdtemp's are private
         beside.replace(path)  # which may be there, and empty
+    except OSError as error:
+        error.filename = str(path)  # not what lies beside it
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

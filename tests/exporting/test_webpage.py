@@ -1,6 +1,7 @@
 """The folder that `--mode export` writes for the browser. What the page does in one: exporting/page/test/."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -198,18 +199,19 @@ def test_what_is_there_is_never_overwritten(web, model, tmp_path, capsys):
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    write = Path.write_bytes
+    replace = os.replace
 
-    def fill_the_disk(path, content):
-        if path.name == "b":
-            raise OSError(28, "No space left on device", str(path))
-        return write(path, content)
+    def fill_the_disk(source, target):
+        if Path(target).name == "b":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
 
     (tmp_path / "page").mkdir()  # empty: as good as none
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", fill_the_disk)
-        with pytest.raises(OSError):
+        patch.setattr(os, "replace", fill_the_disk)
+        with pytest.raises(OSError) as caught:
             write_page(tmp_path / "page", {"a": b"1", "b": b"2"})
+    assert caught.value.filename == str(tmp_path / "page")
     assert [*tmp_path.iterdir()] == [tmp_path / "page"] and not [*(tmp_path / "page").iterdir()]
     write_page(tmp_path / "page", {"a": b"1", "b/c": b"2"})
     assert (tmp_path / "page" / "b" / "c").read_bytes() == b"2"

@@ -113,20 +113,6 @@ def test_training_batches_are_those_of_the_folder(photos, tmp_path, workers, met
         assert failures == [] and all(torch.equal(picture, other) for picture, other in zip(pictures, others))
 
 
-def test_the_same_pictures_are_held_out(tmp_path):
-    names = [f"train2014/COCO_train2014_{number:012d}.jpg" for number in range(200)]
-    with zipfile.ZipFile(tmp_path / "train2014.zip", "w") as file:
-        for name in reversed(names):
-            file.writestr(name, b"")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    splits = [[below(part, root) for part in split_holdout(find_pictures(path, ""), 0.2)]
-              for path, root in ((tmp_path / "train2014.zip", tmp_path / "train2014.zip"),
-                                 (tmp_path / "train2014", tmp_path))]
-    assert splits[0] == splits[1] and len(splits[0][1]) > 10
-
-
 def test_test_mode_paints_and_names_the_same(photos, tmp_path, monkeypatch):
     model = write_model(tmp_path / "model.pth", small_network())
     pack(photos, tmp_path / "photos.zip")
@@ -229,15 +215,6 @@ def test_large_archives_are_opened_once_and_not_sent_to_workers(tmp_path, monkey
     assert len(pickle.dumps(TrainingPictures(paths, paths[:1], CROP, seed=0))) < 150 * count  # the paths
 
 
-def test_members_beyond_4_gigabytes(tmp_path):
-    archive = tmp_path / "large.zip"
-    with open(archive, "wb") as file:
-        file.seek(5 * 2**30)  # a hole, which takes no disk
-        with zipfile.ZipFile(file, "w") as opened:
-            opened.writestr("a.png", picture_bytes())
-    assert load_picture(find_pictures(archive, "")[0]).size == (20, 16)
-
-
 # ------------------------------------------------------------------------------------------------- names
 
 
@@ -281,29 +258,19 @@ def spoil(archive: Path, content: bytes, how: str) -> None:
     raw = bytearray(archive.read_bytes())
     place = raw.index(content)  # behind the name in its header
     header = raw.rindex(b"PK\3\4", 0, place)
-    name = bytes(raw[header + 30 : place])
-    entry = raw.index(name, raw.index(b"PK\1\2")) - 46
+    entry = raw.index(raw[header + 30 : place], raw.index(b"PK\1\2")) - 46
     match how:
         case "pixels":
             raw[place + len(content) // 2] ^= 1
-        case "header":
-            raw[header] = 0
         case "encrypted":
             raw[header + 6] |= 1
             raw[entry + 8] |= 1
-        case "method":
-            raw[entry + 10] = 97
-        case "deflated":
-            raw[entry + 10] = zipfile.ZIP_DEFLATED
         case "size":
             raw[entry + 20 : entry + 28] = b"\xff\xff\xff\xef" * 2
     archive.write_bytes(raw)
 
 
-@pytest.mark.parametrize("how, said", [
-    ("pixels", "Bad CRC-32"), ("header", "Bad magic number"), ("encrypted", "encrypted"), ("method", "compression"),
-    ("deflated", "decompressing"), ("size", "too many for a picture"),
-])
+@pytest.mark.parametrize("how, said", [("pixels", "Bad CRC-32"), ("encrypted", "encrypted"), ("size", "too many")])
 def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, how, said):
     contents = {f"p{number}": picture_bytes(number) for number in range(12)}
     archive = write_archive(tmp_path / "photos.zip", **contents)
@@ -313,9 +280,6 @@ def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, how, said
     paths, failed = open_folder(archive, "--content_dir", CROP.max_pixels)
     assert len(paths) == 11 and archive / "p4.png" not in paths and failed.total == 12
     assert f"skipped {message}" in capsys.readouterr().err
-    cache = PictureCache(tmp_path)
-    with pytest.raises(data.PictureError, match=said):
-        cache.open(archive / "p4.png", 16)
 
 
 def test_empty_and_broken_members_are_bad_pictures(tmp_path):
@@ -361,17 +325,11 @@ def test_cache_knows_a_member_by_its_place_and_content(tmp_path, monkeypatch):
     cache = PictureCache(tmp_path / "cache")
     cache.folder.mkdir()
     first = {name: cache.open(archive / f"{name}.png", 16).tobytes() for name in "ab"}
-    assert first["a"] != first["b"] and len(list(cache.folder.glob("??/*.npy"))) == 2
-    monkeypatch.chdir(tmp_path)
+    write_archive(archive, a=picture_bytes(3), b=picture_bytes(2), c=picture_bytes(4))
     (tmp_path / "link.zip").symlink_to("photos.zip")
     with monkeypatch.context() as patch:
         patch.setattr("training.sampling.load_resized", None)  # nothing is decoded again
-        assert cache.open(Path("photos.zip/a.png"), 16).tobytes() == first["a"]
-        assert cache.open(Path("link.zip/b.png"), 16).tobytes() == first["b"]
-    write_archive(archive, a=picture_bytes(3), b=picture_bytes(2), c=picture_bytes(4))
-    with monkeypatch.context() as patch:
-        patch.setattr("training.sampling.load_resized", None)
-        assert cache.open(archive / "b.png", 16).tobytes() == first["b"]
-    write_picture(tmp_path / "same.png", (20, 16))
+        for path in (archive, tmp_path / "link.zip"):
+            assert cache.open(path / "b.png", 16).tobytes() == first["b"]
     assert cache.open(archive / "a.png", 16).tobytes() not in first.values()
     assert len(list(cache.folder.glob("??/*.npy"))) == 2  # the old one is dropped

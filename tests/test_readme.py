@@ -112,7 +112,11 @@ def test_every_line_of_a_block_is_of_a_known_program(page):
         assert words[0] != "make" or f"\n{words[1]}:" in read("Makefile")
 
 
-@pytest.mark.parametrize("page, words", every_command(r"main\.py"))
+DEMO = [pytest.param("demo.sh", shlex.split(line), id=f"demo.sh: {line[:60]}") for line in re.findall(
+    r'^ *"\$python" (main\.py .*)', read("demo.sh").replace("\\\n", " "), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page, words", every_command(r"main\.py") + DEMO)
 def test_command_of_main_parses(page, words, tmp_path, monkeypatch, capsys):
     for other in commands(page):  # what an earlier command of the page paints is a folder of pictures to the next
         if "--paint" in other:

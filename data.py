@@ -10,7 +10,7 @@ import struct
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -594,27 +594,20 @@ class FailedPictures:
 def open_folder(
     folder: Path, flag: str, max_pixels: int, output: Path | None = None
 ) -> tuple[list[Path], FailedPictures]:
-    """The pictures of a folder and the tally of its failures; some are decoded now, see `_usable`.
+    """The pictures of a folder and the tally of its failures.
 
-    Raises UserError as `find_pictures` and `_usable` do.
-    """
-    contents = look_through(folder, flag, output)
-    failed = FailedPictures(folder, flag, len(contents.pictures), contents.describe_left_out())
-    return _usable(contents.pictures, lambda path: load_picture(path, 1, max_pixels), failed), failed
-
-
-def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPictures) -> list[Path]:
-    """`paths` without those that `load` raises a PictureError for; these are added to `failed`.
-
-    Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts;
-    the rest are met as they are drawn. Raises UserError when over a tenth fail.
+    Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts; the rest are
+    met as they are drawn. Raises UserError as `find_pictures` does, and when over a tenth fail.
     """
     def reason(path: Path) -> str | None:
         try:
-            load(path)
+            load_picture(path, 1, max_pixels)
         except PictureError as error:
             return str(error)
 
+    contents = look_through(folder, flag, output)
+    paths = contents.pictures
+    failed = FailedPictures(folder, flag, len(paths), contents.describe_left_out())
     sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
     with ThreadPoolExecutor(usable_cores()) as pool:
         broken = {path: text for path, text in zip(sample, pool.map(reason, sample)) if text is not None}
@@ -622,4 +615,4 @@ def _usable(paths: list[Path], load: Callable[[Path], object], failed: FailedPic
         failed.check(len(broken), len(sample), list(broken.values())[-1])
     for path, text in broken.items():
         failed.add(path, text)
-    return [path for path in paths if path not in broken]
+    return [path for path in paths if path not in broken], failed

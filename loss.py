@@ -73,7 +73,9 @@ def uncorrelation_loss(feature: Tensor) -> Tensor:
 def channel_norm(feature: Tensor) -> Tensor:
     """The l2 norm of every channel over its positions: (B, C, H, W) to (B, C), >= 0, in float32 or finer.
 
-    Its gradient at an all-zero channel is 0: a channel that is off stays off.
+    feature: of a batch, behind a ReLU, so that a channel that is off is zero; in any network, it is best taken where
+    the next convolution reads it. A batch norm before the ReLU is no obstacle; one behind it, or an activation that
+    is nowhere zero, leaves no channel off. The gradient at an all-zero channel is 0: what is off stays off.
     """
     return torch.linalg.vector_norm(in_full(feature).flatten(2), dim=2)
 
@@ -90,7 +92,8 @@ def l0_norm(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
 def channel_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     """Mean of l0 over pictures and channels: the share of channels that are on (Kim & Choi, eq. 4).
 
-    norm: (n, C), the `channel_norm` of content and style features together.
+    norm: (n, C), the `channel_norm` of content and style features together, or of a batch of any inputs. The norms of
+    several layers may stand side by side in C.
     """
     return l0_norm(norm, eps).mean()
 
@@ -99,9 +102,10 @@ def xor_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     """Mean of |l0_i - l0_j| over channels and pairs of pictures: 0 when the same channels are on for every
     picture (Kim & Choi, eq. 5).
 
-    norm: (n, C), n >= 2. No n x n table: sum_{i<j} |x_i - x_j| = sum_i (#{x < x_i} - #{x > x_i}) x_i, the
-    counts read off the sorted values. Equal values cancel exactly, so that saturated channels get no
-    gradient. x is eps / (norm + eps) = 1 - l0, which keeps its digits where l0 rounds to 1.
+    norm: (n, C), n >= 2, as for `channel_loss`: of two inputs or more, and the more they differ, the more the batch
+    says of all. No n x n table: sum_{i<j} |x_i - x_j| = sum_i (#{x < x_i} - #{x > x_i}) x_i, the counts read off the
+    sorted values. Equal values cancel exactly, so that saturated channels get no gradient. x is eps / (norm + eps) =
+    1 - l0, which keeps its digits where l0 rounds to 1.
     """
     pictures, channels = norm.shape
     off = (eps / (norm + eps)).t().contiguous()  # (C, n)

@@ -31,7 +31,8 @@ from utils import (
 )
 from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint
 
-FIXED = ("teacher", "load_path", "new_weights", "upsampling", "pooling")  # settings that a resumed run keeps
+# Settings that a resumed run keeps.
+FIXED = ("teacher", "load_path", "new_weights", "vgg_weights", "upsampling", "pooling")
 WARMUP_SHARE = 0.05
 HELD_OUT_PICTURES = 128
 
@@ -43,6 +44,7 @@ class DistillConfig:
     teacher: str | None = setting(needed=True)
     load_path: str | None = setting(needed=True, more="the one that learns")
     new_weights: bool = False
+    vgg_weights: str | None = setting(more="nothing else needs it")
     upsampling: str | None = None  # None: as load_path says
     pooling: str | None = None  # likewise
     content_dir: str | None = None
@@ -184,10 +186,10 @@ class Distiller:
         self.dead_units: DeadUnits | None = None
         self.amp_dtype = autocast_dtype(config.amp, device)
         if checkpoint is None:
-            network, _ = load_network(config.load_path)
+            network, _ = load_network(config.load_path, vgg_weights=config.vgg_weights)
         else:
             network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["student_config"]))
-        teacher, teacher_checkpoint = load_teacher(config.teacher, network.config)
+        teacher, teacher_checkpoint = load_teacher(config.teacher, network.config, config.vgg_weights)
         self.teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.vgg_origin = teacher_checkpoint.get("vgg_weights")
         if config.new_weights:

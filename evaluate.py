@@ -200,7 +200,7 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
     """Every model of `--load_path`, on the device. Raises UserError for an unusable one, or the same twice."""
     models = []
     for path, name in zip(config.load_path, model_names(config.load_path)):
-        network, checkpoint = open_model(path, config.swap_max_pool, config.backbone)
+        network, checkpoint = open_model(path, config.swap_max_pool, config.backbone, config.vgg_weights)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"load_path {path}: this model is named twice")
@@ -208,6 +208,10 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
         if config.amp == "auto":
             decode_in_half(stylizer, name)
         models.append(Model(name, file, stylizer, checkpoint))
+    is_encoder = config.vgg_weights not in VGG_SOURCES and any(
+        str(model.checkpoint.get("vgg_weights")).startswith(config.vgg_weights) for model in models)
+    if "vgg_weights" in changed(config) and not is_encoder and not set(LOSS_METRICS) & set(config.measured):
+        note("--vgg_weights has no effect without --metrics content or style")
     return models
 
 
@@ -245,9 +249,8 @@ def test(given: dict) -> int:
         return _stylise_video(config)
     for flag in changed(config) & {"frame_rate", "temporal_smoothing"}:
         note(f"--{flag} has no effect on pictures")
-    if not set(LOSS_METRICS) & set(config.measured):
-        for flag in changed(config) & {"vgg_weights", "style_loss"}:
-            note(f"--{flag} has no effect without --metrics content or style")
+    if "style_loss" in changed(config) and not set(LOSS_METRICS) & set(config.measured):
+        note("--style_loss has no effect without --metrics content or style")
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     with process_group(torch.device("cpu"), PATIENCE):  # what the processes tell each other lies in the CPU's memory
@@ -259,7 +262,7 @@ def _stylise_video(config: TestConfig) -> int:
     if not is_first_process():  # one file, one process
         return 0
     target = check_video(config)
-    no_effect = {"holdout", "pairs", "skip_existing", "seed", "vgg_weights", "style_loss"}
+    no_effect = {"holdout", "pairs", "skip_existing", "seed", "style_loss"}
     if not is_searched(config.input("content")[0][0]):
         no_effect.add("frame_rate")  # it is of a folder of frames
     for flag in sorted(changed(config) & no_effect):

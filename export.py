@@ -390,7 +390,7 @@ def export(given: dict) -> int:
         styles = find_styles(config.style_dir, path)
     elif path.is_dir():
         raise UserError(f"--save_path {path}: is a folder, the name of a file is needed")
-    network, checkpoint = open_model(config.load_path, config.swap_max_pool, config.backbone)
+    network, checkpoint = open_model(config.load_path, config.swap_max_pool, config.backbone, config.vgg_weights)
     network.use(config.upsampling)
     if path.exists() and path.samefile(find_model_file(Path(config.load_path))):
         raise UserError(f"--save_path {path}: would overwrite the model that --load_path names; choose another")

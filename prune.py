@@ -46,6 +46,7 @@ class PruneConfig:
     content: str = setting(str(DEMO_CONTENT), more="for the picture grid")
     style: str = setting(str(DEMO_STYLE), more="for the picture grid")
     backbone: str | None = None
+    vgg_weights: str | None = setting(more="nothing else needs it")
     swap_max_pool: bool = False
     style_strength: float = 1.0
     imsize: int = 512
@@ -292,7 +293,7 @@ def prune(given: dict) -> int:
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     model_file = find_model_file(Path(config.load_path))
-    network, checkpoint = open_model(str(model_file), config.swap_max_pool, config.backbone)
+    network, checkpoint = open_model(str(model_file), config.swap_max_pool, config.backbone, config.vgg_weights)
     network = network.to(device, memory_format=torch.channels_last)
     width = network.config.bottleneck_width
     # All that can be refused is refused before the long measurement.

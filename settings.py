@@ -89,7 +89,8 @@ SHARED = {
     "teacher": _said("the network whose output and bottleneck features are to be matched: a model file, or the folder "
                      "of a run", "networks"),
     "vgg_weights": _said(f"weights of the loss network: {', '.join(VGG_SOURCES)}, or a .pth or .safetensors file with "
-                         "torchvision's names", "networks", metavar="SOURCE"),
+                         "torchvision's names; the vgg_normalised.pth of an AdaIN program is one, too, and is then the "
+                         "encoder of a decoder.pth", "networks", metavar="SOURCE"),
     "backbone": _said("VGG network that the encoder and the loss network are taken from", "networks",
                       choices=BACKBONES, none="the model file's, and no other"),
     "swap_max_pool": _said("average pooling instead of max pooling in the encoder", "networks"),

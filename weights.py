@@ -7,12 +7,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
+from data import IMAGENET_MEAN, IMAGENET_STD
 from network import BACKBONES, LossNetwork, NetworkConfig, StyleTransferNetwork, conv_layers
 from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
 
@@ -40,9 +42,10 @@ def conv_indices(backbone: str) -> list[int]:
 def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tensor], str]:
     """VGG weights up to the deepest tap of the loss network, for `--vgg_weights source`.
 
-    source: imagenet, bundled, random, or the path of a .pth or .safetensors file with torchvision's
-    keys (`features.N.weight`). Returns the float32 tensors keyed `<N>.weight`, `<N>.bias`, and a line
-    that says where they are from. Raises UserError when they cannot be had; nothing is ever replaced.
+    source: imagenet, bundled, random, or the path of a .pth or .safetensors file with torchvision's keys
+    (`features.N.weight`), or with those of an AdaIN program's vgg_normalised.pth. Returns the float32 tensors keyed
+    `<N>.weight`, `<N>.bias`, and a line that says where they are from. Raises UserError when they cannot be had;
+    nothing is ever replaced.
     """
     if source == "random":
         return _random_vgg(backbone, seed), f"random (He initialisation, zero-sum filters, seed {seed})"
@@ -54,13 +57,19 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
             raise UserError(f"vgg_weights bundled: there are bundled weights for vgg19, not for {backbone}")
         if source == "bundled" and not path.exists():
             raise UserError(f"vgg_weights bundled: {path} is not there; use imagenet, random or a path")
-        weights = (_read_safetensors(path, "vgg_weights")[0] if path.suffix == SAFETENSORS
-                   else load_checkpoint(path, "vgg_weights"))
-        origin = f"{source} ({_digest(path)})"
+        weights, origin = _read_vgg(path), f"{source} ({_digest(path)})"
+        if _is_adain_vgg(weights):
+            weights = fold_adain_vgg(weights)
     wanted = {f"features.{name}": tensor for name, tensor in LossNetwork(backbone).layers.state_dict().items()}
-    _check_tensors(f"vgg_weights {source}", weights, wanted,
-                   f"a {backbone} file with torchvision's keys up to {list(wanted)[-1]} is needed")
+    _check_tensors(f"vgg_weights {source}", weights, wanted, f"a {backbone} file with torchvision's keys up to "
+                   f"{list(wanted)[-1]}, or AdaIN's vgg_normalised.pth with {ADAIN_VGG_KEYS}, is needed")
     return {name.removeprefix("features."): weights[name].float() for name in wanted}, origin
+
+
+def _read_vgg(path: Path) -> dict:
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path, "vgg_weights")[0]
+    return load_checkpoint(path, "vgg_weights")
 
 
 def _digest(path: Path) -> str:
@@ -144,6 +153,62 @@ def _check_tensors(source: str, found: dict, wanted: dict[str, Tensor], needed: 
             raise UserError(f"{source}: {name} holds values that are not finite")
 
 
+# ------------------------------------------------------------------------- weights of AdaIN programs
+
+# The 3x3 convs in the files of pytorch-AdaIN, numbered as in nn.Sequential. Those of decoder.pth are our decoder's. In
+# vgg_normalised.pth a 1x1 conv before them brings RGB of 0..1 to its own scale, and others may follow relu4_1.
+ADAIN_DECODER = (1, 5, 8, 11, 14, 18, 21, 25, 28)
+ADAIN_VGG = (2, 5, 9, 12, 16, 19, 22, 25, 29)
+ADAIN_VGG_KEYS = f"a 1x1 conv called 0 and 3x3 convs {', '.join(map(str, ADAIN_VGG))}"
+
+
+def _keys(indices: Iterable[int]) -> list[str]:
+    return [f"{index}.{kind}" for index in indices for kind in ("weight", "bias")]
+
+
+def _is_adain_vgg(tensors: dict) -> bool:
+    if not all(isinstance(tensors.get(key), Tensor) for key in _keys((0, *ADAIN_VGG))):
+        return False
+    return tensors["0.weight"].shape == (3, 3, 1, 1) and tensors["2.weight"].shape[1:] == (3, 3, 3)
+
+
+def fold_adain_vgg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The convs of a vgg_normalised.pth to relu4_1 by torchvision's keys, for ImageNet-normalised RGB: the first takes
+    in the 1x1 conv and the normalisation. The function is the same where the encoder pads by reflection; a constant
+    that the 1x1 conv adds does not end at the border as it would with zeros."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    matrix, offset = tensors["0.weight"].double().flatten(1), tensors["0.bias"].double()  # (3, 3), (3,)
+    weight, bias = tensors["2.weight"], tensors["2.bias"]  # (C, 3, 3, 3), (C,)
+    shift = weight.double().sum(dim=(2, 3)) @ (matrix @ mean + offset)
+    first = {"2.weight": torch.einsum("cihw,ij->cjhw", weight.double(), matrix * std).to(weight),
+             "2.bias": (bias.double() + shift).to(bias)}
+    return {f"features.{ours}": (tensors | first)[theirs]
+            for ours, theirs in zip(_keys(conv_indices("vgg19")), _keys(ADAIN_VGG))}
+
+
+def join_adain(decoder: dict[str, Tensor], vgg: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of the network whose decoder is a decoder.pth and whose encoder is `vgg`, from `fold_adain_vgg`.
+    The last conv takes in that our pictures are normalised and the decoder's are RGB of 0..1."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    weight, bias = decoder["28.weight"], decoder["28.bias"]
+    last = {"28.weight": (weight.double() / std.view(3, 1, 1, 1)).to(weight), "28.bias": ((bias - mean) / std).to(bias)}
+    return ({name.replace("features", "encoder.layers.0"): tensor for name, tensor in vgg.items()}
+            | {f"decoder.layers.0.{name}": tensor for name, tensor in (decoder | last).items()})
+
+
+def _load_adain(source: str, decoder: dict[str, Tensor], vgg_weights: str | None) -> dict:
+    """The checkpoint dictionary of a decoder.pth and the vgg_normalised.pth at `vgg_weights`. Raises UserError."""
+    needed = f"its vgg_normalised.pth is needed, with {ADAIN_VGG_KEYS}"
+    if vgg_weights in (None, *VGG_SOURCES):
+        raise UserError(f"vgg_weights {vgg_weights or 'is missing'}: {source} is the decoder of an AdaIN program, "
+                        f"{needed}")
+    vgg = _read_vgg(Path(vgg_weights))
+    if not _is_adain_vgg(vgg):
+        raise UserError(f"vgg_weights {vgg_weights} is no encoder of {source}, {needed}")
+    return {"state_dict": join_adain(decoder, fold_adain_vgg(vgg)),
+            "vgg_weights": f"{vgg_weights} ({_digest(Path(vgg_weights))})"}
+
+
 # ---------------------------------------------------------------------------------------- model files
 
 
@@ -211,13 +276,14 @@ def model_names(paths: Iterable[str]) -> list[str]:
 
 
 def load_network(
-    path: Path, swap_max_pool: bool = False, flag: str = "--load_path"
+    path: Path, swap_max_pool: bool = False, flag: str = "--load_path", vgg_weights: str | None = None
 ) -> tuple[StyleTransferNetwork, dict]:
     """Rebuild the network in a model file, full or pruned, on the CPU, in float32 and evaluation mode.
 
     Files of the original implementation hold only `state_dict`, or are a state_dict themselves: widths are read off
     the tensors, and `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
-    Tensors may be named as in a wrapped network, see `unwrap_names`.
+    Tensors may be named as in a wrapped network, see `unwrap_names`. The decoder.pth of an AdaIN program gets its
+    encoder from the vgg_normalised.pth that `vgg_weights` names.
     Returns the network and the whole checkpoint dictionary. Raises UserError, naming `flag`, when it is
     no model.
     """
@@ -230,11 +296,17 @@ def load_network(
         raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed, or the "
                         f"state_dict itself; found {found})")
     state_dict = unwrap_names(f"{flag} {path}", checkpoint["state_dict"])
+    is_adain = state_dict.keys() == set(_keys(ADAIN_DECODER))
+    if is_adain:
+        checkpoint = _load_adain(f"{flag} {path}", state_dict, vgg_weights)
+        state_dict = checkpoint["state_dict"]
     try:
         config = (NetworkConfig.from_dict(checkpoint["config"]) if "config" in checkpoint
                   else _config_from_tensors(state_dict, "avg" if swap_max_pool else "max"))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error
+    if is_adain:
+        config = replace(config, padding="reflect")
     if swap_max_pool and config.pooling != "avg":
         raise UserError(f"swap_max_pool: {path} was made with {config.pooling} pooling; leave the flag out")
     with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out
@@ -247,9 +319,11 @@ def load_network(
     return network.eval(), checkpoint
 
 
-def load_teacher(path: Path, student: NetworkConfig) -> tuple[StyleTransferNetwork, dict]:
+def load_teacher(
+    path: Path, student: NetworkConfig, vgg_weights: str | None = None
+) -> tuple[StyleTransferNetwork, dict]:
     """`load_network` of `--teacher`. Raises UserError when its bottleneck is not as large as the student's."""
-    teacher, checkpoint = load_network(path, flag="--teacher")
+    teacher, checkpoint = load_network(path, flag="--teacher", vgg_weights=vgg_weights)
     if teacher.config.stride != student.stride:
         raise UserError(f"teacher {path} is a {teacher.config.backbone} network, with a bottleneck of "
                         f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
@@ -284,4 +358,4 @@ def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str) -> Network
             return config.with_widths([found[conv] for conv in convs])
     others = [name for name in found if not name.startswith(("encoder.layers.0.", "decoder.layers.0."))]
     raise ValueError(f"its {len(found)} convs, {(others or [*found, 'none'])[0]} among them, are those of neither "
-                     f"{' nor '.join(BACKBONES)}")
+                     f"{' nor '.join(BACKBONES)} nor AdaIN's decoder.pth, {', '.join(map(str, ADAIN_DECODER))}")

@@ -44,9 +44,11 @@ PROBE_SIDE = 256  # pixels: shorter side of the pair that this is measured on
 WHOLE_SHARE = 0.8  # of the free memory, what a picture painted in one piece may take
 
 
-def open_model(load_path: str, swap_max_pool: bool, backbone: str | None) -> tuple[StyleTransferNetwork, dict]:
+def open_model(
+    load_path: str, swap_max_pool: bool, backbone: str | None, vgg_weights: str | None
+) -> tuple[StyleTransferNetwork, dict]:
     """`load_network`, refusing a network of another backbone than asked for."""
-    network, checkpoint = load_network(Path(load_path), swap_max_pool)
+    network, checkpoint = load_network(Path(load_path), swap_max_pool, vgg_weights=vgg_weights)
     if backbone is not None and backbone != network.config.backbone:
         raise UserError(f"backbone {backbone}: {load_path} is a {network.config.backbone} network "
                         f"with {network.config.bottleneck_width} bottleneck channels")
@@ -101,19 +103,19 @@ class Stylizer:
 
     def __init__(
         self, model: str | Path | StyleTransferNetwork, *, device: str | torch.device | None = None,
-        upsampling: str | None = None, tile: int | None = None,
+        upsampling: str | None = None, tile: int | None = None, vgg_weights: str | Path | None = None,
     ) -> None:
         """model: a model file, the folder of a run or a pruning, or a network, which is copied.
 
         device: None is the GPU where there is one, for a network where it is. upsampling: in the decoder, one of
         UPSAMPLINGS; None is as the network does it. tile: see `TiledPicture`; None paints in tiles where the whole
-        picture would not fit the free memory.
+        picture would not fit the free memory. vgg_weights: the encoder of a decoder.pth, see `load_network`.
         Raises UserError when the model cannot be loaded or a setting does not fit it.
         """
         if isinstance(model, StyleTransferNetwork):
             self.network, device = copy.deepcopy(model), device or next(model.parameters()).device
         else:
-            self.network, _ = load_network(Path(model), flag="model")
+            self.network, _ = load_network(Path(model), flag="model", vgg_weights=vgg_weights)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.network.to(self.device, memory_format=torch.channels_last)
         if upsampling not in (None, *UPSAMPLINGS):

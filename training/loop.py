@@ -69,7 +69,7 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
 def _with_absolute_paths(settings: dict) -> dict:
     """The settings as they are stored: a run can be resumed from any folder."""
     paths = {name: settings[name] for name in PATHS if settings.get(name)}
-    if os.path.isfile(settings.get("vgg_weights", "")):  # else it is a word
+    if os.path.isfile(settings.get("vgg_weights") or ""):  # else it is a word
         paths["vgg_weights"] = settings["vgg_weights"]
     return settings | {name: os.path.abspath(path) for name, path in paths.items()}
 

@@ -268,14 +268,16 @@ class Decoder(_Part):
         Not where a CPU convolves in bfloat16: its transposed convolutions take two to three times as long then, with
         their gradients, as all multiply-adds of the two layers (torch 2.14 with AMX).
         """
-        layers = iter(self.layers[0])
-        is_fused = not (device_type == "cpu" and torch.is_autocast_enabled("cpu"))
+        if device_type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return self.layers[0]
+        steps, layers = [], iter(self.layers[0])
         for layer in layers:
-            if is_fused and isinstance(layer, nn.Upsample) and layer.mode == "nearest":
+            if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
                 next(layers)  # its reflection padding
                 conv = next(layers)
                 layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
-            yield layer
+            steps.append(layer)
+        return steps
 
 
 class StyleTransferNetwork(nn.Module):

@@ -23,8 +23,14 @@ def stylizer() -> Stylizer:
 
 
 @pytest.fixture(scope="module")
-def codes(stylizer) -> list[Style]:
-    return [stylizer.encode_style(each) for each in STYLES]
+def exact() -> Stylizer:
+    """In float64."""
+    return Stylizer(picture_network().double())
+
+
+@pytest.fixture(scope="module")
+def codes(exact) -> list[Style]:
+    return [exact.encode_style(each) for each in STYLES]
 
 
 def mask_of(values: np.ndarray) -> Image.Image:
@@ -53,13 +59,13 @@ def test_weights_of_one_style_alone_are_that_style(stylizer, codes):
 
 
 @torch.inference_mode()
-def test_mixed_styles_are_mixed_features(stylizer, codes):
+def test_mixed_styles_are_mixed_features(exact, codes, stylizer):
     """As Huang & Belongie interpolate: the features aligned to each, in shares, decoded. Weights need not sum to 1."""
-    content = stylizer.open(CONTENT)
+    content = exact.open(CONTENT)
     (statistics,) = content.statistics()
     first, second = (align(content.kept, *statistics, code.mean, code.std) for code in codes)
-    desired = stylizer.network.decoder(0.75 * first + 0.25 * second)[:, :, :56, :75]
-    assert_close(stylizer.paint(CONTENT, mix(codes, (6, 2))), desired, rtol=1e-4, atol=1e-5)
+    desired = exact.network.decoder(0.75 * first + 0.25 * second)[:, :, :56, :75]
+    assert_close(exact.paint(CONTENT, mix(codes, (6, 2))), desired, rtol=1e-9, atol=1e-9)
     painted = stylizer.stylize(CONTENT, STYLES, style_weights=(6, 2))
     assert np.abs(np.asarray(painted, int) - np.asarray(to_pil(denormalize(desired)), int)).max() <= 1
 
@@ -72,26 +78,23 @@ def test_weights_that_do_not_fit_are_refused(stylizer, weights):
 # -------------------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("level, alone", [(255, 0), (0, 1)])
-@pytest.mark.parametrize("size", [(56, 75), (112, 150)])
-def test_a_mask_of_one_colour_is_one_style(stylizer, codes, level, alone, size):
+@pytest.mark.parametrize("level, alone, size", [(255, 0, (56, 75)), (0, 1, (112, 150))])
+def test_a_mask_of_one_colour_is_one_style(stylizer, level, alone, size):
     mask = np.full(size, level, np.uint8)
     assert (stylizer.stylize(CONTENT, STYLES, mask=mask).tobytes()
             == stylizer.stylize(CONTENT, STYLES[alone]).tobytes())
-    masked = MaskedStyle(*codes, mask_of(mask))
-    assert torch.equal(stylizer.paint(CONTENT, masked), stylizer.paint(CONTENT, codes[alone]))
 
 
 @torch.inference_mode()
-def test_each_region_has_the_statistics_of_its_style(stylizer, codes):
+def test_each_region_has_the_statistics_of_its_style(exact, codes):
     """A hard mask along the bottleneck's grid: each side's aligned features have its style's mean and deviation."""
     mask = np.zeros((56, 75))
     mask[:, :32] = 255
     decoded = []
-    content = stylizer.open(CONTENT)
+    content = exact.open(CONTENT)
     masked = MaskedStyle(*codes, mask_of(mask))
-    hook = stylizer.network.decoder.register_forward_pre_hook(lambda _, inputs: decoded.extend(inputs))
-    stylizer.paint(content, masked)
+    hook = exact.network.decoder.register_forward_pre_hook(lambda _, inputs: decoded.extend(inputs))
+    exact.paint(content, masked)
     hook.remove()
     (aligned,) = decoded
     assert aligned.shape[2:] == (7, 10)
@@ -103,10 +106,10 @@ def test_each_region_has_the_statistics_of_its_style(stylizer, codes):
         assert_close(feature.std((2, 3), keepdim=True)[varied], code.std[varied], rtol=1e-2, atol=1e-3)
 
 
-def test_a_grey_mask_lies_between(stylizer, codes):
-    """Half grey everywhere: both regions are the whole picture, so it is an equal mixture."""
-    half = MaskedStyle(*codes, mask_of(np.full((56, 75), 51)))  # 51 / 255 = 0.2
-    assert_close(stylizer.paint(CONTENT, half), stylizer.paint(CONTENT, mix(codes, (0.2, 0.8))), rtol=1e-3, atol=1e-4)
+def test_a_grey_mask_lies_between(exact, codes):
+    """Grey everywhere: both regions are the whole picture, so it is a mixture."""
+    grey = MaskedStyle(*codes, mask_of(np.full((56, 75), 51)))  # a fifth of 255, in float32
+    assert_close(exact.paint(CONTENT, grey), exact.paint(CONTENT, mix(codes, (51, 204))), rtol=1e-6, atol=1e-6)
 
 
 def test_weights_on_the_grid_are_means_of_the_mask(codes):
@@ -253,6 +256,11 @@ def painted_by(flags: dict) -> np.ndarray:
     return read_pixels(flags["save_path"])
 
 
+def is_same(actual: np.ndarray, desired: np.ndarray) -> bool:
+    """But for rounding, which the number of threads decides."""
+    return np.abs(actual - desired).max() <= 1
+
+
 @pytest.mark.parametrize("name, value", [
     ("style_weights", (0.7, 0.3)), ("mask", None), ("preserve_color", "luma"), ("preserve_color", "histogram"),
     ("style_size", 24),
@@ -265,9 +273,9 @@ def test_each_flag_paints_what_the_class_does(stylizer, flags, tmp_path, name, v
         flags["style"] = flags["style"][0]
     desired = np.asarray(stylizer.stylize(flags["content"], flags["style"], strength=0.8, **{name: value}), int)
     actual = painted_by(flags | {name: value, "style_strength": 0.8})
-    assert np.array_equal(actual, desired)
+    assert is_same(actual, desired)
     first = flags["style"][0] if isinstance(flags["style"], list) else flags["style"]
-    assert not np.array_equal(actual, painted_by(flags | {"style": first, "style_strength": 0.8}))
+    assert not is_same(actual, painted_by(flags | {"style": first, "style_strength": 0.8}))
 
 
 def test_joined_styles_are_one_for_many_contents(flags, tmp_path):
@@ -277,7 +285,7 @@ def test_joined_styles_are_one_for_many_contents(flags, tmp_path):
     assert main(words(flags)) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "d_s0+s1.png", "contact_sheet.png"}
     single = painted_by(flags | {"content": contents[1], "save_path": tmp_path / "one.png"})
-    assert np.array_equal(single, read_pixels(tmp_path / "out" / "d_s0+s1.png"))
+    assert is_same(single, read_pixels(tmp_path / "out" / "d_s0+s1.png"))
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 3 * 256)
 
 
@@ -289,7 +297,7 @@ def test_histogram_takes_each_contents_own_colours(flags, tmp_path):
     assert main(words(flags | {"content": contents, "save_path": tmp_path / "both"})) == 0
     for path in contents:
         alone = painted_by(flags | {"content": path})
-        assert np.array_equal(read_pixels(tmp_path / "both" / f"{path.stem}_s0.png"), alone)
+        assert is_same(read_pixels(tmp_path / "both" / f"{path.stem}_s0.png"), alone)
 
 
 def test_luma_is_what_is_measured(flags, tmp_path, capsys):
@@ -318,4 +326,4 @@ def test_frames_of_a_video_keep_their_colours_in_a_style_of_its_size(stylizer, f
     assert main(words(flags | {"preserve_color": "luma", "style_size": 24, "tile": 96})) == 0
     frame = CONTENT[0].permute(1, 2, 0).numpy()
     desired = stylizer.stylize(frame, style, preserve_color="luma", style_size=24)
-    assert np.array_equal(painters[0](frame), np.asarray(desired))
+    assert is_same(painters[0](frame).astype(int), np.asarray(desired, int))

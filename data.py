@@ -363,8 +363,7 @@ def save_picture(image: Image.Image, path: Path, alpha: Image.Image | None = Non
 def read_written(path: Path) -> Image.Image | None:
     """What `save_picture` wrote there, RGB, without its alpha; None where there is no picture, or a damaged one."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        with _lifted_limits(), Image.open(path) as image:
             return image.convert("RGB")
     except Exception:  # whatever Pillow's decoders raise
         return None

@@ -73,10 +73,9 @@ def test_help_and_defaults_in_words():
     assert of("imsize")[1] == "512 in train, prune; unchanged in test; 256 in distill; 384 in export"
     assert of("load_path")[1] == "none in train; model-store/compact.pth in test; needed in prune, distill, export"
     assert of("prune_nums")[1] == "0 100 200 300 400 470 490 500"
-    assert of("lr")[0] == "learning rate; in distill mode the highest one, between a warm-up and a decay to 0 at " \
-                          "--max_iter"
-    assert of("lr", "train") == ("learning rate", "0.0001")
-    assert of("content", "prune")[0] == "content picture; for the picture grid"
+    assert of("seed") == ("seed of everything random; in test, export mode of --pairs and of --vgg_weights random", "0")
+    assert of("seed", "train") == ("seed of everything random", "0")
+    assert of("seed", "test")[0] == "seed of everything random; of --pairs and of --vgg_weights random"
 
 
 # -------------------------------------------------------------------------------------------------- help

@@ -10,7 +10,7 @@ from loss import (
     channel_loss,
     channel_norm,
     content_loss,
-    gram_matrix,
+    distillation_errors,
     l0_norm,
     moved,
     nonzero_channels,
@@ -81,20 +81,6 @@ def test_meanstd_by_hand():
     alike = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     assert_close(style_loss([feature], [target]), torch.tensor(8.0))
     assert_close(style_loss([alike, feature], [alike, target]), torch.tensor(2.0))
-
-
-def test_gram_against_explicit_loop(layers):
-    feature = layers["feature"]
-    batch, channels, height, width = feature.shape
-    desired = torch.zeros(batch, channels, channels, dtype=torch.float64)
-    for picture in range(batch):
-        for i in range(channels):
-            for j in range(channels):
-                for y in range(height):
-                    for x in range(width):
-                        desired[picture, i, j] += float(feature[picture, i, y, x]) * float(feature[picture, j, y, x])
-    desired /= height * width
-    assert_close(gram_matrix(feature).double(), desired, rtol=1e-5, atol=1e-6)
 
 
 def test_style_gram_against_explicit_sum(layers):
@@ -246,12 +232,6 @@ def test_xor_by_hand():
     assert_close(xor_loss(norm), torch.tensor((2 / 3 + 0) / 2), rtol=1e-5, atol=0)
 
 
-def test_xor_does_not_depend_on_the_order_of_pictures():
-    norm = random_norms(7, 8).round()
-    for shift in range(1, 7):
-        assert_close(xor_loss(norm.roll(shift, dims=0), 1.0), xor_loss(norm, 1.0))
-
-
 def test_channels_that_are_off_stay_off():
     feature = wave((2, 4, 3, 3), 0.37, 3.0)
     feature[:, 1] = 0
@@ -291,6 +271,14 @@ def test_shift_loss_by_hand():
     shift_loss(output, moved_output, torch.tensor([2, 1]), 8).backward()
     assert_close(shift_loss(output, moved_output, torch.tensor([2, 1]), 8), torch.tensor(36.0 / 48.0))
     assert output.grad.nonzero().tolist() == [[0, 1, 5, 5]]
+
+
+def test_distillation_errors_by_hand():
+    """Outputs 3 apart: 9. Features 1 apart, the teacher's mean square 4: 1/4."""
+    teacher_feature = torch.full((2, 5, 2, 2), 2.0)
+    output, teacher_output = torch.full((1, 3, 4, 4), 3.0), torch.zeros(1, 3, 4, 4)
+    actual = distillation_errors(output, teacher_output, teacher_feature - 1.0, teacher_feature)
+    assert [each.item() for each in actual] == [9.0, 0.25]
 
 
 def test_nonzero_channels_counts_per_picture():
@@ -345,18 +333,9 @@ def test_value_and_gradient_are_finite(name, kind):
 
 @pytest.mark.parametrize("name", ALL_LOSSES)
 def test_bfloat16_features_give_float32_losses(name):
-    """What bfloat16 cannot hold is in the features; nothing more is lost in the loss."""
+    """What bfloat16 cannot hold is in the features; nothing more is lost in the loss. Float64 stays what it is."""
     feature = feature_with("dead")
     actual = ALL_LOSSES[name](feature.bfloat16())
-    assert actual.dtype == torch.float32
+    assert actual.dtype == torch.float32 and ALL_LOSSES[name](feature.double()).dtype == torch.float64
     assert_close(actual, ALL_LOSSES[name](feature.bfloat16().float()), rtol=1e-6, atol=0)
     assert_close(actual, ALL_LOSSES[name](feature), rtol=2e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["meanstd", "gram"])
-def test_bfloat16_targets_too(kind):
-    feature = feature_with("dead")
-    actual = style_loss([feature.bfloat16()], [TARGET.bfloat16()], kind)
-    desired = style_loss([feature], [TARGET], kind)
-    assert actual.dtype == torch.float32
-    assert_close(actual, desired, rtol=3e-2, atol=0)

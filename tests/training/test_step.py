@@ -1,7 +1,5 @@
 """The training step: it learns what the plain one learns, and what makes it fast does what it says."""
 
-import shutil
-
 import pytest
 import torch
 from helpers import CPU, make_trainer, random_batch, random_vgg, small_network
@@ -71,19 +69,6 @@ def test_shared_features_give_the_same_losses():
     desired, actual = (trainer.step(*random_batch(), all_terms=True) for trainer in (separate, shared))
     for name in METRICS:
         assert_close(actual[name], desired[name], rtol=1e-9, atol=0, msg=name)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_step_equals_eager_step():
-    """Losses and gradients, as where terms of weight 0 are measured, too. (test_gpu.py has every layer: on a CPU that
-    compiles for minutes.)"""
-    settings = ON | dict(encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0, shift_loss_weight=30.0, xor_loss_weight=0.0)
-    eager, compiled = (make_trainer(small_network(), dtype=torch.float64, compile=compile, **settings)
-                       for compile in (False, True))
-    desired, actual = (trainer.step(*random_batch(), all_terms=True) for trainer in (eager, compiled))
-    assert_close(actual, desired, rtol=1e-9, atol=1e-12)
-    for one, other in zip(compiled.network.parameters(), eager.network.parameters()):
-        assert relative_error(one.grad, other.grad) < 1e-9
 
 
 # ------------------------------------------------------------------------------------------------- its parts

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import time_in_turns
-
 ADAIN_EPS = 1e-5
 
 POOL = "pool"
@@ -436,12 +434,3 @@ def count_macs(config: NetworkConfig, size: int) -> int:
 def bottleneck_conv(config: NetworkConfig) -> str:
     """The name of the encoder's last conv, whose output channels are the bottleneck."""
     return next(layer.name for layer in conv_layers(config, size=0) if layer.kind == "bottleneck")
-
-
-@torch.inference_mode()
-def time_pairs(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[list[float]]:
-    """Seconds of stylising one random pair of `size` x `size` pictures, `runs` times, for each network in turns."""
-    device = next(networks[0].parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    return time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)

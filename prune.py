@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data import MAX_PIXELS, denormalize, normalize
-from network import StyleTransferNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters, time_pairs
+from network import StyleTransferNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model
 from pruning.plots import plot_l0_map, plot_l2_curve, plot_prune_grid, plot_widths
 from pruning.responses import Responses, find_folders, measure_responses
@@ -25,6 +25,7 @@ from utils import (
     note,
     resolve_device,
     save_checkpoint,
+    time_in_turns,
     write_text_atomically,
 )
 from weights import PRUNED_NAME, find_model_file, model_checkpoint
@@ -209,6 +210,15 @@ def _layer_rows(
         }
         for old, new in zip(conv_layers(before.config, size), conv_layers(after.config, size))
     ]
+
+
+@torch.inference_mode()
+def time_pairs(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[list[float]]:
+    """Seconds of stylising one random pair of `size` x `size` pictures, `runs` times, for each network in turns."""
+    device = next(networks[0].parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
+    return time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)
 
 
 def build_report(

@@ -122,8 +122,7 @@ def compare(options: argparse.Namespace, open_peer: Callable) -> None:
     print_json({"ms": times, "side": SIDE, **versions(torch.device("cpu"))})
 
 
-def main(arguments: list[str] | None = None, open_peer: Callable = LitePeer) -> int:
-    """open_peer: from a number of threads to what paints as LitePeer does."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_path", nargs="+", required=True, help="model files, or folders of runs or prunings")
     parser.add_argument("--content_dir", required=True, help="folder of photographs")
@@ -137,8 +136,14 @@ def main(arguments: list[str] | None = None, open_peer: Callable = LitePeer) -> 
                         help="content + weight * style loss is given for these")
     parser.add_argument("--runs", type=count_or_zero, default=9, help="timed runs behind each median; 0: no timing")
     parser.add_argument("--save_path", required=True, help="folder for the pictures and metrics.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, open_peer: Callable = LitePeer) -> int:
+    """open_peer: from a number of threads to what paints as LitePeer does."""
+    options = parse(arguments)
     try:
-        compare(parser.parse_args(arguments), open_peer)
+        compare(options, open_peer)
     except (UserError, PictureError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data import PictureError, denormalize, normalize
 from loss import content_loss, style_distance, style_statistics
 from network import NetworkConfig, build_loss_network
-from utils import UserError, load_checkpoint
+from utils import UserError
 from weights import load_vgg
 
 METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS",
@@ -74,14 +74,7 @@ def load_stlpips(trunk: str = "alex") -> nn.Module:
     except ImportError as error:
         raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install "
                         "'.[metrics]', or name other metrics") from error
-    # Not by the package's own loader: with torch before 2.6 it would run code pickled in the file.
-    network = stlpips.LPIPS(net=trunk, variant="shift_tolerant", pretrained=False, verbose=False)
-    file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / f"{trunk}_shift_tolerant.pth"
-    keys = network.load_state_dict(load_checkpoint(file, flag="metrics stlpips:"), strict=False)
-    # `lins` lists the modules lin0 to lin4 a second time.
-    if keys.unexpected_keys or not all(key.startswith("lins.") for key in keys.missing_keys):
-        raise UserError(f"metrics stlpips: {file} does not fit its network; version 0.0.2 is known to work")
-    return network.eval().requires_grad_(False)
+    return stlpips.LPIPS(net=trunk, variant="shift_tolerant", verbose=False).eval().requires_grad_(False)
 
 
 def tile_deviations(pixels: Tensor) -> Tensor:

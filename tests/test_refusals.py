@@ -13,6 +13,7 @@ from helpers import refusal, small_network, write_model, write_noise, write_pict
 from PIL import Image
 
 TEST = "--gpu_no -1 --load_path {tmp}/model.pth --content {tmp}/a.png --style {tmp}/b.png --save_path {tmp}/out.png "
+MEASURED = TEST + "--save_path {tmp}/out --metrics ssim "
 FOLDERS = "--content_dir {tmp}/content --style_dir {tmp}/style --save_path {tmp}/out "
 TRAIN = "--gpu_no -1 --vgg_weights random --imsize 40 --cropsize 32 --batch_size 2 --num_workers 0 " + FOLDERS
 DISTILL = "--gpu_no -1 --teacher {tmp}/model.pth --load_path {tmp}/model.pth " + FOLDERS
@@ -113,6 +114,25 @@ TRAINING = (
 
 IN_TWO = TEST + "--style {tmp}/a.png {tmp}/b.png "
 PAINTING = (
+    *(("test", TEST + f"--{flag} {value}", f"--{flag}: got")
+      for flag, value in (("frame_rate", "0"), ("frame_rate", "1/0"), ("frame_rate", "nan"), ("frame_rate", "2000"),
+                          ("temporal_smoothing", "1"), ("temporal_smoothing", "-0.1"), ("pairs", "0"))),
+    ("test", TEST + "--metrics psnr", "--metrics: invalid choice: 'psnr'"),
+    ("test", TEST + "--metrics ssim", "--save_path {tmp}/out.png: one file cannot hold"),
+    ("test", MEASURED + "--metrics style --vgg_weights {tmp}/none.pth", "{tmp}/none.pth: no such file"),
+    ("test", MEASURED + "--skip_existing", "--skip_existing: --metrics measures"),
+    ("test", TEST + "--painted a={tmp}/content", "--painted: what others painted is measured only"),
+    ("test", MEASURED + "--painted {tmp}/content", "NAME=FOLDER is needed"),
+    ("test", MEASURED + "--painted a={tmp}/none", "--painted {tmp}/none: no such folder"),
+    ("test", MEASURED + "--painted a={tmp}/content", "1 of 1 pictures are missing"),
+    ("test", TEST + "--pairs 3 --save_path {tmp}/out/", "--pairs 3: 1 content and 1 style pictures make 1 pairs"),
+    ("test", TEST + "--style_strength 0.5 1 0.5", "--style_strength 0.5: given 2 times"),
+    ("test", TEST + "--load_path {tmp}/model.pth {tmp}/model.pth --save_path {tmp}/out", "this model is named twice"),
+    ("test", TEST + "--content_dir {tmp}/content --save_path {tmp}/out", "--content and --content_dir: give one"),
+    ("test", TEST + "--content {tmp}/broken --save_path {tmp}/out",
+     "--content {tmp}/broken: none of 1 pictures can be used"),
+    ("test", TEST + "--save_path {tmp}/out.gif", "--save_path {tmp}/out.gif: no picture format"),
+    ("train", TRAIN + "--load_path {tmp}/model.pth {tmp}/model.pth", "one value is needed"),
     ("test", IN_TWO + "--style_weights 0.7", "--style_weights 0.7: 1 for 2 styles"),
     ("test", IN_TWO + "--style_weights 0 0", "--style_weights 0 0: numbers of 0 or more"),
     ("test", IN_TWO + "--style_weights 1 -1", "got -1"),

@@ -310,13 +310,6 @@ def test_a_bad_file_of_a_folder_is_skipped_and_named_again_at_the_end(flags, tmp
     assert not (tmp_path / "single").exists()
 
 
-def test_folders_with_nothing_usable_are_refused(flags, tmp_path, capsys):
-    for number in range(2):
-        damaged(tmp_path / "many" / f"p{number}.jpg", "text")
-    line = refused(capsys, flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"}, tmp_path)
-    assert f"--content {tmp_path / 'many'}: none of 2 pictures" in line
-
-
 @pytest.mark.parametrize("drawn", [None, 4])
 def test_metrics_leave_the_pairs_of_a_skipped_picture_out_and_count_them(flags, tmp_path, drawn):
     for kind, count in (("content", 4), ("style", 2)):
@@ -363,11 +356,6 @@ def test_content_dir_and_style_dir_mean_content_and_style(flags, tmp_path, names
     assert main(words(flags)) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "contact_sheet.png", *(f"h{content}_a{style}.png" for content in range(2) for style in range(2))}
-
-
-def test_both_names_at_once_are_refused(flags, tmp_path, capsys):
-    line = refused(capsys, flags | {"content_dir": tmp_path}, tmp_path)
-    assert "--content" in line and "--content_dir" in line
 
 
 # ---------------------------------------------------------------------------------- strength 0, and its words

@@ -90,7 +90,7 @@ def test_a_bad_picture_of_a_list_is_skipped_and_a_list_of_bad_ones_refused(flags
     assert not (tmp_path / "no").exists()
 
 
-def test_outputs_among_a_list_and_other_modes_are_refused(flags, tmp_path, capsys):
+def test_outputs_among_a_list_are_refused(flags, tmp_path, capsys):
     contents = [tmp_path / "contents" / f"c{number}.png" for number in range(2)]
     one_style = {"style": tmp_path / "styles" / "s0.png"}
     assert "would overwrite" in refusal(capsys, *words(flags | one_style | {
@@ -100,7 +100,6 @@ def test_outputs_among_a_list_and_other_modes_are_refused(flags, tmp_path, capsy
     assert "--content is empty" in refusal(capsys, *words(flags | {"content": [*contents, ""]}))
     # Beside single pictures a folder may be written to.
     assert main(words(flags | one_style | {"content": contents, "save_path": tmp_path / "contents"})) == 0
-    assert "one value is needed, not 2" in refusal(capsys, "--mode", "prune", "--style_strength", 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------- strengths

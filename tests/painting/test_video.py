@@ -373,13 +373,6 @@ def test_what_cannot_be_made_a_video_is_refused_in_one_line(clip, model, tmp_pat
     assert clip.read_bytes() == before
 
 
-@pytest.mark.parametrize("flag, value", [("frame_rate", "0"), ("frame_rate", "1/0"), ("frame_rate", "nan"),
-                                         ("frame_rate", "2000"), ("temporal_smoothing", "1"),
-                                         ("temporal_smoothing", "-0.1")])
-def test_values_that_cannot_be(capsys, flag, value):
-    assert f"--{flag}: got" in refusal(capsys, "--mode", "test", f"--{flag}", value)
-
-
 @pytest.mark.parametrize("module, package, more", [
     ("av", "av, version 17", {}), ("cv2", "opencv-python-headless, version 4", {"temporal_smoothing": 0.5})])
 def test_package_that_is_not_there(clip, model, tmp_path, capsys, monkeypatch, module, package, more):

@@ -169,7 +169,12 @@ def _keys(indices: Iterable[int]) -> list[str]:
 def _is_adain_vgg(tensors: dict) -> bool:
     if not all(isinstance(tensors.get(key), Tensor) for key in _keys((0, *ADAIN_VGG))):
         return False
-    return tensors["0.weight"].shape == (3, 3, 1, 1) and tensors["2.weight"].shape[1:] == (3, 3, 3)
+    colours, first = (tensors["0.weight"].shape, tensors["0.bias"].shape), tensors["2.weight"].shape
+    return colours == ((3, 3, 1, 1), (3,)) and first[1:] == (3, 3, 3)
+
+
+def _is_adain_decoder(tensors: dict[str, Tensor]) -> bool:
+    return tensors.keys() == set(_keys(ADAIN_DECODER)) and len(tensors["28.weight"]) == len(tensors["28.bias"]) == 3
 
 
 def fold_adain_vgg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -296,7 +301,7 @@ def load_network(
         raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed, or the "
                         f"state_dict itself; found {found})")
     state_dict = unwrap_names(f"{flag} {path}", checkpoint["state_dict"])
-    is_adain = state_dict.keys() == set(_keys(ADAIN_DECODER))
+    is_adain = _is_adain_decoder(state_dict)
     if is_adain:
         checkpoint = _load_adain(f"{flag} {path}", state_dict, vgg_weights)
         state_dict = checkpoint["state_dict"]

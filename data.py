@@ -240,7 +240,7 @@ def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
     is_grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image.convert("LA" if is_grey else "RGBA")
         alpha = image.getchannel("A")
         return image.convert("L" if is_grey else "RGB"), alpha if alpha.getextrema()[0] < 255 else None
     return image if image.mode in ("RGB", "L", "CMYK") else image.convert("L" if is_grey else "RGB"), None

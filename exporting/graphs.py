@@ -101,6 +101,7 @@ def fill_up(network: StyleTransferNetwork, multiple: int) -> StyleTransferNetwor
     config = network.config
     widths = [-(-width // multiple) * multiple for width in config.widths[:-1]]
     filled = StyleTransferNetwork(config.with_widths([*widths, config.widths[-1]]))
+    filled.to(next(network.parameters()).dtype)
     state = filled.state_dict()
     for name, tensor in network.state_dict().items():
         state[name].zero_()[tuple(map(slice, tensor.shape))] = tensor

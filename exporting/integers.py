@@ -2,16 +2,36 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+
+from exporting.formats import onnx_session
+from exporting.graphs import StyleGraph
 
 # What computes in integers. What stands between, AdaIN and its statistics, stays in float32.
 INTEGER_OPS = ["Conv", "Relu", "MaxPool", "AveragePool", "Pad", "Resize", "Gather", "Slice"]
 # onnxruntime's convolutions of 8 bits take 1.3 to 3.5 times as long for 3 colours or 12 channels as for 4 and 16.
 INTEGER_MULTIPLE = 16  # of the channels that come out, see graphs.fill_up
 COLOR_CHANNELS = 4  # that go into the first one
+
+
+def quantize_files(files: dict[Path, bytes], pairs: list[tuple[Tensor, Tensor]]) -> dict[Path, bytes]:
+    """The ONNX files of `formats.make_files`, one or the two of a split network, with integers, see `quantize`.
+
+    pairs: content and style pictures, (1, 3, H, W) each, uint8, to measure ranges with.
+    """
+    strength = np.ones(1, np.float32)
+    contents, styles = ([picture.numpy() / np.float32(255) for picture in pictures] for pictures in zip(*pairs))
+    if len(files) == 1:
+        codes = [{"style": style} for style in styles]
+    else:
+        session = onnx_session(next(iter(files.values())))
+        codes = [dict(zip(StyleGraph.outputs, session.run(None, {"style": style}))) for style in styles]
+    inputs = [{"content": content, "strength": strength} | code for content, code in zip(contents, codes)]
+    all_inputs = [inputs] if len(files) == 1 else [[{"style": style} for style in styles], inputs]
+    return {path: quantize(content, each) for (path, content), each in zip(files.items(), all_inputs)}
 
 
 def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
@@ -24,8 +44,7 @@ def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Inputs(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.remaining: Iterator[dict] = iter(inputs)
+        remaining = iter(inputs)
 
         def get_next(self) -> dict | None:
             return next(self.remaining, None)
@@ -61,8 +80,7 @@ def _picture_conv(graph):
 
 
 def _picture_range(graph) -> dict:
-    """The picture's 8 bits are those of a picture file, and what they cannot hold is what clipping to 0..1 takes
-    away."""
+    """The scale and the zero point of the picture: those of a picture file with 8 bits, for values of 0 to 1."""
     last = _picture_conv(graph)
     if last is None:
         return {}

@@ -45,18 +45,18 @@ def max_pixels(network: StyleTransferNetwork) -> int:
 def check_picture(stylizer: Stylizer) -> dict:
     """A pattern that painter.js makes, too, painted in its own style: (3, H, W) as a list, 0..255."""
     height, width = CHECK_SIZE
-    pattern = (torch.arange(3 * height * width) * 37 % 256).byte().reshape(1, 3, height, width)
+    pattern = (torch.arange(3 * height * width) * 37 % 256).reshape(1, 3, height, width).to(torch.uint8)
     painted = denormalize(stylizer.paint(pattern, stylizer.encode_style(pattern)))
     return {"width": width, "height": height, "picture": (255 * painted).round().int().flatten().tolist()}
 
 
 def find_styles(folder: str | None, output: Path) -> list[Path]:
-    """The pictures of `--style_dir`, by default the bundled ones. Raises UserError for more than fit on a page, and as
-    `find_pictures` does."""
+    """The pictures of a folder, without one the bundled styles. Raises UserError where there are none, or more than fit
+    on a page."""
     folder = STYLES if folder is None else Path(folder)
     paths = find_pictures(folder, "--style_dir", output)
     if len(paths) > MAX_STYLES:
-        raise UserError(f"--style_dir {folder}: {len(paths)} pictures, at most {MAX_STYLES} styles fit on a page")
+        raise UserError(f"style_dir {folder}: {len(paths)} pictures, at most {MAX_STYLES} styles fit on a page")
     return paths
 
 
@@ -84,25 +84,25 @@ def runtime_files() -> dict[str, bytes]:
     except (OSError, ValueError, KeyError):
         found = "none"
     if found != wanted:
-        raise UserError(f"--save_path: a page needs {RUNTIME} {wanted}, in {package} is {found}; with Node.js: "
+        raise UserError(f"save_path: a page needs {RUNTIME} {wanted}, in {package} is {found}; with Node.js: "
                         f"npm install --omit dev --prefix {WEB}")
     return files
 
 
 def page_files(
-    network: StyleTransferNetwork, name: str, graphs: Mapping[str, bytes], styles: Sequence[Path]
+    network: StyleTransferNetwork, name: str, style_graph: bytes, content_graph: bytes, styles: Sequence[Path]
 ) -> dict[str, bytes]:
     """The content of every file of the page, by its name in the folder.
 
-    network: of the widths of the graphs; graphs: "style.onnx" and "content.onnx"; name: what the page calls it.
-    Raises UserError for a style that cannot be read, and as `runtime_files` does.
+    network: the one that the two ONNX graphs were made from; name: what the page calls it.
+    Raises UserError for a style that cannot be read, and where the runtime is missing.
     """
-    files = {each: (WEB / each).read_bytes() for each in OWN_FILES} | runtime_files() | dict(graphs)
-    files["photograph.jpg"] = DEMO_CONTENT.read_bytes()
+    files = {each: (WEB / each).read_bytes() for each in OWN_FILES} | runtime_files()
+    files |= {"style.onnx": style_graph, "content.onnx": content_graph, "photograph.jpg": DEMO_CONTENT.read_bytes()}
     has_sources = STYLES in {path.parent for path in styles}
     if has_sources:
         files[SOURCES.name] = SOURCES.read_bytes()
-    stylizer, described = Stylizer(network), []
+    described, stylizer = [], Stylizer(network)
     for number, path in enumerate(styles):
         description, files[f"styles/{number}.jpg"] = describe_style(stylizer, path)
         described.append(description)
@@ -115,9 +115,9 @@ def page_files(
 def check_page_folder(path: Path) -> None:
     """Raises UserError where a page cannot be written to the folder `path`, because something is there."""
     if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--save_path {path}: the folder is not empty; name a new one, or empty it")
+        raise UserError(f"save_path {path}: the folder is not empty; name a new one, or empty it")
     if path.exists() and not path.is_dir():
-        raise UserError(f"--save_path {path}: a file is in the way, a folder is needed")
+        raise UserError(f"save_path {path}: a file is in the way, a folder is needed")
 
 
 def write_page(path: Path, files: Mapping[str, bytes]) -> None:

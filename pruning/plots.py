@@ -1,19 +1,17 @@
-"""What pruning shows: which channels are zero for which picture, how strong they are, what cutting them does."""
+"""What pruning shows: which channels are off for which picture, how strong they are, what cutting them does."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from data import to_pil
-from network import StyleTransferNetwork
-from painting.stylizer import Stylizer, load_input
 from pruning.responses import Responses
-from pruning.surgery import cut_bottleneck
 from utils import write_atomically
 
 
 def new_figure(width: float, height: float):
-    """A matplotlib figure without pyplot: no display, no state left behind."""
+    """A matplotlib figure without pyplot: no display, no state left behind. Sides in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -22,20 +20,26 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def plot_l0_map(responses: Responses, path: Path) -> None:
-    """Pictures down, channels across; white: the channel responds to the picture, black: it is zero."""
-    is_on = responses.l2 > 0
-    figure = new_figure(9, 5)
-    axes = figure.subplots()
-    axes.imshow(is_on, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    styles = len(is_on) - responses.contents
-    axes.axhline(responses.contents - 0.5, color="tab:red", linewidth=1)
-    axes.set_yticks([responses.contents / 2, responses.contents + styles / 2],
-                    [f"content\n({responses.contents})", f"style\n({styles})"])
-    axes.set_xlabel("bottleneck channel")
-    axes.set_title(f"zero (black) for every picture: {len(responses.always_zero)} of {is_on.shape[1]} channels, "
-                   f"for at least one: {len(responses.ever_zero)}")
+def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def plot_l0_maps(responses: Mapping[str, Responses], path: Path) -> None:
+    """For each network, by its name: pictures down, channels across; white: the channel responds to the picture, black:
+    it is off. All have the same pictures in the same order."""
+    figure = new_figure(max(9, 4.5 * len(responses)), 5)
+    every_axes = figure.subplots(1, len(responses), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(every_axes, responses.items()):
+        is_on = found.l2 > 0
+        axes.imshow(is_on, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.axhline(found.contents - 0.5, color="tab:red", linewidth=1)
+        axes.set_xlabel("bottleneck channel")
+        axes.set_title(f"{name}\noff (black) for every picture: {len(found.off_for_all)} of {is_on.shape[1]}, "
+                       f"for at least one: {len(found.off_for_some)}", fontsize=10)
+    styles = len(is_on) - found.contents
+    every_axes[0].set_yticks([(found.contents - 1) / 2, found.contents + (styles - 1) / 2],
+                             [f"content\n({found.contents})", f"style\n({styles})"])
+    save_figure(figure, path)
 
 
 def plot_l2_curve(responses: Responses, path: Path) -> None:
@@ -43,19 +47,19 @@ def plot_l2_curve(responses: Responses, path: Path) -> None:
     order = responses.weakest_first
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
-    for name, rows in (("content", responses.l2[: responses.contents]), ("style", responses.l2[responses.contents :])):
-        axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], linewidth=0.8, alpha=0.7, label=name)
-    axes.plot(np.arange(1, len(order) + 1), responses.l2.sum(axis=0)[order], color="black", linewidth=1.5,
-              label="both")
-    zero = len(responses.always_zero)
-    if zero:
-        axes.axvline(zero, color="tab:red", linestyle="--", linewidth=1, label=f"{zero} channels are zero throughout")
+    for name, rows, style in (("content", responses.l2[: responses.contents], {"linewidth": 0.8, "alpha": 0.7}),
+                              ("style", responses.l2[responses.contents :], {"linewidth": 0.8, "alpha": 0.7}),
+                              ("both", responses.l2, {"linewidth": 1.5, "color": "black"})):
+        axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], label=name, **style)
+    off = len(responses.off_for_all)
+    if off:
+        axes.axvline(off, color="tab:red", linestyle="--", linewidth=1, label=f"{off} channels are off throughout")
     axes.set_xlim(0, len(order))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("bottleneck channels, weakest first")
     axes.set_ylabel(f"l2 norm summed over {len(responses.l2)} pictures")
     axes.legend(frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_figure(figure, path)
 
 
 def plot_widths(layers: list[dict], size: int, path: Path) -> None:
@@ -74,19 +78,11 @@ def plot_widths(layers: list[dict], size: int, path: Path) -> None:
     totals = [sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after")]
     axes.set_title(f"multiply-adds at {size} x {size}: {totals[0]:.2f} to {totals[1]:.2f} x $10^9$")
     axes.legend(frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_figure(figure, path)
 
 
-def plot_prune_grid(
-    network: StyleTransferNetwork, responses: Responses, numbers: list[int], config, path: Path
-) -> None:
-    """Content, style, and the output after cutting the n weakest channels, for each n. config: a PruneConfig."""
-    content, style = (load_input(Path(getattr(config, flag)), config, flag) for flag in ("content", "style"))
-    panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
-    for number in numbers:
-        cut = cut_bottleneck(network, responses.weakest_first[:number])
-        output = Stylizer(cut).stylize(content, style, strength=config.style_strength)
-        panels.append((f"Prune {number} channels", output))
+def plot_panels(panels: Sequence[tuple[str, Image.Image]], path: Path) -> None:
+    """Pictures with a title over each, five in a row."""
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(2.6 * columns, 2.9 * rows)
@@ -95,4 +91,25 @@ def plot_prune_grid(
     for axes, (title, picture) in zip(figure.axes, panels):
         axes.imshow(picture)
         axes.set_title(title, fontsize=10)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_figure(figure, path)
+
+
+def plot_curves(
+    curves: Mapping[str, list[dict]], marks: Mapping[str, int], titles: Mapping[str, str], path: Path
+) -> None:
+    """The mean of every metric over the number of channels cut, a curve for each network.
+
+    curves: by network, a dictionary for each number: "cut", and for every metric its "mean". marks: by network, how
+    many channels are off for all pictures. titles: of the metrics, by name.
+    """
+    figure = new_figure(5 * len(titles), 4.4)
+    for axes, (metric, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
+        for number, (name, points) in enumerate(curves.items()):
+            axes.plot([point["cut"] for point in points], [point[metric]["mean"] for point in points],
+                      color=f"C{number}", marker=".", label=name)
+            axes.axvline(marks[name], color=f"C{number}", linestyle=":", linewidth=1, label=f"{name}: off for all")
+        axes.set_xlabel("bottleneck channels cut, weakest first")
+        axes.set_ylabel(title)
+        axes.set_ylim(bottom=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(curves), frameon=False)
+    save_figure(figure, path)

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -14,11 +14,21 @@ from torch import Tensor
 
 from data import FailedPictures, PictureError, find_measured, normalize, prepare_picture
 from loss import L0_EPS, channel_norm, l0_norm
-from network import ConvLayer, StyleTransferNetwork, adain, bottleneck_conv, channel_statistics, conv_layers
+from network import (
+    NetworkConfig,
+    StyleTransferNetwork,
+    adain,
+    bottleneck_conv,
+    channel_statistics,
+    conv_layers,
+)
+from painting.pairs import choose_pairs
+from painting.stylizer import load_input
 from utils import UserError, note, progress_bar, write_atomically
 
-LOADING_CHUNK = 16  # pictures decoded ahead
+DECODED_AT_ONCE = 16  # pictures
 IMPORTANCE_PROBES = 32  # backward passes that a channel's importance is estimated with
+FOLDERS = ("content_dir", "style_dir")  # the fields of a PruneConfig that name folders of pictures
 
 
 @dataclass(frozen=True)
@@ -52,20 +62,22 @@ class Responses:
     """l2 norms of the bottleneck channels: l2 (n, C), rows in the order of `paths`, content before style.
 
     layers: the responses of every conv that can be cut, by name; empty where only the bottleneck was measured.
+    pairs: paths of a content and a style picture each, which were set aside: they are not among those measured.
     """
 
     l2: np.ndarray
     paths: list[str]
     contents: int
     layers: dict[str, LayerResponses] = field(default_factory=dict)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def always_zero(self) -> np.ndarray:
+    def off_for_all(self) -> np.ndarray:
         """Indices of the channels that are zero for every picture."""
         return np.flatnonzero((self.l2 == 0).all(axis=0))
 
     @property
-    def ever_zero(self) -> np.ndarray:
+    def off_for_some(self) -> np.ndarray:
         """Indices of the channels that are zero for at least one picture."""
         return np.flatnonzero((self.l2 == 0).any(axis=0))
 
@@ -75,133 +87,159 @@ class Responses:
         return np.argsort(self.l2.sum(axis=0, dtype=np.float64), kind="stable")
 
     def save(self, path: Path) -> None:
-        arrays = {"l2": self.l2, "l0": l0_norm(torch.from_numpy(self.l2), L0_EPS).numpy(),
-                  "paths": np.array(self.paths), "contents": np.array(self.contents)}
-        if self.layers:
-            arrays["layers"] = np.array(list(self.layers))
+        arrays = {"l2": self.l2, "l0": l0_norm(torch.from_numpy(self.l2), L0_EPS).numpy(), "contents": self.contents}
+        arrays |= {name: np.array(list(getattr(self, name)), str) for name in ("paths", "pairs", "layers")}
         for name, layer in self.layers.items():
             arrays |= {f"{name}.{key}": array for key, array in vars(layer).items()}
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     @classmethod
-    def load(cls, path: Path, width: int) -> "Responses":
-        """Raises UserError when the file is none, or was measured on a network of another width."""
+    def load(cls, path: Path, network: NetworkConfig, every_layer: bool = False) -> "Responses":
+        """Read what `save` wrote; older files have no pairs. Raises UserError when the file is none, or was measured on
+        other widths than the network's, or with `every_layer` on the bottleneck alone."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 keys = [each.name for each in fields(LayerResponses)]
-                names = [str(name) for name in file["layers"]] if "layers" in file else []
-                layers = {name: LayerResponses(*(file[f"{name}.{key}"] for key in keys))
-                          for name in names}
-                responses = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]), layers)
+                layers = {str(name): LayerResponses(*(file[f"{name}.{key}"] for key in keys))
+                          for name in file.get("layers", ())}
+                pairs = [tuple(map(str, pair)) for pair in file.get("pairs", ())]
+                found = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]), layers, pairs)
+            if found.l2.ndim != 2 or len(found.l2) != len(found.paths):
+                raise ValueError(f"l2 has shape {found.l2.shape} for {len(found.paths)} pictures")
         # NumPy passes on what the zip reader, zlib and the array parser met in a damaged file.
         except Exception as error:
-            raise UserError(f"--responses {path}: not a responses.npz of this tool ({type(error).__name__}: "
+            raise UserError(f"responses {path}: not a responses.npz of this tool ({type(error).__name__}: "
                             f"{error})") from error
-        if responses.l2.ndim != 2 or len(responses.l2) != len(responses.paths):
-            raise UserError(f"--responses {path}: not a responses.npz of this tool (l2 has shape "
-                            f"{responses.l2.shape} for {len(responses.paths)} pictures)")
-        if responses.l2.shape[1] != width:
-            raise UserError(f"--responses {path}: measured on {responses.l2.shape[1]} channels, "
-                            f"the network has {width}")
-        return responses
-
-    def check_layers(self, path: Path, wanted: list[ConvLayer]) -> None:
-        """Raises UserError when these responses, of the file `path`, lack a conv of `wanted` or are of other widths."""
-        if not self.layers:
-            raise UserError(f"--responses {path}: holds the bottleneck only; --prune_layers all and --prune_macs need "
-                            "one that was measured with them")
-        for layer in wanted:
-            if layer.name not in self.layers:
-                raise UserError(f"--responses {path}: not measured on {layer.name}")
-            for key, array in vars(self.layers[layer.name]).items():
+        if found.l2.shape[1] != network.bottleneck_width:
+            raise UserError(f"responses {path}: measured on {found.l2.shape[1]} channels, the network has "
+                            f"{network.bottleneck_width}")
+        if every_layer and not layers:
+            raise UserError(f"responses {path}: holds the bottleneck only; prune_layers all and prune_macs need one "
+                            "that was measured with them")
+        for layer in conv_layers(network, size=0)[:-1] if every_layer else ():
+            if layer.name not in layers:
+                raise UserError(f"responses {path}: not measured on {layer.name}")
+            for key, array in vars(layers[layer.name]).items():
                 if array.ndim != (2 if key == "l2" else 1) or array.shape[-1] != layer.width:
-                    raise UserError(f"--responses {path}: {layer.name}.{key} has shape {array.shape}, "
-                                    f"the network has {layer.width} channels there")
+                    raise UserError(f"responses {path}: {layer.name}.{key} has shape {array.shape}, the network has "
+                                    f"{layer.width} channels there")
+        return found
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def _load_ahead(paths: list[Path], config) -> Iterator[tuple[Path, Tensor | PictureError]]:
-    """Decode pictures in threads, a chunk ahead of their use."""
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a pruning, by the name of their folder's flag: those to measure, and pairs of others."""
 
-    def load(path: Path):
+    measured: dict[str, list[Path]]
+    pairs: list[tuple[str, str]]
+
+
+def choose_pictures(config) -> Pictures:
+    """Up to `prune_images` pictures of each folder to measure, and up to `pairs` pairs of others, set aside to see what
+    a cut changes that they had no part in: at most a quarter of a folder, none where it has one picture.
+
+    config: a PruneConfig. Always the same ones of the same folders. Raises UserError for folders without pictures.
+    """
+    measured, aside = {}, []
+    for name in FOLDERS:
+        paths = find_measured(getattr(config, name), f"--{name}", config.holdout, config.save_path)
+        order = random.Random(0).sample(paths, len(paths))
+        wanted, kept = min(config.pairs, max(1, len(paths) // 4), len(paths) - 1), []
+        while len(kept) < wanted and len(order) > 1:
+            path = order.pop()
+            try:
+                load_input(path, config, name)
+                kept.append(str(path))
+            except UserError as error:
+                note(f"skipped {error}")
+        measured[name] = sorted(order[: config.prune_images])
+        aside.append(kept)
+    numbers = choose_pairs(*map(len, aside), min(config.pairs, len(aside[0]) * len(aside[1])), seed=0)
+    return Pictures(measured, [(aside[0][content], aside[1][style]) for content, style in numbers])
+
+
+def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every picture that can be used: its path, and its pixels, (1, 3, H, W), uint8; the others are noted.
+
+    name: of the folder's flag. Raises UserError when over 10% of the pictures, or all of them, fail.
+    """
+    def load(path: Path) -> Tensor | PictureError:
         try:
             return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
         except PictureError as error:
             return error
 
-    with ThreadPoolExecutor() as pool:
-        chunks = [paths[start : start + LOADING_CHUNK] for start in range(0, len(paths), LOADING_CHUNK)]
-        pending = [pool.submit(load, path) for path in chunks[0]]
-        for chunk, following in zip(chunks, [*chunks[1:], []]):
-            ready, pending = pending, [pool.submit(load, path) for path in following]
-            yield from zip(chunk, (future.result() for future in ready))
-
-
-def _load_again(paths: list[str], config) -> Iterator[Tensor]:
-    """Pictures that could be used a moment ago. Raises UserError when one no longer can."""
-    for path, picture in _load_ahead([Path(path) for path in paths], config):
-        if isinstance(picture, PictureError):
-            raise UserError(f"{path} changed while it was measured: {picture}")
-        yield picture
+    failed = FailedPictures(getattr(config, name), f"--{name}", len(paths))
+    with ThreadPoolExecutor() as pool, progress_bar(len(paths), f"measure {name}", "picture") as bar:
+        for start in range(0, len(paths), DECODED_AT_ONCE):
+            chunk = paths[start : start + DECODED_AT_ONCE]
+            for path, picture in zip(chunk, pool.map(load, chunk)):
+                bar.update()
+                if isinstance(picture, PictureError):
+                    failed.add(path, str(picture))
+                else:
+                    yield str(path), picture
+    if len(failed.paths) == len(paths):
+        raise UserError(f"{name} {getattr(config, name)}: none of {len(paths)} pictures can be used")
+    note(failed.summary())
 
 
 # --------------------------------------------------------------------------------------------- measurement
 
 
-def find_folders(config) -> dict[str, list[Path]]:
-    """The pictures to measure, by the flag of their folder. config: a PruneConfig. Raises UserError as `find_measured`
-    does."""
-    return {flag: find_measured(folder, flag, config.holdout, config.save_path)
-            for flag, folder in (("--content_dir", config.content_dir), ("--style_dir", config.style_dir))}
-
-
 @torch.inference_mode()
-def measure_responses(network: StyleTransferNetwork, config, folders: dict[str, list[Path]]) -> Responses:
-    """The l2 norm of every bottleneck channel for up to `prune_images` pictures of each folder.
+def measure_responses(network: StyleTransferNetwork, config, pictures: Pictures) -> Responses:
+    """The l2 norm of every bottleneck channel for each picture; with `config.every_layer` the responses of every conv
+    that can be cut, those of the decoder while it paints content i in style i, the shorter list starting over, so that
+    every picture occurs.
 
-    config: a PruneConfig; folders: of `find_folders`. With `config.every_layer` the other layers are measured too, see
-    `_measure_pairs`.
-    A picture that cannot be used is skipped with its path logged. Raises UserError when over 10% of a
-    folder's chosen pictures, or all of them, fail.
+    config: a PruneConfig. Raises UserError when over 10% of the pictures of a folder, or all of them, fail.
     """
-    device = next(network.parameters()).device
-    encoder_convs = [layer.name for layer in conv_layers(network.config, size=0) if layer.name.startswith("encoder")]
-    statistics = defaultdict(list)
-    watched = _watch(network, encoder_convs, _record_in(statistics)) if config.every_layer else nullcontext()
-    rows, used = [], []
-    style_codes = []
-    counts = []
-    with watched:
-        for flag, paths in folders.items():
-            folder = getattr(config, flag[2:])
-            if len(paths) > config.prune_images:
-                paths = sorted(random.Random(0).sample(paths, config.prune_images))
-            failed = FailedPictures(folder, flag, len(paths))
-            with progress_bar(len(paths), f"measure {flag[2:]}", "picture") as bar:
-                for path, picture in _load_ahead(paths, config):
-                    bar.update()
-                    if isinstance(picture, PictureError):
-                        failed.add(path, str(picture))
-                        continue
-                    feature = network.encode(normalize(picture.to(device)))
-                    rows.append(channel_norm(feature)[0].cpu())
-                    used.append(str(path))
-                    if config.every_layer and flag == "--style_dir":
-                        style_codes.append(channel_statistics(feature))
-            counts.append(len(paths) - len(failed.paths))
-            if not counts[-1]:
-                raise UserError(f"{flag} {folder}: none of {len(paths)} pictures can be used")
-            note(failed.summary())
+    device, bottleneck = next(network.parameters()).device, bottleneck_conv(network.config)
+    convs = [layer.name for layer in conv_layers(network.config, size=0) if layer.kind != "output"]
+    rows, paths, codes, means = defaultdict(list), {name: [] for name in FOLDERS}, [], []
+
+    def record(conv: str, feature: Tensor) -> None:
+        values = feature.float().flatten(2)[0]  # (C, H*W)
+        parts = (channel_norm(feature)[0], values.amin(dim=1), values.amax(dim=1), values.mean(dim=1))
+        rows[conv].append(torch.stack(parts))  # (4, C)
+
+    with watch(network, convs if config.every_layer else [bottleneck], record):
+        for path, picture in _load(pictures.measured["style_dir"], config, "style_dir"):
+            codes.append(channel_statistics(network.encode(normalize(picture.to(device)))))
+            paths["style_dir"].append(path)
+        contents = len(pictures.measured["content_dir"])
+        for path, picture in _load(pictures.measured["content_dir"], config, "content_dir"):
+            feature = network.encode(normalize(picture.to(device)))
+            number = len(paths["content_dir"])
+            paths["content_dir"].append(path)
+            for code in (codes[number::contents] or [codes[number % len(codes)]]) if config.every_layer else ():
+                aligned = adain(feature, *code, config.style_strength)
+                means.append(aligned.mean(dim=(0, 2, 3)))
+                network.decoder(aligned)
+
+    styles = len(codes)
+    stacked = {conv: torch.stack(rows[conv]) for conv in convs if conv in rows}  # (n, 4, C) each
+    for conv in stacked:
+        if conv.startswith("encoder"):
+            stacked[conv] = stacked[conv].roll(-styles, dims=0)  # content before style
     layers = {}
     if config.every_layer:
-        layers = _measure_pairs(network, used[: counts[0]], used[counts[0] :], style_codes, statistics, config)
-    return Responses(torch.stack(rows).numpy(), used, counts[0], layers)
+        mean_of = {conv: found[:, 3].mean(dim=0) for conv, found in stacked.items()}
+        mean_of[bottleneck] = torch.stack(means).mean(dim=0)
+        importance = _estimate_importance(network, _probes(paths, config), mean_of, config.style_strength)
+        layers = {conv: LayerResponses(*(each.cpu().numpy() for each in (
+            found[:, 0], found[:, 1].amin(dim=0), found[:, 2].amax(dim=0), mean_of[conv], importance[conv])))
+            for conv, found in stacked.items()}
+    return Responses(stacked[bottleneck][:, 0].cpu().numpy(), paths["content_dir"] + paths["style_dir"],
+                     len(paths["content_dir"]), layers, pictures.pairs)
 
 
 @contextmanager
-def _watch(network: StyleTransferNetwork, convs: list[str], visit: Callable[[str, Tensor], Tensor | None]):
+def watch(network: StyleTransferNetwork, convs: list[str], visit: Callable[[str, Tensor], Tensor | None]):
     """Within the block `visit(conv, feature)` gets the output of the ReLU after each of `convs`, (B, C, H, W).
 
     What it returns goes on in place of the output, unless that is None. The ReLUs are hooked, not the convs: the
@@ -219,58 +257,13 @@ def _watch(network: StyleTransferNetwork, convs: list[str], visit: Callable[[str
             handle.remove()
 
 
-def _record_in(statistics: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
-    """A visitor that appends l2 norm, smallest, largest and mean of every channel, (4, C), to its conv's list."""
-
-    def record(conv: str, feature: Tensor) -> None:
-        values = feature.float().flatten(2)[0]  # (C, H*W)
-        rows = (channel_norm(feature)[0], values.amin(dim=1), values.amax(dim=1), values.mean(dim=1))
-        statistics[conv].append(torch.stack(rows))
-
-    return record
-
-
-def _measure_pairs(
-    network: StyleTransferNetwork, contents: list[str], styles: list[str], style_codes: list, statistics: dict, config
-) -> dict[str, LayerResponses]:
-    """The responses of every conv that can be cut: what is recorded of the encoder, and the decoder's over pairs.
-
-    Content i is paired with style i, the shorter list starting over, so that every picture occurs.
-    statistics: what `_record_in` collected of the encoder; the decoder's are added.
-    """
-    device = next(network.parameters()).device
-    layers = [layer for layer in conv_layers(network.config, size=0) if layer.kind != "output"]
-    bottleneck = bottleneck_conv(network.config)
-    decoder_convs = [layer.name for layer in layers if layer.kind == "decoder"]
-    pairs = [(number % len(contents), number % len(styles)) for number in range(max(len(contents), len(styles)))]
-    bottleneck_means = []
-    bar = progress_bar(len(pairs), "measure pairs", "pair")
-    with bar, _watch(network, decoder_convs, _record_in(statistics)):
-        pictures = _load_again([contents[content] for content, _ in pairs], config)
-        for (_, style), picture in zip(pairs, pictures):
-            feature = network.encode(normalize(picture.to(device)))
-            aligned = adain(feature, *style_codes[style], config.style_strength)
-            bottleneck_means.append(aligned.mean(dim=(0, 2, 3)))
-            network.decoder(aligned)
-            bar.update()
-    stacked = {name: torch.stack(rows) for name, rows in statistics.items()}  # (n, 4, C) each
-    means = {name: rows[:, 3].mean(dim=0) for name, rows in stacked.items()}
-    means[bottleneck] = torch.stack(bottleneck_means).mean(dim=0)
-
-    probed = [pairs[place * len(pairs) // IMPORTANCE_PROBES] for place in range(IMPORTANCE_PROBES)]
-    pictures = zip(_load_again([contents[content] for content, _ in probed], config),
-                   _load_again([styles[style] for _, style in probed], config))
-    importance = _estimate_importance(network, pictures, means, config.style_strength)
-    return {
-        name: LayerResponses(
-            l2=rows[:, 0].cpu().numpy(),
-            smallest=rows[:, 1].amin(dim=0).cpu().numpy(),
-            largest=rows[:, 2].amax(dim=0).cpu().numpy(),
-            mean=means[name].cpu().numpy(),
-            importance=importance[name].cpu().numpy(),
-        )
-        for name, rows in stacked.items()
-    }
+def _probes(paths: dict[str, list[str]], config) -> Iterator[tuple[Tensor, Tensor]]:
+    """IMPORTANCE_PROBES of the measured pairs, evenly spread: a content and a style picture, (1, 3, H, W), uint8."""
+    count = max(map(len, paths.values()))
+    for place in range(IMPORTANCE_PROBES):
+        number = place * count // IMPORTANCE_PROBES
+        content, style = (load_input(Path(paths[name][number % len(paths[name])]), config, name) for name in FOLDERS)
+        yield content, style
 
 
 @torch.inference_mode(False)
@@ -300,7 +293,7 @@ def _estimate_importance(
 
     others = [conv for conv in means if conv != bottleneck]
     bar = progress_bar(IMPORTANCE_PROBES, "rank channels", "pair")
-    with bar, _watch(network, others, gated), torch.enable_grad():
+    with bar, watch(network, others, gated), torch.enable_grad():
         for content, style in pairs:
             features = [network.encode(normalize(each.to(device))) for each in (content, style)]
             aligned = adain(features[0], *channel_statistics(features[1]), strength)

@@ -1,16 +1,17 @@
-"""Which channels go, in all layers: those that do nothing, then the least important, to a multiply-add budget."""
+"""Which channels go: those that do nothing, those that are asked for, the least important down to a budget."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from network import ConvLayer, least_kept
-from pruning.responses import LayerResponses
+from network import ConvLayer, NetworkConfig, StyleTransferNetwork, bottleneck_conv, conv_layers, least_kept
+from pruning.responses import LayerResponses, Responses
 from utils import UserError
 
-SHARE_STEPS = 1000  # shares of the channels that magnitude pruning tries
+FRACTION_STEPS = 1000  # fractions of the channels that magnitude pruning tries
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,54 @@ class Selection:
     folded: dict[str, int]
 
 
+def select(network: StyleTransferNetwork, responses: Responses, config) -> Selection:
+    """What a PruneConfig asks for: channels of every layer, or of the bottleneck alone."""
+    own = network.config
+    macs = most_macs(own, config)
+    if config.prune_rank == "magnitude":
+        weights = {layer.name: network.get_submodule(layer.name).weight for layer in conv_layers(own, size=0)}
+        magnitudes = {name: weight.detach().abs().sum(dim=(1, 2, 3)).cpu().numpy() for name, weight in weights.items()}
+        return select_by_magnitude(own, config.report_size, magnitudes, responses.layers, macs, config.round_to)
+    if config.every_layer:
+        return select_channels(own, config.report_size, responses.layers, macs, config.round_to)
+    bottleneck = bottleneck_conv(own)
+    channels = select_in_bottleneck(responses, config)
+    return Selection({bottleneck: channels}, {}, {bottleneck: len(responses.off_for_all)}, {bottleneck: 0})
+
+
 def rounded_width(width: int, before: int, multiple: int) -> int:
     """The next multiple of `multiple` that is at least `width`; `before` where that would be more."""
     return min(math.ceil(width / multiple) * multiple, before)
+
+
+# ------------------------------------------------------------------------------------------------ bottleneck
+
+
+def select_in_bottleneck(responses: Responses, config) -> list[int]:
+    """The bottleneck channels to cut: those named, the N weakest, or those that are off for every picture.
+
+    config: a PruneConfig. The strongest of them stay where the width that is left is to be a multiple of `round_to`.
+    Raises UserError with the numbers when they cannot be cut.
+    """
+    width = responses.l2.shape[1]
+    if config.prune_channels is not None:
+        channels = list(config.prune_channels)
+    elif config.prune_num is not None:
+        if config.prune_num >= width:
+            raise UserError(f"prune_num {config.prune_num}: the network has {width} bottleneck channels, "
+                            f"at most {width - 1} can be cut")
+        channels = responses.weakest_first[: config.prune_num].tolist()
+    else:
+        channels = responses.off_for_all.tolist()
+        if len(channels) == width:
+            raise UserError(f"all {width} bottleneck channels are zero for every measured picture: nothing would be "
+                            "left; train with a smaller channel_loss_weight or l0_eps")
+    number = width - rounded_width(width - len(channels), width, config.round_to)
+    going = [channel for channel in responses.weakest_first if channel in channels][:number]
+    return [channel for channel in channels if channel in going]
+
+
+# ----------------------------------------------------------------------------------------------- every layer
 
 
 def least_widths(layers: list[ConvLayer], multiple: int) -> list[int]:
@@ -39,26 +85,31 @@ def least_widths(layers: list[ConvLayer], multiple: int) -> list[int]:
 
 
 def macs_of_widths(layers: list[ConvLayer], widths: list[int]) -> int:
-    """`count_macs` of the network of `layers` cut to `widths`."""
+    """The multiply-adds of these layers with other widths."""
     widths_in = [layers[0].width_in, *widths[:-1]]
-    return sum(9 * layer.positions * width_in * width for layer, width_in, width in zip(layers, widths_in, widths))
+    return sum(replace(layer, width_in=width_in, width=width).macs
+               for layer, width_in, width in zip(layers, widths_in, widths))
 
 
-def most_macs(layers: list[ConvLayer], prune_macs: float, multiple: int) -> float:
-    """The budget in multiply-adds of `--prune_macs`. Raises UserError when no cut would meet it."""
+def most_macs(network: NetworkConfig, config) -> float | None:
+    """The multiply-adds that `prune_macs` of a PruneConfig allows; None where it is not given. Raises UserError when no
+    cut would meet it."""
+    if config.prune_macs is None:
+        return None
+    layers = conv_layers(network, config.report_size)
     before = sum(layer.macs for layer in layers)
-    least = macs_of_widths(layers, least_widths(layers, multiple))
-    if least > prune_macs * before:
-        rounding = f" in multiples of {multiple}" if multiple > 1 else ""
-        raise UserError(f"--prune_macs {prune_macs}: a tenth of every layer's channels is kept{rounding}, which is "
-                        f"{math.ceil(1e4 * least / before) / 1e4} of the multiply-adds")
-    return prune_macs * before
+    least = macs_of_widths(layers, least_widths(layers, config.round_to))
+    if least > config.prune_macs * before:
+        rounding = f" in multiples of {config.round_to}" if config.round_to > 1 else ""
+        raise UserError(f"prune_macs {config.prune_macs}: a tenth of every layer's channels is kept{rounding}, which "
+                        f"is {math.ceil(1e4 * least / before) / 1e4} of the multiply-adds")
+    return config.prune_macs * before
 
 
 def select_channels(
-    layers: list[ConvLayer], responses: Mapping[str, LayerResponses], macs: float | None, multiple: int, padding: str
+    network: NetworkConfig, size: int, responses: Mapping[str, LayerResponses], macs: float | None, multiple: int
 ) -> Selection:
-    """The channels to cut from every conv but the last. padding: of the network's encoder.
+    """The channels to cut from every conv but the last. size: of the pictures that `macs` is for.
 
     First those go that are off, and those that are constant, but for those of an encoder that pads with zeros, before
     the bottleneck (see `surgery.cut_channels`): both exactly, for everything measured. With `macs`, the least important
@@ -66,48 +117,50 @@ def select_channels(
     nearer to them than nothing would. Each layer keeps at least one channel. Widths are multiples of `multiple`
     where the width before is not less: of the channels that would go, the most important stay.
     """
-    orders, widths = [], []
+    layers = conv_layers(network, size)
+    constant = {layer.name: _foldable(layer, responses[layer.name], network.padding) for layer in layers[:-1]}
+    orders, widths = {}, []
     for layer in layers[:-1]:
         found = responses[layer.name]
-        off, constant = found.off, _foldable(layer, found, padding)
-        rank = np.zeros(layer.width, int)  # the kinds go one after the other, each by importance
-        rank[off], rank[constant] = -2, -1
-        orders.append(np.lexsort((found.l2.sum(axis=0, dtype=np.float64), found.importance, rank)))
-        widths.append(rounded_width(max(1, layer.width - len(off) - len(constant)), layer.width, multiple))
+        kind = np.zeros(layer.width, int)  # the kinds go one after the other, each by importance
+        kind[found.off], kind[constant[layer.name]] = -2, -1
+        orders[layer.name] = np.lexsort((found.l2.sum(axis=0, dtype=np.float64), found.importance, kind))
+        widths.append(rounded_width(max(1, np.count_nonzero(kind == 0)), layer.width, multiple))
     widths.append(layers[-1].width)
     if macs is not None:
-        importance = [responses[layer.name].importance[order] for layer, order in zip(layers, orders)]
+        importance = [responses[name].importance[order] for name, order in orders.items()]
         widths = _cut_to_budget(layers, widths, importance, macs, multiple)
 
     cuts, constants, folded = {}, {}, {}
-    for layer, order, width in zip(layers, orders, widths):
-        found = responses[layer.name]
-        constant = _foldable(layer, found, padding)
+    for (name, order), layer, width in zip(orders.items(), layers, widths):
+        found = responses[name]
         values = found.mean.copy()
-        values[found.off], values[constant] = 0, found.largest[constant]
-        cuts[layer.name] = order[: layer.width - width].tolist()
-        constants[layer.name] = {channel: float(values[channel]) for channel in cuts[layer.name] if values[channel]}
-        folded[layer.name] = len(set(cuts[layer.name]) & set(constant.tolist()))
+        values[found.off], values[constant[name]] = 0, found.largest[constant[name]]
+        cuts[name] = order[: layer.width - width].tolist()
+        constants[name] = {channel: float(values[channel]) for channel in cuts[name] if values[channel]}
+        folded[name] = len(set(cuts[name]) & set(constant[name].tolist()))
     return Selection(cuts, constants, {name: len(responses[name].off) for name in cuts}, folded)
 
 
 def select_by_magnitude(
-    layers: list[ConvLayer], magnitudes: Mapping[str, np.ndarray], responses: Mapping[str, LayerResponses],
+    network: NetworkConfig, size: int, magnitudes: Mapping[str, np.ndarray], responses: Mapping[str, LayerResponses],
     macs: float, multiple: int,
 ) -> Selection:
-    """Plain magnitude pruning, to compare with: each layer keeps the same share of its channels, the largest that
+    """Plain magnitude pruning, to compare with: each layer keeps the same fraction of its channels, the largest that
     meets `macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
 
     magnitudes: l1 norms of the filters, by conv, (C,). Nothing takes the place of a cut channel.
     """
+    layers = conv_layers(network, size)
     least = least_widths(layers, multiple)
-    for kept in range(SHARE_STEPS, -1, -1):
-        widths = [max(floor, layer.width * kept // SHARE_STEPS // multiple * multiple)
-                  for layer, floor in zip(layers[:-1], least)] + [layers[-1].width]
-        if macs_of_widths(layers, widths) <= macs:
-            break
+
+    def widths_of(kept: int) -> list[int]:
+        return [max(floor, layer.width * kept // FRACTION_STEPS // multiple * multiple)
+                for layer, floor in zip(layers[:-1], least)] + [layers[-1].width]
+
+    too_many = bisect_right(range(FRACTION_STEPS + 1), macs, key=lambda kept: macs_of_widths(layers, widths_of(kept)))
     cuts = {layer.name: np.argsort(magnitudes[layer.name], kind="stable")[: layer.width - width].tolist()
-            for layer, width in zip(layers[:-1], widths)}
+            for layer, width in zip(layers[:-1], widths_of(max(0, too_many - 1)))}
     return Selection(cuts, {}, {name: len(responses[name].off) for name in cuts}, dict.fromkeys(cuts, 0))
 
 
@@ -125,19 +178,15 @@ def _cut_to_budget(
     layer that loses the least importance for the multiply-adds that it saves, in its own conv and in the next one,
     to the next multiple of `multiple`.
     """
-    widths, least = list(widths), least_widths(layers, multiple)
+    least, widths = least_widths(layers, multiple), list(widths)
     total = macs_of_widths(layers, widths)
     while total > macs:
         steps = []
-        for number, (layer, lost) in enumerate(zip(layers, importance)):
-            narrower = (widths[number] - 1) // multiple * multiple
-            if narrower < least[number]:
-                continue
-            width_in = widths[number - 1] if number else layer.width_in
-            saved = 9 * (widths[number] - narrower) * (
-                layer.positions * width_in + layers[number + 1].positions * widths[number + 1])
-            cost = lost[layer.width - widths[number] : layer.width - narrower].sum()
-            steps.append((cost / saved, number, narrower, saved))
+        for number, lost in enumerate(importance):
+            width, narrower = widths[number], (widths[number] - 1) // multiple * multiple
+            if narrower >= least[number]:
+                saved = total - macs_of_widths(layers, [*widths[:number], narrower, *widths[number + 1 :]])
+                steps.append((lost[len(lost) - width : len(lost) - narrower].sum() / saved, number, narrower, saved))
         _, number, narrower, saved = min(steps)
         widths[number] = narrower
         total -= saved

@@ -27,11 +27,10 @@ def cut_channels(
     layers = conv_layers(network.config, size=0)
     cuts = {name: [int(channel) for channel in channels] for name, channels in cuts.items()}
     constants = constants or {}
-    kept = _check_cuts(layers, cuts)
+    kept = _channels_that_stay(layers, cuts)
     for name, values in constants.items():
-        staying = sorted(set(values) - set(cuts.get(name, ())))
-        if staying:
-            raise UserError(f"channel {staying[0]} of {name} has a constant, but is not cut")
+        for channel in values.keys() - cuts.get(name, ()):
+            raise UserError(f"channel {channel} of {name} has a constant, but is not cut")
 
     cut = StyleTransferNetwork(network.config.with_widths([len(kept[layer.name]) for layer in layers]))
     state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
@@ -45,7 +44,7 @@ def cut_channels(
         for channel, value in constants.get(layer.name, {}).items():
             state[bias] += value * state[weight][:, channel].sum(dim=(1, 2))
         state[weight] = state[weight][:, indices]
-    cut.load_state_dict(state)
+    cut.to(state[bias].dtype).load_state_dict(state)
     cut.train(network.training)
     return cut.to(indices.device, memory_format=torch.channels_last)
 
@@ -55,22 +54,19 @@ def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> St
     return cut_channels(network, {bottleneck_conv(network.config): channels})
 
 
-def _check_cuts(layers: list[ConvLayer], cuts: dict[str, list[int]]) -> dict[str, list[int]]:
+def _channels_that_stay(layers: list[ConvLayer], cuts: dict[str, list[int]]) -> dict[str, list[int]]:
     """The channels that stay, by conv. Raises UserError for cuts that cannot be made."""
-    cuttable = {layer.name: layer for layer in layers if layer.kind != "output"}
-    for name in cuts:
-        if name not in cuttable:
-            raise UserError(f"{name}: no conv with channels to cut; those are {', '.join(cuttable)}")
-    kept = {layer.name: list(range(layer.width)) for layer in layers}
+    widths = {layer.name: layer.width for layer in layers if layer.kind != "output"}
     for name, channels in cuts.items():
-        width = cuttable[name].width
-        place = "the bottleneck" if cuttable[name].kind == "bottleneck" else name
-        unknown = [channel for channel in channels if not 0 <= channel < width]
-        if unknown:
-            raise UserError(f"channel {unknown[0]}: {place} has {width} channels, 0 to {width - 1}")
+        if name not in widths:
+            raise UserError(f"{name}: no conv with channels to cut; those are {', '.join(widths)}")
+        width, is_bottleneck = widths[name], any(layer.name == name and layer.kind == "bottleneck" for layer in layers)
+        place = "the bottleneck" if is_bottleneck else name
+        for channel in channels:
+            if not 0 <= channel < width:
+                raise UserError(f"channel {channel}: {place} has {width} channels, 0 to {width - 1}")
         if len(set(channels)) != len(channels):
             raise UserError(f"channel {max(channels, key=channels.count)} is named more than once")
         if len(channels) >= width:
             raise UserError(f"{len(channels)} channels to cut: {place} has {width}, at most {width - 1} can go")
-        kept[name] = sorted(set(range(width)) - set(channels))
-    return kept
+    return {layer.name: sorted(set(range(layer.width)) - set(cuts.get(layer.name, ()))) for layer in layers}

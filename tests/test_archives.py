@@ -27,8 +27,6 @@ import archives
 import data
 from data import find_pictures, is_searched, load_picture, look_through, open_folder, split_holdout
 from main import main
-from prune import PruneConfig, _compared_pairs
-from pruning.responses import Responses
 from train import train
 from training.sampling import CropConfig, PictureCache, TrainingPictures, training_batches
 from weights import load_network
@@ -170,10 +168,12 @@ def test_pruning_reads_archives(photos, tmp_path):
              "latency_runs": 1, "report_size": 32, "save_path": tmp_path / "cut"}
     assert main(words(flags)) == 0
     report = json.loads((tmp_path / "cut" / "report.json").read_text())
-    assert report["content_pictures"] == report["style_pictures"] == 8
-    responses = Responses.load(tmp_path / "cut" / "responses.npz", width=6)
-    for content, style in _compared_pairs(responses, PruneConfig(imsize=32, cropsize=32)):
-        assert torch.equal(content, style)
+    assert report["content_pictures"] == report["style_pictures"] == 6 and report["compared_pairs"] == 4
+    assert all(content.startswith(str(archive)) for content, _ in report["pairs_set_aside"])
+    kept = {"responses": tmp_path / "cut" / "responses.npz", "save_path": tmp_path / "again"}
+    assert main(words(flags | kept)) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["changes"] == report["changes"] and again["max_pixel_difference"] is not None
 
 
 # ------------------------------------------------------------------------------------ processes and threads

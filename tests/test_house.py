@@ -15,11 +15,14 @@ ROWS = (
     # The wings, each module above those that it uses.
     ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "training.dead_units",
      "painting.smoothing", "painting.tiling", "painting.control", "painting.quality", "painting.sheets",
-     "pruning.surgery", "exporting.graphs", "exporting.integers"),
+     "pruning.surgery", "exporting.graphs"),
     ("training.loop", "training.step", "painting.stylizer"),
     ("painting",),
-    ("painting.pairs", "pruning.responses", "exporting.webpage"),
-    ("painting.many", "painting.video", "pruning.selection", "pruning.plots"),
+    ("painting.pairs", "exporting.formats", "exporting.webpage"),
+    ("painting.many", "painting.video", "pruning.responses", "exporting.integers"),
+    ("pruning.selection", "pruning.plots"),
+    ("pruning.report",),
+    ("pruning.comparison",),
     ("train", "distill", "evaluate", "prune", "export"),  # the modes
     ("hubconf",),  # a script of torch.hub
     ("main",),
@@ -80,7 +83,7 @@ def test_few_modules_lie_at_the_root():
 
 # --------------------------------------------------------------------------------------------- citations
 
-WRITTEN = {"report.md", "gradients.py"}  # by speedrun.sh, and by a test
+WRITTEN = {"report.md", "table.md", "gradients.py"}  # by speedrun.sh, by prune mode, and by a test
 
 
 def test_cited_files_are_there():

@@ -1,5 +1,8 @@
 """Model files as others save them: wrapped networks, bare state dicts; and responses whose pictures moved."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import (
@@ -111,7 +114,7 @@ def test_responses_of_pictures_that_moved_are_refused_before_anything_is_written
              "prune_num": 1, "prune_nums": 0, "save_path": tmp_path / "pruned"}
     assert main(words(flags)) == 0
     flags |= {"responses": tmp_path / "pruned" / "responses.npz", "save_path": tmp_path / "again"}
-    picture = tmp_path / "style" / "0.png"
+    picture = Path(json.loads((tmp_path / "pruned" / "report.json").read_text())["pairs_set_aside"][0][1])
     match change:
         case "folder renamed":
             (tmp_path / "style").rename(tmp_path / "paintings")
@@ -119,5 +122,5 @@ def test_responses_of_pictures_that_moved_are_refused_before_anything_is_written
         case "picture damaged":
             picture.write_bytes(b"no picture")
     capsys.readouterr()
-    assert f"--responses {picture}: " in refusal(capsys, *words(flags))
+    assert f"responses {picture}: " in refusal(capsys, *words(flags))
     assert not (tmp_path / "again").exists()

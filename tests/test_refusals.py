@@ -159,9 +159,30 @@ PICTURES_AND_FILES = (
 )
 
 PRUNING = (
+    ("prune", PRUNE + "--prune_macs 0.5 --prune_num 1", "--prune_num and prune_macs 0.5: give one of the two"),
+    ("prune", PRUNE + "--prune_macs 0.5 --prune_channels 1", "--prune_channels and prune_macs 0.5: give one"),
+    ("prune", PRUNE + "--prune_layers all --prune_num 1", "--prune_num and prune_layers all: give one of the two"),
+    ("prune", PRUNE + "--prune_rank magnitude", "--prune_rank magnitude: how much is to be left, prune_macs says"),
+    ("prune", PRUNE + "--prune_macs 0", "--prune_macs"),
+    ("prune", PRUNE + "--prune_macs 1.5", "--prune_macs"),
+    ("prune", PRUNE + "--prune_macs 0.001", "--prune_macs 0.001: a tenth of every layer's channels is kept"),
+    ("prune", PRUNE + "--prune_layers encoder", "--prune_layers"),
+    ("prune", PRUNE + "--round_to 0", "--round_to"),
+    ("prune", PRUNE + "--report_size 20", "--report_size 20: a multiple of 8, 16 or more"),
+    ("prune", PRUNE + "--load_path {tmp}/model.pth {tmp}/model.pth", "model.pth: this model is named twice"),
 )
 
+EXPORT = "--load_path {tmp}/model.pth --save_path {tmp}/"
 EXPORTING = (
+    ("export", EXPORT + "x.tflite", "a name that ends in .onnx, .pt2 or .safetensors is needed, or for a page one"),
+    ("export", EXPORT + "x", "--save_path {tmp}/x: a name that ends in"),
+    ("export", EXPORT + "x.pt2 --split", "--split: only for .onnx files"),
+    ("export", EXPORT + "x/ --int8", "--int8: only for .onnx files"),
+    ("export", EXPORT + "x.onnx --int8 --style_dir {tmp}", "--int8: content_dir is needed"),
+    ("export", EXPORT + "x.onnx --int8 --style_dir {tmp} --content_dir {tmp} --holdout 0", "--int8 with holdout 0"),
+    ("export", EXPORT + "x.onnx --style_dir {tmp}", "--style_dir: only a page has styles"),
+    ("export", EXPORT + "model.pth/x.safetensors", "a file is in the way"),
+    ("export", "--save_path {tmp}/x.safetensors --load_path {tmp}/none.pth", "{tmp}/none.pth: no such file"),
 )
 
 ROWS = COMMAND_LINE + TRAINING + PAINTING + PICTURES_AND_FILES + PRUNING + EXPORTING

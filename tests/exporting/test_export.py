@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, read_pixels, refusal, small_config, small_network, user_error, words, write_model, write_noise
+from helpers import ROOT, read_pixels, refusal, small_network, user_error, words, write_model, write_noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -18,35 +18,15 @@ from torch.torch_version import TorchVersion
 
 import export as export_module
 from data import denormalize, normalize
-from export import ExportConfig
+from exporting import formats
 from exporting.graphs import ContentGraph, PairGraph, StyleGraph, trace
 from main import main
-from network import StyleTransferNetwork, channel_statistics, resized
+from network import channel_statistics, resized
 from weights import load_network
 
+EXPORTS = ("split.onnx", "whole.onnx", "program.pt2", "weights.safetensors")  # of the fixture `exported`
 SIZES = ((1, 1), (7, 30), (33, 49), (40, 24))  # height, width
 OTHER_SIZES = ((41, 18), (3, 3), (24, 40), (50, 9))
-
-
-def exporting_network(backbone="vgg19", pooling="max", upsampling="nearest", padding="zeros", seed=0):
-    """Narrow, of uneven widths as after pruning, and its pictures are within range."""
-    config = small_config(backbone, pooling)
-    widths = [4 + number % 3 for number in range(len(config.widths) - 1)]
-    network = StyleTransferNetwork(config.with_widths([*widths, 3]))
-    network.load_state_dict(_weights(network, seed))
-    network.use(upsampling, padding)
-    return network.eval().requires_grad_(False)
-
-
-def _weights(network, seed) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, tensor in network.state_dict().items():
-        scale = (2.0 / tensor[0].numel()) ** 0.5 if tensor.dim() == 4 else 0.1
-        state[name] = torch.randn(tensor.shape, generator=generator) * scale
-    last = list(state)[-2]
-    state[last] *= 4.0
-    return state
 
 
 def picture(seed: int, size, batch: int = 1) -> torch.Tensor:
@@ -56,34 +36,30 @@ def picture(seed: int, size, batch: int = 1) -> torch.Tensor:
 
 
 def desired_picture(network, content, style, strength):
-    return denormalize(network(normalize(content), normalize(style), strength))
-
-
-def test_resized_by_hand():
-    """Repeats the last row and column, or cuts; each side for itself, and nothing where it fits."""
-    image = torch.arange(6.0).view(1, 1, 2, 3)  # rows 0 1 2 and 3 4 5
-    assert resized(image, 3, 2)[0, 0].tolist() == [[0, 1], [3, 4], [3, 4]]
-    assert resized(image, 1, 5)[0, 0].tolist() == [[0, 1, 2, 2, 2]]
-    assert torch.equal(resized(image, 2, 3), image)
+    with torch.inference_mode():
+        return denormalize(network(normalize(content), normalize(style), strength))
 
 
 @pytest.mark.parametrize("backbone, pooling, upsampling, padding", [
     ("vgg19", "max", "nearest", "zeros"), ("vgg16", "avg", "bilinear", "reflect"),
-    ("vgg19", "avg", "nearest", "reflect"), ("vgg19", "blur", "bilinear", "reflect"),
+    ("vgg19", "blur", "bilinear", "zeros"), ("vgg16", "blur", "nearest", "reflect"),
 ])
 @torch.inference_mode()
 def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, padding):
-    network = exporting_network(backbone, pooling, upsampling, padding)
-    graphs = (StyleGraph, ContentGraph, PairGraph)
-    style_graph, content_graph, pair = (graph(network).eval() for graph in graphs)
-    for number, (size, style_size) in enumerate(zip(SIZES, OTHER_SIZES)):
-        content, style = picture(1, size, 1 + number % 2), picture(2, style_size, 1 + number % 2)
-        desired = desired_picture(network, content, style, 0.3)
-        strength = torch.tensor([0.3])
-        code = style_graph(style / 255)
-        assert_close(code, channel_statistics(network.encode(normalize(style))))
-        assert_close(content_graph(content / 255, *code, strength), desired)
-        assert_close(pair(content / 255, style / 255, strength), desired)
+    """In float64."""
+    network = small_network(backbone, pooling).double()
+    network.use(upsampling, padding)
+    style_graph, content_graph, pair = (graph(network).double() for graph in (StyleGraph, ContentGraph, PairGraph))
+    mean, std, strength = pair.rgb_mean, pair.rgb_std, torch.tensor([0.3], dtype=torch.float64)
+    for number, sizes in enumerate(zip(SIZES, OTHER_SIZES)):
+        content, style = (picture(kind, size, 1 + number % 2).double() / 255 for kind, size in enumerate(sizes))
+        normalized = [(image - mean) / std for image in (content, style)]
+        desired = (network(*normalized, 0.3) * std + mean).clamp(0, 1)
+        code = style_graph(style)
+        same = {"rtol": 1e-9, "atol": 1e-9}
+        assert_close(code, channel_statistics(network.encode(normalized[1])), **same)
+        assert_close(content_graph(content, *code, strength), desired, **same)
+        assert_close(pair(content, style, strength), desired, **same)
 
 
 def test_a_trace_of_a_size_of_its_own_is_refused():
@@ -95,28 +71,10 @@ def test_a_trace_of_a_size_of_its_own_is_refused():
             return self.network.encoder(resized(image, height, width))
 
     with pytest.raises(Exception, match="height"):
-        trace(Decided(exporting_network()))
+        trace(Decided(small_network("vgg16", width=2)))
 
 
 # ------------------------------------------------------------------------------------------- files that paint
-
-# Name of the file: the network, and further flags.
-EXPORTS = {
-    "split.onnx": (("vgg19", "max", "nearest", "zeros"), {"split": True}),
-    "whole.onnx": (("vgg16", "blur", "bilinear", "reflect"), {}),
-    "program.pt2": (("vgg19", "blur", "bilinear", "zeros"), {}),
-    "weights.safetensors": (("vgg16", "max", "nearest", "reflect"), {}),
-}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """A folder with all of EXPORTS, each by the command line, and what it was made from as NAME.pth."""
-    folder = tmp_path_factory.mktemp("exported")
-    for name, (settings, flags) in EXPORTS.items():
-        model = write_model(folder / f"{name}.pth", exporting_network(*settings), vgg_weights="random", iteration=7)
-        assert main(words({"mode": "export", "load_path": model, "save_path": folder / "files" / name} | flags)) == 0
-    return folder
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -150,9 +108,9 @@ def painter(folder: Path, name: str):
     return paint
 
 
-@pytest.mark.parametrize("name", [name for name in EXPORTS if not name.endswith(".safetensors")])
-@torch.inference_mode()
+@pytest.mark.parametrize("name", EXPORTS[:3])
 def test_files_paint_the_networks_pictures_at_any_size(exported, name):
+    """Within the 0.001 of 1 that is promised: both compute in float32."""
     network, _ = load_network(exported / f"{name}.pth")
     paint = painter(exported / "files", name)
     for number, (size, style_size) in enumerate(zip(SIZES, OTHER_SIZES)):
@@ -162,15 +120,15 @@ def test_files_paint_the_networks_pictures_at_any_size(exported, name):
             actual = paint(content / 255, style / 255, strength)
             assert actual.dtype == np.float32 and actual.shape == desired.shape
             assert 0.1 < ((desired > 0) & (desired < 1)).mean()  # or clipping would hide what differs
-            np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-3)
     assert {path.name for path in (exported / "files").iterdir()} == {
         "split.style.onnx", "split.content.onnx", *EXPORTS} - {"split.onnx"}
 
 
 @pytest.mark.parametrize("name, inputs, outputs", [
     ("split.style.onnx", {"style": ["batch", 3, "style_height", "style_width"]}, {"mean": 4, "std": 4}),
-    ("split.content.onnx", {"content": ["batch", 3, "height", "width"], "mean": ["batch", 6, 1, 1],
-                            "std": ["batch", 6, 1, 1], "strength": [1]}, {"picture": 4}),
+    ("split.content.onnx", {"content": ["batch", 3, "height", "width"], "mean": ["batch", 4, 1, 1],
+                            "std": ["batch", 4, 1, 1], "strength": [1]}, {"picture": 4}),
     ("whole.onnx", {"content": ["batch", 3, "height", "width"], "style": ["batch", 3, "style_height", "style_width"],
                     "strength": [1]}, {"picture": 4}),
 ])
@@ -235,18 +193,13 @@ def test_safetensors_files_of_others(tmp_path):
     save_file(state, tmp_path / "list.safetensors", {"config": "[1]"})
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("text")
-    for name, reason in (("odd", "JSON"), ("list", "no style-transfer network"), ("other", "0 encoder convs"),
+    for name, reason in (("odd", "JSON"), ("list", "no style-transfer network"), ("other", "no style-transfer network"),
                          ("text", "not a safetensors file"), ("none", "no such file")):
         message = user_error(load_network, tmp_path / f"{name}.safetensors")
-        assert message.startswith(f"--load_path {tmp_path / name}.safetensors") and reason in message
+        assert f"load_path {tmp_path / name}.safetensors" in message and reason in message
 
 
 # --------------------------------------------------------------------------------------------------- check
-
-
-def test_check_passes_the_network_itself():
-    network = exporting_network()
-    assert export_module.largest_difference(export_module.network_painter(network, 8), network, 8, "") == 0.0
 
 
 def without_remainder(picture):
@@ -254,53 +207,53 @@ def without_remainder(picture):
     return picture[:, :, : picture.shape[2] // 8 * 8, : picture.shape[3] // 8 * 8]
 
 
-def fail_at(picture):
+def fail(picture):
     raise RuntimeError("first line\nsecond line")
 
 
-@pytest.mark.parametrize("breaks, side, reason", [
-    (without_remainder, 61, "returns (2, 3, 56, 80) in place of (2, 3, 61, 83) for a content of 61 x 83 and a style of "
-     "40 x 40 pixels, batch 2, strength 1; nothing"),
-    (lambda picture: picture + 0.0021, 5, "differs from PyTorch by 0.0021 of 1 for a content of 5 x 9 and a style of "
-     "40 x 40 pixels, batch 1, strength 1, at most 0.001 is allowed; nothing"),
-    (lambda picture: picture * float("nan"), 24, "differs from PyTorch by nan of 1 for a content of 24 x 107"),
-    (fail_at, 24, "fails for a content of 24 x 107 and a style of 40 x 40 pixels, batch 2, strength 1 (first line)"),
+@pytest.mark.parametrize("breaks, height, reason", [
+    (without_remainder, 61, "for a content of 61 x 83 and a style of 40 x 40 pixels, batch 2, strength 1 (it paints "
+     "(2, 3, 56, 80) in place of (2, 3, 61, 83))"),
+    (lambda picture: picture + 0.0021, 5, "for a content of 5 x 9 and a style of 40 x 40 pixels, batch 1, strength 1 "
+     "(it differs from PyTorch by 0.0021 of 1, at most 0.001 is allowed)"),
+    (lambda picture: picture * float("nan"), 24, "content of 24 x 107 and a style of 40 x 40 pixels, batch 2, strength "
+     "1 (it differs from PyTorch by nan of 1"),
+    (fail, 24, "(first line)"),
+    (lambda picture: picture, 24, None),
 ])
-def test_check_says_at_which_size_a_file_is_wrong(breaks, side, reason):
-    network = exporting_network()
-    own = export_module.network_painter(network)
+def test_check_says_at_which_size_a_file_is_wrong(monkeypatch, breaks, height, reason):
+    network = small_network("vgg16")
+    own = formats.network_painter(network)
 
     def paint(content, style, strength):
         painted = own(content, style, strength)
-        return breaks(painted) if content.shape[2] == side else painted
+        return breaks(painted) if content.shape[2] == height else painted
 
-    message = user_error(export_module.largest_difference, paint, network, 0, "--save_path x.onnx")
-    assert message.startswith("--save_path x.onnx: the exported file ") and reason in message
+    monkeypatch.setattr(formats, "open_painter", lambda files: paint)
+    if reason is None:
+        assert formats.check_files({Path("x.onnx"): b""}, network) == 0.0
+        return
+    message = user_error(formats.check_files, {Path("x.onnx"): b""}, network)
+    assert message.startswith("save_path x.onnx: the exported file cannot be used for a content") and reason in message
     assert message.endswith("; nothing was written")
 
 
-@pytest.mark.parametrize("name, flags", [("graph.pt2", {}), ("graph.onnx", {}), ("graph.onnx", {"split": True})])
+@pytest.mark.parametrize("name, flags", [("graph.pt2", {}), ("graph.onnx", {"split": True})])
 def test_a_file_that_cannot_be_read_back_does_not_stay(tmp_path, capsys, monkeypatch, name, flags):
-    network = exporting_network()
-    model, path = write_model(tmp_path / "model.pth", network), tmp_path / "files" / name
-    monkeypatch.setattr(export_module, "to_onnx", lambda graph, network: b"no graph")
-    monkeypatch.setattr(export_module, "to_torch_export", lambda graph, network: b"no program")
+    model, path = write_model(tmp_path / "model.pth", small_network("vgg16")), tmp_path / "files" / name
+    monkeypatch.setattr(formats, "to_onnx", lambda graph, network: b"no graph")
+    monkeypatch.setattr(formats, "to_torch_export", lambda graph, network: b"no program")
     message = refusal(capsys, *words({"mode": "export", "load_path": model, "save_path": path} | flags))
-    assert f"--save_path {path}: the exported file cannot be read back" in message
+    assert "the exported file cannot be used (" in message
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_a_program_of_another_network_does_not_stay(tmp_path, capsys, monkeypatch):
-    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.pt2"
+def test_a_program_of_another_network_does_not_stay(exported, tmp_path, capsys, monkeypatch):
+    model = write_model(tmp_path / "model.pth", small_network("vgg16"))
+    path = tmp_path / "graph.pt2"
     path.write_bytes(b"what was there before")
-    right = export_module.PairGraph
-
-    def wrong(network):
-        graph = right(network)
-        graph.rgb_mean += 0.01
-        return graph
-
-    monkeypatch.setattr(export_module, "PairGraph", wrong)
+    other = (exported / "files" / "program.pt2").read_bytes()
+    monkeypatch.setattr(formats, "to_torch_export", lambda graph, network: other)
     message = refusal(capsys, *words({"mode": "export", "load_path": model, "save_path": path}))
     assert "differs from PyTorch by" in message and "content of 48 x 64 and a style of 40 x 40" in message
     assert path.read_bytes() == b"what was there before"
@@ -310,30 +263,30 @@ def test_a_program_of_another_network_does_not_stay(tmp_path, capsys, monkeypatc
 # ---------------------------------------------------------------------------------------------- integers
 
 
-def folders_of_pictures(folder: Path) -> dict:
+@pytest.fixture
+def pictures(tmp_path) -> dict:
     """Flags of --int8 for small pictures, about half of which are held out."""
     for number in range(6):
         for kind in ("content", "style"):
-            write_noise(folder / kind / f"{number}.png", (40, 50), number)
-    return {"int8": True, "content_dir": folder / "content", "style_dir": folder / "style", "holdout": 0.5,
+            write_noise(tmp_path / kind / f"{number}.png", (40, 50), number)
+    return {"int8": True, "content_dir": tmp_path / "content", "style_dir": tmp_path / "style", "holdout": 0.5,
             "imsize": 34, "cropsize": 34, "pairs": 2, "vgg_weights": "random"}
 
 
 @pytest.mark.parametrize("name", ["split.onnx", "whole.onnx"])
-def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch, name):
+def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch, pictures, name):
     """The float32 files are those of the fixture, so that they need not be made again."""
     names = [f"split.{part}.onnx" for part in ("style", "content")] if name == "split.onnx" else [name]
     float_files = {tmp_path / each: (exported / "files" / each).read_bytes() for each in names}
     widths = []
 
-    def make_files(network, checkpoint, config):
+    def make_files(network, checkpoint, path, split):
         widths.append(network.config.widths)
         return dict(float_files)
 
     monkeypatch.setattr(export_module, "make_files", make_files)
     flags = {"mode": "export", "load_path": exported / f"{name}.pth", "save_path": tmp_path / name}
-    pictures = folders_of_pictures(tmp_path)
-    assert main(words(flags | EXPORTS[name][1] | pictures)) == 0
+    assert main(words(flags | pictures | ({"split": True} if name == "split.onnx" else {}))) == 0
     report = capsys.readouterr().out
     assert "int8 - float32" in report and "2 pairs of 2 content and 2 style pictures" in report
     assert "a pair, content of 34 x 34, 2 threads: float32" in report and "SSIM" in report
@@ -342,7 +295,7 @@ def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch,
                        for folder in (tmp_path, exported / "files"))
     assert actual.shape == desired.shape
     difference = np.abs(actual - desired)
-    assert 1e-4 < difference.mean() < 0.2 * desired.std()  # rounded, and to the same picture
+    assert 1e-4 < difference.mean() < 0.5 * desired.std()  # rounded, and not to another picture, which is 1.1
     assert 0.05 < desired.std()  # a plain picture would show nothing
     assert np.abs(actual * 255 - (actual * 255).round()).max() < 1e-3  # as a picture file has it
     own, filled = widths
@@ -363,38 +316,31 @@ def test_integers_paint_nearly_the_same(exported, tmp_path, capsys, monkeypatch,
         assert all(made_by[node.input[0]].op_type in ("QuantizeLinear", "Pad") for node in pads if "8" not in node.name)
 
 
-def test_integers_without_vgg_weights_write_nothing(tmp_path, capsys, monkeypatch):
-    """They are missed before the graph is made."""
+def test_what_integers_need_is_missed_before_the_graph_is_made(tmp_path, capsys, monkeypatch, pictures):
     monkeypatch.delattr(export_module, "make_files")
-    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.onnx"
-    flags = {"mode": "export", "load_path": model, "save_path": path} | folders_of_pictures(tmp_path)
+    model, path = write_model(tmp_path / "model.pth", small_network("vgg16")), tmp_path / "graph.onnx"
+    flags = {"mode": "export", "load_path": model, "save_path": path} | pictures
     message = refusal(capsys, *words(flags | {"vgg_weights": tmp_path / "none.pth"}))
-    assert message.startswith(f"error: --vgg_weights {tmp_path / 'none.pth'}: ")
-    assert not path.exists()
-
-
-def test_pictures_too_small_to_measure_integers_with(tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr(export_module, "make_files")
-    model, path = write_model(tmp_path / "model.pth", exporting_network()), tmp_path / "graph.onnx"
-    flags = {"mode": "export", "load_path": model, "save_path": path} | folders_of_pictures(tmp_path)
+    assert f"vgg_weights {tmp_path / 'none.pth'}: " in message
     message = refusal(capsys, *words(flags | {"imsize": 4, "cropsize": 4}))
-    assert message.startswith(f"error: --content_dir {tmp_path / 'content'}")
-    assert message.endswith("4 x 4 pixels; --int8 needs 21 or more on each side")
+    assert f"content_dir {tmp_path / 'content'}" in message and "4 x 4 pixels" in message and "21 or more" in message
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("breaks, reason", [
-    (lambda content: b"no graph", "cannot be read back"),
-    (lambda content: without_last_row(content), "returns (1, 3, 47, 64) in place of (1, 3, 48, 64)"),
+    (lambda content: b"no graph", "cannot be used ("),
+    (lambda content: without_last_row(content), "(it paints (1, 3, 47, 64) in place of (1, 3, 48, 64))"),
 ])
-def test_integers_that_paint_no_such_picture_do_not_stay(exported, tmp_path, capsys, monkeypatch, breaks, reason):
+def test_integers_that_paint_no_such_picture_do_not_stay(exported, tmp_path, capsys, monkeypatch, pictures, breaks,
+                                                         reason):
     path = tmp_path / "whole.onnx"
     files = {path: (exported / "files" / path.name).read_bytes()}
-    monkeypatch.setattr(export_module, "make_files", lambda network, checkpoint, config: dict(files))
-    monkeypatch.setattr(export_module, "quantize", lambda content, inputs: breaks(content))
+    monkeypatch.setattr(export_module, "make_files", lambda *_, **__: dict(files))
+    monkeypatch.setattr("exporting.integers.quantize", lambda content, inputs: breaks(content))
     flags = {"mode": "export", "load_path": exported / "whole.onnx.pth", "save_path": path}
-    message = refusal(capsys, *words(flags | EXPORTS[path.name][1] | folders_of_pictures(tmp_path)))
-    assert f"--save_path {path}: the exported file {reason}" in message and message.endswith("; nothing was written")
-    assert not path.exists()
+    message = refusal(capsys, *words(flags | pictures))
+    assert f"save_path {path}: the exported file" in message and reason in message
+    assert message.endswith("; nothing was written") and not path.exists()
 
 
 def without_last_row(content: bytes) -> bytes:
@@ -412,29 +358,10 @@ def without_last_row(content: bytes) -> bytes:
     return model.SerializeToString()
 
 
-@pytest.mark.parametrize("settings, reason", [
-    ({"save_path": "x.pt2"}, "--int8: only .onnx files are quantised"),
-    ({"content_dir": None}, "--int8: --content_dir is needed"),
-    ({"holdout": 0.0}, "--int8 with --holdout 0"),
-])
-def test_settings_of_integers_that_do_not_fit(settings, reason):
-    given = {"load_path": "m.pth", "save_path": "x.onnx", "int8": True, "content_dir": "c", "style_dir": "s"}
-    assert user_error(ExportConfig(**given | settings).check).startswith(reason)
-
-
 # --------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("settings, reason", [
-    ({"save_path": "x.tflite"}, "--save_path x.tflite: a name that ends in .onnx, .pt2 or .safetensors is needed"),
-    ({"save_path": "folder"}, "--save_path folder: a name that ends in"),
-    ({"save_path": "x.pt2", "split": True}, "--split: only .onnx files are split"),
-])
-def test_settings_that_do_not_fit(settings, reason):
-    assert user_error(ExportConfig(load_path="model.pth", **settings).check).startswith(reason)
-
-
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+@pytest.mark.parametrize("package", formats.ONNX_PACKAGES)
 def test_missing_package_is_named(tmp_path, capsys, monkeypatch, package):
     """Only .onnx files need it."""
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
@@ -445,24 +372,21 @@ def test_missing_package_is_named(tmp_path, capsys, monkeypatch, package):
     assert main(words(flags | {"save_path": tmp_path / "model.safetensors"})) == 0
 
 
-def test_old_packages_are_named(tmp_path, capsys, monkeypatch):
+def test_old_packages_are_named(monkeypatch):
     """What ONNX files need beside torch, and torch itself, for both kinds of graphs."""
-    model = write_model(tmp_path / "model.pth", small_network())
-    onnx_flags, program_flags = ({"mode": "export", "load_path": model, "save_path": tmp_path / "new" / name}
-                                 for name in ("model.onnx", "model.pt2"))
     monkeypatch.setattr(onnx, "__version__", "1.9.0")
-    assert "got onnx 1.9.0, 1.18 or newer is needed" in refusal(capsys, *words(onnx_flags))
-    export_module.need_packages(".pt2")
+    assert "got onnx 1.9.0, 1.18 or newer is needed" in user_error(formats.need_packages, ".onnx")
+    formats.need_packages(".pt2")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cpu"))
-    for flags in (onnx_flags, program_flags):
-        assert "need torch 2.9 or newer, this is 2.8.0+cpu" in refusal(capsys, *words(flags))
-    assert not (tmp_path / "new").exists()
+    for suffix in (".onnx", ".pt2"):
+        assert "need torch 2.9 or newer, this is 2.8.0+cpu" in user_error(formats.need_packages, suffix)
+    formats.need_packages(".safetensors")
 
 
 def test_requirements_are_those_that_are_checked():
     (line,) = re.findall(r"^export = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert set(re.findall(r'"([^"]+)"', line)) == {
-        f"{name}>={oldest}" for name, oldest in export_module.ONNX_PACKAGES.items()}
+        f"{name}>={oldest}" for name, oldest in formats.ONNX_PACKAGES.items()}
 
 
 def test_paths_that_cannot_be_written(tmp_path, capsys):
@@ -472,9 +396,7 @@ def test_paths_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "taken.pt2").mkdir()
     for load_path, save_path, reason in (
         (model, tmp_path / "taken.pt2", "is a folder"),
-        (model, tmp_path / "model.pth" / "model.safetensors", "a file is in the way"),
         (weights, weights, "would overwrite the model"),
-        (tmp_path / "none.pth", tmp_path / "x.safetensors", "no such file"),
     ):
         assert reason in refusal(capsys, "--mode", "export", "--load_path", load_path, "--save_path", save_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.safetensors", "taken.pt2"}

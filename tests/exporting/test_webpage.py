@@ -38,7 +38,7 @@ from main import main
 from network import NetworkConfig, StyleTransferNetwork, channel_statistics
 from weights import load_network
 
-GRAPHS = {"style.onnx": b"style", "content.onnx": b"content"}
+GRAPHS = (b"style", b"content")  # of style.onnx and content.onnx
 
 
 @pytest.fixture
@@ -67,16 +67,14 @@ def model(tmp_path) -> Path:
 
 @pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
 def test_zero_channels_change_no_picture(backbone):
-    network = small_network(backbone, width=6)
-    paint_within_range(network)
+    """In float64."""
+    network = small_network(backbone, width=6).double()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     filled = fill_up(network, CHANNEL_MULTIPLE)
     assert filled.config.widths == (*(8,) * (len(network.config.widths) - 1), 3)
-    content, style = torch.rand(1, 3, 37, 52), torch.rand(1, 3, 24, 40)
+    content, style = (torch.rand(1, 3, *size, dtype=torch.float64) for size in ((37, 52), (24, 40)))
     with torch.inference_mode():
-        desired = network(content, style, 0.7)
-        actual = filled(content, style, 0.7)
-    torch.testing.assert_close(actual, desired, rtol=0, atol=1e-5)
+        torch.testing.assert_close(filled(content, style, 0.7), network(content, style, 0.7), rtol=1e-9, atol=1e-9)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
@@ -97,7 +95,7 @@ def test_a_wider_network_paints_smaller_pictures():
 
 def test_page_has_all_that_it_asks_for(web, tmp_path):
     network = fill_up(small_network(), CHANNEL_MULTIPLE)
-    write_page(tmp_path / "page", page_files(network, "narrow", GRAPHS, sorted(STYLE_DIR.glob("*.jpg"))[:2]))
+    write_page(tmp_path / "page", page_files(network, "narrow", *GRAPHS, sorted(STYLE_DIR.glob("*.jpg"))[:2]))
     folder = tmp_path / "page"
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     sources = "".join((folder / name).read_text() for name in ("index.html", "page.js", "painter.js"))
@@ -121,7 +119,7 @@ def test_every_element_that_the_script_asks_for_is_in_the_page():
 def test_statistics_are_those_of_the_network(web):
     network = small_network()
     paths = sorted(STYLE_DIR.glob("*.jpg"))[:2]
-    settings = json.loads(page_files(network, "narrow", GRAPHS, paths)["page.json"])
+    settings = json.loads(page_files(network, "narrow", *GRAPHS, paths)["page.json"])
     assert [style["name"] for style in settings["styles"]] == ["Cafe terrace", "Calla"]
     assert settings["network"] == "narrow"
     assert settings["hasSources"]
@@ -135,7 +133,7 @@ def test_statistics_are_those_of_the_network(web):
 def test_browser_is_checked_with_what_pytorch_paints(web):
     network = small_network()
     paint_within_range(network)
-    check = json.loads(page_files(network, "narrow", GRAPHS, [])["page.json"])["check"]
+    check = json.loads(page_files(network, "narrow", *GRAPHS, [])["page.json"])["check"]
     width, height = check["width"], check["height"]
     pattern = [(place * 37) % 256 / 255 for place in range(3 * height * width)]  # as in exporting/page/painter.js
     picture = normalize(torch.tensor(pattern).mul(255).round().byte().reshape(1, 3, height, width))
@@ -148,7 +146,7 @@ def test_browser_is_checked_with_what_pytorch_paints(web):
 
 def test_thumbnails_are_small_squares(web, tmp_path):
     style = write_noise(tmp_path / "styles" / "wide_one.png", (60, 300), 0)
-    files = page_files(small_network(), "narrow", GRAPHS, [style])
+    files = page_files(small_network(), "narrow", *GRAPHS, [style])
     (tmp_path / "thumbnail.jpg").write_bytes(files["styles/0.jpg"])
     with Image.open(tmp_path / "thumbnail.jpg") as thumbnail:
         assert (thumbnail.format, thumbnail.size) == ("JPEG", (160, 160))
@@ -162,13 +160,13 @@ def test_thumbnails_are_small_squares(web, tmp_path):
 
 def test_too_many_styles_and_broken_ones_are_refused(web, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    message = user_error(page_files, small_network(), "narrow", GRAPHS, [tmp_path / "broken.png"])
-    assert message.startswith(f"--style_dir {tmp_path / 'broken.png'}: not a readable picture")
+    message = user_error(page_files, small_network(), "narrow", *GRAPHS, [tmp_path / "broken.png"])
+    assert f"style_dir {tmp_path / 'broken.png'}: not a readable picture" in message
     many = tmp_path / "many"
     for number in range(49):
         write_noise(many / f"{number}.png", (1, 1), number)
     assert user_error(find_styles, str(many), tmp_path / "page") == (
-        f"--style_dir {many}: 49 pictures, at most 48 styles fit on a page")
+        f"style_dir {many}: 49 pictures, at most 48 styles fit on a page")
     (many / "0.png").unlink()
     assert len(find_styles(str(many), tmp_path / "page")) == 48
     assert [path.parent for path in find_styles(None, tmp_path / "page")] == [STYLE_DIR] * 8
@@ -217,15 +215,21 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "page" / "b" / "c").read_bytes() == b"2"
 
 
-def test_only_a_page_has_styles(capsys):
-    line = refusal(capsys, "--mode", "export", "--load_path", "x.pth", "--save_path", "x.onnx", "--style_dir", "y")
-    assert "--style_dir: only a page has styles" in line
-
-
 # ---------------------------------------------------------------------------------------------- whole pages
 
 
-def test_export_mode_writes_a_page(web, model, tmp_path, capsys):
+def test_export_mode_writes_a_page(web, exported, tmp_path, capsys, monkeypatch):
+    """Its graphs are those of the fixture, whose network has widths that need no filling up."""
+    graphs = [(exported / "files" / f"split.{part}.onnx").read_bytes() for part in ("style", "content")]
+    model = exported / "split.onnx.pth"
+    network, _ = load_network(model)
+    assert fill_up(network, CHANNEL_MULTIPLE).config == network.config
+
+    def make_files(network, checkpoint, path, split):
+        assert split
+        return {path.with_suffix(f".{number}.onnx"): graph for number, graph in enumerate(graphs)}
+
+    monkeypatch.setattr("export.make_files", make_files)
     write_noise(tmp_path / "styles" / "own.png", (30, 40), 1)
     folder = tmp_path / "new" / "page"
     flags = {"mode": "export", "load_path": model, "save_path": f"{folder}/", "style_dir": tmp_path / "styles"}
@@ -233,16 +237,14 @@ def test_export_mode_writes_a_page(web, model, tmp_path, capsys):
     assert "at most " in capsys.readouterr().out
     settings = json.loads((folder / "page.json").read_text())
     (style,) = settings["styles"]
-    assert (settings["network"], style["name"]) == ("narrow", "Own")
+    assert (settings["network"], style["name"]) == ("split.onnx", "Own")
     content = prepare_picture(write_noise(tmp_path / "content.png", (37, 50), 2))
     session = onnxruntime.InferenceSession(str(folder / "content.onnx"))
     mean, std = (np.array(style[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
     (actual,) = session.run(None, {"content": content.numpy() / np.float32(255), "mean": mean, "std": std,
                                    "strength": np.ones(1, np.float32)})
-    network, _ = load_network(model)
     with torch.inference_mode():
-        style = prepare_picture(tmp_path / "styles" / "own.png")
-        desired = denormalize(network(normalize(content), normalize(style)))
+        desired = denormalize(network(normalize(content), normalize(prepare_picture(tmp_path / "styles" / "own.png"))))
     assert np.abs(actual - desired.numpy()).max() <= 1e-3
     assert np.ptp(actual) > 0.1
 

@@ -1,0 +1,131 @@
+"""Surgery: a network without channels is the network in which these channels are zero, or another constant."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_network, user_error
+from torch import nn
+from torch.testing import assert_close
+
+from network import StyleTransferNetwork, bottleneck_conv, conv_layers
+from pruning.responses import watch
+from pruning.surgery import cut_bottleneck, cut_channels
+
+SAME = {"rtol": 1e-9, "atol": 1e-9}  # of float64
+
+
+def convs(network: StyleTransferNetwork) -> list[str]:
+    """Names of all convs that can be cut."""
+    return [layer.name for layer in conv_layers(network.config, size=0)][:-1]
+
+
+def paint(network: StyleTransferNetwork, strength: float = 1.0) -> torch.Tensor:
+    """What a network in float64 paints of noise, of sides that are no multiples of the stride."""
+    generator = torch.Generator().manual_seed(0)
+    content, style = (torch.randn(1, 3, *size, generator=generator, dtype=torch.float64)
+                      for size in ((37, 21), (24, 33)))
+    with torch.inference_mode():
+        return network(content, style, strength)
+
+
+def paint_with(network: StyleTransferNetwork, values: dict[str, dict[int, float]], strength: float = 1.0):
+    """What it paints when these channels have these values everywhere after the ReLU."""
+    def replace(conv: str, feature: torch.Tensor) -> torch.Tensor:
+        feature = feature.clone()
+        for channel, value in values[conv].items():
+            feature[:, channel] = value
+        return feature
+
+    with watch(network, list(values), replace):
+        return paint(network, strength)
+
+
+@pytest.mark.parametrize("backbone, pooling, upsampling, padding, strength", [
+    ("vgg19", "max", "nearest", "zeros", 1.0), ("vgg16", "avg", "bilinear", "zeros", 0.4),
+    ("vgg16", "blur", "nearest", "reflect", 0.0), ("vgg19", "blur", "bilinear", "reflect", 1.0),
+])
+def test_cutting_is_setting_to_zero(backbone, pooling, upsampling, padding, strength):
+    network = small_network(backbone, pooling).double()
+    network.use(upsampling, padding)
+    cuts = {name: [number % 6, (number + 3) % 6] for number, name in enumerate(convs(network))}
+    cut = cut_channels(network, cuts)
+    assert set(cut.config.widths[:-1]) == {4}
+    desired = paint_with(network, {name: dict.fromkeys(channels, 0.0) for name, channels in cuts.items()}, strength)
+    assert_close(paint(cut, strength), desired, **SAME)
+    assert not torch.allclose(paint(network, strength), desired)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_constants_of_bottleneck_and_decoder_are_folded_exactly(strength):
+    network = small_network().double()
+    names = convs(network)[convs(network).index(bottleneck_conv(network.config)):]
+    constants = {name: {number % 6: 0.5 + 0.1 * number} for number, name in enumerate(names)}
+    desired = paint_with(network, constants, strength)
+    assert_close(paint(cut_channels(network, constants, constants), strength), desired, **SAME)
+    assert not torch.allclose(paint(cut_channels(network, constants), strength), desired)
+
+
+@pytest.mark.parametrize("padding, is_exact", [("zeros", False), ("reflect", True)])
+def test_a_constant_of_the_encoder_is_exact_where_it_reflects(padding, is_exact):
+    """Why `select_channels` does not fold them elsewhere: zero padding makes them differ along the border."""
+    network = small_network().double()
+    network.use(padding=padding)
+    constants = {"encoder.layers.0.5": {3: 2.0}}
+    actual, desired = paint(cut_channels(network, constants, constants)), paint_with(network, constants)
+    assert torch.allclose(actual, desired, **SAME) == is_exact
+
+
+def test_cut_is_slicing_by_hand():
+    network = small_network()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    cuts = {"encoder.layers.0.0": [1], "encoder.layers.0.2": np.array([5, 0]), "encoder.layers.0.19": (2, 3),
+            "decoder.layers.0.1": [4], "decoder.layers.0.25": range(5)}
+    cut = cut_channels(network, cuts)
+    kept_in = [0, 1, 2]
+    for name in [*convs(network), "decoder.layers.0.28"]:
+        kept = [channel for channel in range(len(before[f"{name}.bias"])) if channel not in cuts.get(name, [])]
+        assert torch.equal(cut.state_dict()[f"{name}.weight"], before[f"{name}.weight"][kept][:, kept_in])
+        assert torch.equal(cut.state_dict()[f"{name}.bias"], before[f"{name}.bias"][kept])
+        kept_in = kept
+    assert cut.config == network.config.with_widths([5, 4, 6, 6, 6, 6, 6, 6, 4, 5, 6, 6, 6, 6, 6, 6, 1, 3])
+    with torch.no_grad():  # the input is untouched, and shares no memory with the output
+        for parameter in cut.parameters():
+            parameter.fill_(7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_cut_keeps_every_layer_as_it_was():
+    """Kernel, stride, padding and its mode, pooling, upsampling, training or not: only two widths change."""
+    network = small_network("vgg16", "avg").train()
+    network.use("bilinear", "reflect")
+    cut = cut_bottleneck(network, [2])
+    for part in ("encoder", "decoder"):
+        for before, after in zip(getattr(network, part).layers[0], getattr(cut, part).layers[0], strict=True):
+            if not isinstance(before, nn.Conv2d):
+                assert repr(after) == repr(before)
+                continue
+            for name in ("kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"):
+                assert getattr(after, name) == getattr(before, name)
+    assert cut.training and not cut_bottleneck(network.eval(), [2]).training
+    assert all(parameter.requires_grad for parameter in cut.parameters())
+
+
+def test_cut_twice_is_cut_once():
+    network = small_network()
+    twice = cut_bottleneck(cut_bottleneck(network, [1]), [3])  # what is 3 now was 4
+    for name, tensor in cut_bottleneck(network, [1, 4]).state_dict().items():
+        assert torch.equal(twice.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("cuts, constants, needed", [
+    ({"encoder.layers.0.19": [6]}, {}, "channel 6: the bottleneck has 6 channels, 0 to 5"),
+    ({"encoder.layers.0.19": [2, 3, 2]}, {}, "channel 2 is named more than once"),
+    ({"encoder.layers.0.19": range(6)}, {}, "the bottleneck has 6, at most 5 can go"),
+    ({"decoder.layers.0.28": [0]}, {}, "decoder.layers.0.28: no conv with channels to cut"),
+    ({"encoder.layers.0.1": [0]}, {}, "encoder.layers.0.1: no conv"),
+    ({"decoder.layers.0.1": [-1]}, {}, "channel -1: decoder.layers.0.1 has 6 channels"),
+    ({"decoder.layers.0.1": [2]}, {"decoder.layers.0.1": {3: 1.0}}, "channel 3 of decoder.layers.0.1"),
+    ({}, {"decoder.layers.0.1": {3: 1.0}}, "channel 3 of decoder.layers.0.1"),
+])
+def test_impossible_cuts_are_refused(cuts, constants, needed):
+    assert needed in user_error(cut_channels, small_network(), cuts, constants)

@@ -297,6 +297,17 @@ def test_autocast_dtype():
     assert autocast_dtype("bf16", CPU) == torch.bfloat16
 
 
+@pytest.mark.parametrize("amx, avx512_bf16, vendor, desired", [
+    (True, False, "GenuineIntel", torch.bfloat16), (False, True, "AuthenticAMD", torch.bfloat16),
+    (False, True, "GenuineIntel", None), (False, False, "AuthenticAMD", None), (False, True, None, None),
+])
+def test_auto_takes_bfloat16_where_the_cpu_is_faster_in_it(monkeypatch, amx, avx512_bf16, vendor, desired):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr("utils._cpu_says", {"vendor_id": vendor}.get)
+    assert autocast_dtype("auto", CPU) == desired
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_auto_takes_bfloat16_where_the_gpu_has_units_for_it(monkeypatch, capability):
     desired = torch.bfloat16 if capability[0] >= 8 else None

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,6 +359,17 @@ def test_wandb_offline_holds_the_logged_values(small, tmp_path, monkeypatch):
         for name in METRICS:
             assert actual[name] == pytest.approx(desired[name]), name
         assert actual["pictures._type"] == "image-file"
+
+
+def test_wandb_that_fails_midway_ends_no_training(small, tmp_path, monkeypatch, capsys):
+    def log(*_, **__):
+        raise ConnectionResetError("Connection lost")
+
+    run = SimpleNamespace(id="a", dir=".", offline=True, log=log, finish=lambda: None)
+    wandb = SimpleNamespace(init=lambda **_: run, Settings=lambda **_: None, Image=str)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train(small | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "offline"}) == 0
+    assert capsys.readouterr().err.count("wandb failed (Connection lost)") == 1
 
 
 class NoWandb:

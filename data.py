@@ -252,6 +252,8 @@ _FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 25
 def _scale_transparent_colour(image: Image.Image) -> None:
     """A PNG's one transparent colour counts in the file's bits, Pillow's pixels in 8."""
     key = image.info.get("transparency")
+    if image.format == "PNG" and image.mode == "1" and key:
+        image.info["transparency"] = 255
     bits = re.search(r"(?:L|RGB);(\d+)", str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
     if bits and image.mode in ("L", "RGB") and key is not None:
         bits = int(bits[1])

@@ -40,7 +40,7 @@ def test_train_step_benchmark():
         assert each["share_of_peak"] == pytest.approx(
             each["teraflop_per_second"] * 1e12 / report["matrix_product_flop_per_second"]["float32"])
     # With a frozen encoder 2 passes of 9 less, and 5/9 of the convs after an upsampling (less at this size).
-    assert steps["this trainer"]["teraflop_per_step"] < 0.8 * steps["plain"]["teraflop_per_step"]
+    assert steps["this trainer"]["teraflop_per_step"] < 0.9 * steps["plain"]["teraflop_per_step"]
     assert steps["plain"]["ratio"] == 1.0 and min(report["end_to_end"]["baseline"].values()) > 0
     assert report["loader"].keys() == {"plain", "this loader", "this loader, cached"}
 

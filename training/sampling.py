@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -217,15 +218,14 @@ def training_batches(
     Raises UserError when worker processes cannot be started; when one is killed, DataLoader raises a RuntimeError,
     wherever this process is at that moment.
     """
-    ending = torch.multiprocessing.Event()
-    loader = DataLoader(
-        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_as_arrays,
-        worker_init_fn=partial(_begin_worker, ending), prefetch_factor=4 if num_workers else None,
-        # Its own generator: drawing the workers' base seed must not move the run's random state.
-        generator=torch.Generator(),
-    )
     try:
-        batches = iter(loader)
+        ending = (torch.multiprocessing if num_workers else threading).Event()
+        batches = iter(DataLoader(
+            pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_as_arrays,
+            worker_init_fn=partial(_begin_worker, ending), prefetch_factor=4 if num_workers else None,
+            # Its own generator: drawing the workers' base seed must not move the run's random state.
+            generator=torch.Generator(),
+        ))
     except OSError as error:  # too few file descriptors, processes, or places for semaphores in /dev/shm
         raise UserError(f"--num_workers {num_workers}: the processes that decode pictures cannot be started "
                         f"({error.strerror}); fewer, or 0, need less") from error

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from data import save_picture
 from exporting.webpage import write_page
-from pruning.plots import plot_l0_map
+from pruning.plots import plot_l0_maps
 from pruning.responses import Responses
 from training.run_folder import CheckpointFolder, MetricFile, wandb_key_is_configured
 from training.sampling import PictureCache
@@ -88,7 +88,7 @@ WRITERS = {
     "picture": lambda path: save_picture(Image.effect_noise((200, 100), 60).convert("RGB"), path.with_suffix(".png")),
     "cached picture": lambda path: PictureCache(path.parent)._write(np.zeros((100, 100, 3), np.uint8), path),
     "array": lambda path: write_atomically(path, lambda file: np.savez(file, zeros=np.zeros(10_000))),
-    "plot": lambda path: plot_l0_map(Responses(np.random.default_rng(0).random((90, 90)) - 0.5, [], 45), path),
+    "plot": lambda path: plot_l0_maps({"a": Responses(np.random.default_rng(0).random((90, 90)) - 0.5, [], 45)}, path),
     "text": lambda path: write_text_atomically(path, "text " * 10_000),
     "metrics": lambda path: MetricFile(path).append({"loss": "1" * 30_000}),
     "page": lambda path: write_page(path.parent / "page", {"index.html": b"x" * 30_000}),

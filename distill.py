@@ -52,7 +52,7 @@ class DistillConfig:
     save_path: str | None = setting(needed=True)
     resume: bool | str = False  # "auto": where there is a run
     imsize: int = 256
-    cropsize: int = setting(96, more="cut at a random place, a multiple of 8")
+    cropsize: int = setting(96, more="it is cut at a random place, and a multiple of 8")
     max_pixels: int = MAX_PIXELS
     holdout: float = 0.1
     lr: float = setting(1e-3, more="the highest one, between a warm-up and a decay to 0 at --max_iter")

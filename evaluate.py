@@ -92,7 +92,7 @@ class TestConfig:
         "models", "stylising", count, none="only where the whole picture would not fit the free memory")
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
-    cropsize: int | None = setting(more="cut from the centre")
+    cropsize: int | None = setting(more="it is cut from the centre")
     max_pixels: int = MAX_PIXELS
     pairs: int | None = setting(
         more="with every picture used equally often, give or take one", none="every content with every style")

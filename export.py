@@ -44,7 +44,7 @@ class ExportConfig:
 
     load_path: str | None = setting(needed=True)
     save_path: str | None = setting(
-        more=f"a file, whose format its suffix says: {', '.join(FORMATS)}; or FOLDER/, for a page that paints in the "
+        more=f"also a file, whose format its suffix says: {', '.join(FORMATS)}; FOLDER/ gets a page that paints in the "
         "browser", needed=True)
     backbone: str | None = None
     swap_max_pool: bool = False
@@ -60,9 +60,9 @@ class ExportConfig:
     style_dir: str | None = setting(more="the styles of a page, in place of the bundled ones")
     holdout: float = setting(0.1, more="--int8 is compared by it")
     imsize: int | None = 384
-    cropsize: int | None = setting(384, more="cut from the centre")
+    cropsize: int | None = setting(384, more="it is cut from the centre")
     max_pixels: int = MAX_PIXELS
-    pairs: int = setting(20, more="the held-out ones that compare integers with float32")
+    pairs: int = setting(20, more="held-out ones, which compare integers with float32")
     vgg_weights: str = "bundled"
     seed: int = setting(0, more="of --pairs and of --vgg_weights random")
 

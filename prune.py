@@ -41,7 +41,7 @@ class PruneConfig:
     swap_max_pool: bool = False
     style_strength: float = 1.0
     imsize: int = 512
-    cropsize: int = setting(512, more="cut from the centre")
+    cropsize: int = setting(512, more="it is cut from the centre")
     max_pixels: int = MAX_PIXELS
     holdout: float = setting(0.0, more="only those are taken, or with 0 all")
     prune_images: int = setting(1000, "number of pictures from each folder to measure the channels with", "pruning",

@@ -80,7 +80,7 @@ SHARED = {
     "max_pixels": _said("refuse pictures with more pixels than this", "pictures to read", count),
     "holdout": _said("share of each folder's pictures, chosen by their names, that is not learned from",
                      "pictures to read", fraction_to_0_9),
-    "pairs": _said("stylise only this many pairs", "pictures to read", count),
+    "pairs": _said("number of pairs to stylise", "pictures to read", count),
     "num_workers": _said("number of processes that decode pictures", "pictures to read", count_or_zero,
                          none="one per core, at most 8"),
     "load_path": _said("the network: a model file, or the folder of a run", "networks"),

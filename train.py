@@ -51,7 +51,7 @@ class TrainConfig(TransferConfig):
         none="as the model file says; new networks: zeros")
     vgg_weights: str = setting("imagenet", more="also of a new encoder")
     imsize: int = 512
-    cropsize: int = setting(256, more="cut at a random place, a multiple of 8")
+    cropsize: int = setting(256, more="it is cut at a random place, and a multiple of 8")
     cencrop: bool = setting(False, "cut the squares from the centre, not at a random place", "pictures to read")
     max_pixels: int = MAX_PIXELS
     cache_dir: str | None = setting(

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
@@ -124,23 +125,21 @@ class PairPainter:
         return left
 
     def _paint_all(self, files: dict[Pair, dict[int, Path]]) -> None:
+        """Paint these files of every pair, by their column; values and what cannot be used go to the outcome."""
         styles = {}
         for number, pictures in self._usable(self.styles, sorted({style for _, style in files}),
                                              lambda number: self._load(self.styles, number)):
-            with usable(self.styles.groups[number][0], self.styles.flag):
+            with self._skipping(self.styles, number):
                 styles[number] = self._encode_style(pictures)
         by_content = {content: [*pairs] for content, pairs in groupby(sorted(files), key=lambda pair: pair[0])}
         with progress_bar(sum(map(len, files.values())), "stylise", "picture") as bar:
             for number, content in self._usable(self.contents, [*by_content] if styles else [], self._load_content):
-                try:
-                    with usable(self.contents.groups[number][0], self.contents.flag):
-                        measured = self.meter.open_content(content.picture) if self.meter else None
-                        for pair in by_content[number]:
-                            if pair[1] in styles:
-                                self.outcome.values[pair] = self._paint_pair(
-                                    pair, files[pair], content, styles[pair[1]], measured, bar)
-                except UnusablePicture as error:
-                    self._skip(self.contents, number, error)
+                with self._skipping(self.contents, number):
+                    measured = self.meter.open_content(content.picture) if self.meter else None
+                    for pair in by_content[number]:
+                        if pair[1] in styles:
+                            self.outcome.values[pair] = self._paint_pair(pair, files[pair], content, styles[pair[1]],
+                                                                         measured, bar)
             bar.total = bar.n  # what was left out counts no longer
         while self.being_written:
             self.being_written.popleft().result()
@@ -159,17 +158,25 @@ class PairPainter:
     def _usable(self, pictures: Pictures, numbers: list[int], read: Callable) -> Iterator[tuple[int, object]]:
         """The numbers of these pictures with what `read` makes of each, without those that cannot be used."""
         for number, work in self._ahead(read, numbers):
-            try:
-                yield number, work.result()
-            except UnusablePicture as error:
-                self._skip(pictures, number, error)
+            result = None
+            with self._skipping(pictures, number):
+                result = work.result()
+            if result is not None:
+                yield number, result
 
-    def _skip(self, pictures: Pictures, number: int, error: UnusablePicture) -> None:
-        if not pictures.are_many:
-            raise error
-        if (pictures.flag, number) not in self.outcome.unusable:
-            note_of_process(f"skipped --{error}")
-            self.outcome.unusable[pictures.flag, number] = f"--{error}"
+    @contextmanager
+    def _skipping(self, pictures: Pictures, number: int):
+        """Within the block, a picture that cannot be used, or that there is too little memory for, is left out; one
+        that was named alone ends the run."""
+        try:
+            with usable(pictures.groups[number][0], pictures.flag):
+                yield
+        except UnusablePicture as error:
+            if not pictures.are_many:
+                raise
+            if (pictures.flag, number) not in self.outcome.unusable:
+                note_of_process(f"skipped --{error}")
+                self.outcome.unusable[pictures.flag, number] = f"--{error}"
 
     def _load(self, pictures: Pictures, number: int) -> list[Tensor]:
         """The pictures of a content or a style, (1, 3, H, W), uint8, each; the sheets show them. Raises

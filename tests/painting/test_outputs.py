@@ -428,19 +428,21 @@ def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_
     assert f"--{kind} {flags[kind]}: 32 x 24 pixels" in line and "imsize" in line and "cropsize" in line
 
 
-def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind, method", [("content", "paint_picture"), ("style", "encode_style")])
+def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch, kind, method):
     for name, size in (("a", (16, 16)), ("big", (64, 64)), ("c", (16, 16))):
         write_noise(tmp_path / "many" / f"{name}.png", size, 0)
-    original = Stylizer.paint_picture
+    original = getattr(Stylizer, method)
 
-    def fail_for_large(self, content, *more, **settings):
-        if content.pixels.shape[2] > 32:
+    def fail_for_large(self, picture, *more, **settings):
+        if getattr(picture, "pixels", picture).shape[2] > 32:
             raise MemoryError
-        return original(self, content, *more, **settings)
+        return original(self, picture, *more, **settings)
 
-    monkeypatch.setattr(Stylizer, "paint_picture", fail_for_large)
-    assert main(words(flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"})) == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_paint.png", "c_paint.png", "contact_sheet.png"}
+    monkeypatch.setattr(Stylizer, method, fail_for_large)
+    assert main(words(flags | {kind: tmp_path / "many", "save_path": tmp_path / "out"})) == 1
+    pictures = {f"{name}_paint.png" if kind == "content" else f"photo_{name}.png" for name in "ac"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == pictures | {"contact_sheet.png"}
     assert "big.png: 64 x 64 pixels are too much" in capsys.readouterr().err
 
 

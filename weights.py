@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -67,9 +66,12 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
 
 
 def _read_vgg(path: Path) -> dict:
-    if path.suffix == SAFETENSORS:
-        return _read_safetensors(path, "vgg_weights")[0]
-    return load_checkpoint(path, "vgg_weights")
+    is_safetensors = path.suffix == SAFETENSORS
+    tensors = _read_safetensors(path, "vgg_weights")[0] if is_safetensors else load_checkpoint(path, "vgg_weights")
+    if "29.weight" not in tensors and {"0.weight", "28.weight", "28.bias"} <= tensors.keys():
+        # A copy of an AdaIN program's that numbers its last conv without the padding before it.
+        tensors |= {f"29.{kind}": tensors.pop(f"28.{kind}") for kind in ("weight", "bias")}
+    return tensors
 
 
 def _digest(path: Path) -> str:

@@ -208,6 +208,14 @@ def test_the_loss_network_of_the_file_sees_what_its_vgg_does(files, flags, joine
         torch.testing.assert_close(feature, desired, rtol=0, atol=1e-5 * desired.max().item())
 
 
+def test_the_last_conv_may_be_numbered_without_its_padding(files, tmp_path):
+    path, tensors = tmp_path / "renumbered.pth", dict(files[0].state_dict())
+    torch.save({key.replace("29.", "28."): tensor for key, tensor in tensors.items()}, path)
+    actual, _ = load_vgg("vgg19", str(path))
+    desired = fold_adain_vgg(tensors)
+    assert all(torch.equal(tensor, desired[f"features.{name}"]) for name, tensor in actual.items())
+
+
 def test_they_teach(run, flags, tmp_path):
     student = write_model(tmp_path / "student.pth", small_network())
     run("distill", load_path=student, teacher=flags["load_path"], imsize=40, cropsize=32, batch_size=2, max_iter=1,

@@ -1,4 +1,5 @@
-"""Exporting: graphs for other runtimes, integers in them, the page for the browser with its files in `page/`.
+"""Exporting: graphs for other runtimes, files of each format and what paints with them, integers, the page for the
+browser with its files in `page/`.
 
 What only `--mode export` needs lives here; it may use `painting`.
 """

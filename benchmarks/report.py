@@ -120,7 +120,8 @@ def channels(out: Path) -> list[str]:
          *(" to ".join(show(report[f"{key}_{when}"] / unit) for when in ("before", "after")) for key, unit, show in
            (("parameters", 1, "{:,.0f}".format), ("macs", 1e9, "{:.4g}".format), ("file_bytes", 2**20, "{:.2f}".format),
             ("latency_ms", 1, brief))),
-         f"{report['max_pixel_difference']:.3g}", f"{report['content_pictures']} + {report['style_pictures']}"]
+         "" if report["max_pixel_difference"] is None else f"{report['max_pixel_difference']:.3g}",
+         f"{report['content_pictures']} + {report['style_pictures']}"]
         for name, report in reports.items() if report
     ]
     if not rows:

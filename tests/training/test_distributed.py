@@ -34,17 +34,19 @@ from helpers import CPU, make_trainer, random_batch, small_network
 from data import FailedPictures
 from utils import process_count, process_group, process_rank
 
-results = {{}}
+def step(settings):
+    # A function of its own: what takes part in the group has to be gone before the interpreter ends.
+    if process_count() == 1:
+        settings["compile"] = False
+    trainer = make_trainer(small_network(), dtype=torch.float64, uncorrelation_loss_weight=50.0,
+                           channel_loss_weight=1e3, **{{"xor_loss_weight": 500.0}} | settings)
+    part = 4 // process_count()
+    own = slice(process_rank() * part, (process_rank() + 1) * part)
+    metrics = trainer.step(*(pictures[own] for pictures in random_batch(32, 4)), all_terms=True)
+    return metrics, {{name: each.grad for name, each in trainer.network.named_parameters()}}
+
 with process_group(CPU):
-    for name, settings in json.loads(sys.argv[2]).items():
-        if process_count() == 1:
-            settings["compile"] = False
-        trainer = make_trainer(small_network(), dtype=torch.float64, uncorrelation_loss_weight=50.0,
-                               channel_loss_weight=1e3, **{{"xor_loss_weight": 500.0}} | settings)
-        share = 4 // process_count()
-        own = slice(process_rank() * share, (process_rank() + 1) * share)
-        metrics = trainer.step(*(pictures[own] for pictures in random_batch(32, 4)), all_terms=True)
-        results[name] = metrics, {{name: each.grad for name, each in trainer.network.named_parameters()}}
+    results = {{name: step(settings) for name, settings in json.loads(sys.argv[2]).items()}}
     tally = FailedPictures("photos", "--content_dir", 100)
     for number in range(2):
         tally.add(f"{{process_rank()}}-{{number}}.jpg", "broken")

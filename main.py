@@ -1,6 +1,7 @@
 """The command line: `python main.py --mode {train,test,prune,distill,export} ...`."""
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from export import ExportConfig, export
 from prune import PruneConfig, prune
 from settings import NEEDED, SHARED, TOPICS, Flag, flags_of
 from train import TrainConfig, train
-from utils import UserError, check_processes, lacks_memory, note, process_count, process_rank
+from utils import UserError, check_processes, lacks_memory, note, process_count, process_rank, tidy_end
 
 
 class Mode(NamedTuple):
@@ -116,7 +117,8 @@ def _options(flag: Flag, several: bool) -> dict:
     if flag.is_switch:
         return {"nargs": "?", "const": True, "choices": flag.choices} if flag.choices else {"action": "store_true"}
     values = {"choices": flag.choices} if flag.choices else {
-        "type": flag.kind, "metavar": flag.metavar or ("PATH" if flag.kind is str else "N")}
+        "type": os.path.expanduser if flag.kind is str else flag.kind,  # a shell leaves --flag=~/name as it is
+        "metavar": flag.metavar or ("PATH" if flag.kind is str else "N")}
     return values | {"nargs": flag.nargs, "action": _Values, "several": several}
 
 
@@ -164,6 +166,9 @@ def _with_dashes(message: str, mode: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
     process, mode = "", "train"
+    for stream in (sys.stdout, sys.stderr):  # no name or sign that a terminal lacks may cost what was computed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # broken tags, say: what is needed of them is checked
     try:
         check_processes()
@@ -182,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in given:
             if mode not in FLAGS[name]:
                 note(f"--{name} has no effect in {mode} mode")
-        return MODES[mode].run({name: value for name, value in given.items() if mode in FLAGS[name]})
+        with tidy_end():
+            return MODES[mode].run({name: value for name, value in given.items() if mode in FLAGS[name]})
     except KeyboardInterrupt:
         return 130
     except UserError as error:

@@ -41,6 +41,7 @@ def _number(
 
 count = _number(int, 1, math.inf, "a whole number, 1 or more,")
 count_or_zero = _number(int, 0, math.inf, "a whole number, 0 or more,")
+seed = _number(int, 0, 2**64 - 1, "a whole number from 0 to 18446744073709551615")  # what torch takes
 count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
 amount = _number(float, 0, math.inf, "a number, 0 or more,")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
@@ -113,7 +114,7 @@ SHARED = {
                         count),
     "keep_checkpoints": _said("numbered checkpoints to keep besides the newest; -1 keeps all", "the run",
                               count_or_all),
-    "seed": _said("seed of everything random", "the run", count_or_zero),
+    "seed": _said("seed of everything random", "the run", seed),
     "gpu_no": _said("number of the GPU, or -1 for the CPU", "the device", int, none="GPU 0, or the CPU without one"),
     "amp": _said("mixed precision", "the device", choices=("auto", "off", "bf16")),
 }

@@ -9,12 +9,14 @@ import resource
 import secrets
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,18 +46,29 @@ def lacks_memory(error: Exception) -> bool:
 def note(message: str) -> None:
     """Print one line on stderr, above a progress bar where there is one; of several processes, the first does."""
     if is_first_process():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(message, file=_console())
 
 
 def note_of_process(message: str) -> None:
     """`note` of every process: of several, each line tells whose it is."""
-    tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=sys.stderr)
+    tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=_console())
+
+
+@lru_cache
+def _nowhere():
+    return open(os.devnull, "w", errors="replace")
+
+
+def _console():
+    """stderr, or what swallows all where a program has none: a service, say."""
+    return _nowhere() if sys.stderr is None else sys.stderr
 
 
 def progress_bar(total: int, description: str, unit: str, hidden: bool = False, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval,
+    console = _console()
+    interval = 0.5 if getattr(console, "isatty", bool)() else 30.0
+    return tqdm(file=console, total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval,
                 disable=hidden or not is_first_process(), **more)
 
 
@@ -395,6 +408,26 @@ def catch_stop_signals():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def tidy_end():
+    """Within the block SIGTERM and SIGHUP end the program as an exception does, so that what was half-written goes; not
+    where they are caught or ignored already, nor among several processes, which would wait for each other's end."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP)
+               if process_count() == 1 and threading.current_thread() is threading.main_thread()
+               and signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number, _frame):
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 # --------------------------------------------------------------------------------------------- files

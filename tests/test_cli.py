@@ -2,6 +2,7 @@
 
 Refusals of bad input are in test_refusals.py, the flags' help in test_flags.py."""
 
+import io
 import json
 import subprocess
 import sys
@@ -218,3 +219,24 @@ def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, capsys):
     assert refusal(capsys, "--mode", "test") == (
         "error: the environment has WORLD_SIZE=2 and RANK=1, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT, which "
         "torchrun sets, too; for one process: unset WORLD_SIZE RANK; for several: start with torchrun")
+
+
+# ---------------------------------------------------------------------------------------------- consoles
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch):
+    """Which no shell replaces there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["--mode", "test", "--gpu_no", "-1", "--imsize", "32", "--save_path=~/painted.png"]) == 0
+    assert (tmp_path / "painted.png").exists()
+
+
+@pytest.mark.parametrize("console", ["closed", "ascii"])
+def test_no_console_costs_no_picture(console, tmp_path, monkeypatch):
+    """A program may have no stderr at all, or one that lacks the ± of the table and signs of a file's name."""
+    content = write_noise(tmp_path / "caf\udce9.png", (32, 32), 0)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(sys, "stderr", None if console == "closed" else ascii_only)
+    run(mode="test", gpu_no=-1, content=content, metrics="ssim", save_path=tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1 and (tmp_path / "out" / "metrics.json").exists()

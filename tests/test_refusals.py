@@ -27,6 +27,7 @@ COMMAND_LINE = (
     ("test", TEST + "--swap_max_pool x", "unrecognized arguments: x"),
     ("prune", PRUNE + "--content {tmp}/a.png {tmp}/b.png", "--content {tmp}/a.png {tmp}/b.png: one value is needed"),
     ("train", "", "--content_dir is needed in train mode"),
+    ("train", "--seed 18446744073709551616", "got 18446744073709551616, a whole number from 0 to 18446744073709551615"),
     ("prune", "--load_path {tmp}/model.pth", "--save_path is needed in prune mode"),
     ("test", "--style ''", "--style is empty"),
     ("test", TEST + "--style_strength 1.5", "--style_strength: got 1.5, a number from 0 to 1 is needed"),

@@ -230,6 +230,15 @@ def test_checkpoints_without_hard_links(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["check_point.pth", "check_point_0000002.pth"]
 
 
+def test_a_damaged_newest_checkpoint_names_the_older_ones(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save({"iteration": 1}, 1)
+    folder.newest.unlink()
+    folder.newest.write_bytes(b"cut short")
+    message = user_error(CheckpointFolder.load_newest, str(tmp_path))
+    assert str(folder.newest) in message and message.endswith("check_point_0000001.pth")
+
+
 # ------------------------------------------------------------------------------------------------ metrics
 
 
@@ -468,3 +477,18 @@ def test_left_over_variables_of_torchrun_are_refused(processes, given, found, un
     assert f"the environment has {found}, but not " in message and unset in message
     assert all((name in message.split("but not")[1].split("which")[0]) == (name not in given)
                for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_told_to_end_leaves_nothing_half_written(tmp_path, number):
+    script = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from utils import replacing, tidy_end
+with tidy_end(), replacing({str(tmp_path / "video.mp4")!r}) as file:
+    file.write(b"half")
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(60)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 128 + number
+    assert not list(tmp_path.iterdir())

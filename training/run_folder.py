@@ -70,10 +70,18 @@ class CheckpointFolder:
         """The newest checkpoint of the run in `--save_path`, for `--resume`. Raises UserError when there is none."""
         if not save_path:
             raise UserError("--resume: --save_path says which run to resume")
-        newest = cls(Path(save_path), keep=0).newest
+        folder = cls(Path(save_path), keep=0)
+        newest = folder.newest
         if not newest.exists():
             raise UserError(f"--resume: {newest} is not there; leave --resume out to start a new run")
-        return load_checkpoint(newest, flag="--resume")
+        try:
+            return load_checkpoint(newest, flag="--resume")
+        except UserError as error:
+            older = ", ".join(path.name for path in folder.numbered())
+            if not older:
+                raise
+            raise UserError(f"{error}; copy one of the others that is whole over it to go on from there: {older}") \
+                from error
 
     @property
     def newest(self) -> Path:

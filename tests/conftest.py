@@ -1,11 +1,16 @@
 """Before any test: the modules and the scripts on the path, and the fixtures that several files use."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Kernels that other programs, or other instruction sets, have left in torch.compile's cache are none of these tests'.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled_")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "model-store")]
 
 from helpers import REFERENCE, SMALL_TRAINING, small_network, write_model, write_noise  # noqa: E402

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,21 @@ class UserError(ValueError):
 
     `main.py` prints the message on stderr and exits with code 2.
     """
+
+
+def errors_in_one_line(main: Callable[..., None]) -> Callable[..., int]:
+    """The `main` of a script, with an exit code: 0, or 2 where it raises UserError, whose message goes to stderr."""
+
+    @wraps(main)
+    def run(*arguments, **named) -> int:
+        try:
+            main(*arguments, **named)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return run
 
 
 def lacks_memory(error: Exception) -> bool:

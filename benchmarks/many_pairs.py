@@ -20,7 +20,7 @@ from PIL import Image
 from data import prepare_picture
 from evaluate import test
 from painting.stylizer import Stylizer
-from utils import UserError, allow_tf32, resolve_device
+from utils import allow_tf32, errors_in_one_line, resolve_device
 from weights import COMPACT_MODEL
 
 SIZE = (768, 576)  # of the pictures in the files: width, height
@@ -59,7 +59,8 @@ def largest_difference(first: Path, second: Path) -> int:
     return max(int(np.abs(one - other).max()) for one, other in pairs)
 
 
-def main() -> int:
+@errors_in_one_line
+def main() -> None:
     arguments = parse_arguments()
     gpu_no = {"cpu": -1, "cuda": 0, None: None}[arguments.device]
     times = {"plain loop": [], "test mode": []}
@@ -70,20 +71,16 @@ def main() -> int:
         flags = {"load_path": (arguments.load_path,), "content": (str(root / "contents"),),
                  "style": (str(root / "styles"),), "imsize": arguments.imsize, "save_path": str(root / "now"),
                  "gpu_no": gpu_no}
-        try:
-            device = resolve_device(gpu_no)
-            allow_tf32(False)
-            for turn in range(-1, arguments.turns):  # the first does not count
-                for way, taken in times.items():
-                    start = time.perf_counter()
-                    if way == "test mode":
-                        test(flags)
-                    else:
-                        plain_loop(arguments.load_path, contents, styles, arguments.imsize, root / "plain", device)
-                    taken += [time.perf_counter() - start] * (turn >= 0)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        device = resolve_device(gpu_no)
+        allow_tf32(False)
+        for turn in range(-1, arguments.turns):  # the first does not count
+            for way, taken in times.items():
+                start = time.perf_counter()
+                if way == "test mode":
+                    test(flags)
+                else:
+                    plain_loop(arguments.load_path, contents, styles, arguments.imsize, root / "plain", device)
+                taken += [time.perf_counter() - start] * (turn >= 0)
         difference = largest_difference(root / "plain", root / "now")
     pictures = arguments.contents * arguments.styles
     report = versions(device) | {"pictures": pictures, "largest_difference": difference,
@@ -92,7 +89,6 @@ def main() -> int:
         print(f"{way}: {pictures / taken['median']:.2f} pictures a second")
     print(f"largest difference: {difference} of 255")
     print_json(report)
-    return 0
 
 
 if __name__ == "__main__":

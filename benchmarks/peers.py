@@ -26,13 +26,13 @@ import torch
 from measure import print_json, spread, versions
 from PIL import Image
 
-from data import PictureError, pixels_to_pil, prepare_picture, save_picture
+from data import pixels_to_pil, prepare_picture, save_picture
 from evaluate import METRICS_NAME, test
 from painting.pairs import choose_pairs, find_inputs
 from painting.quality import LOSS_METRICS, METRICS, Measurement
-from painting.stylizer import Stylizer
+from painting.stylizer import Stylizer, usable
 from settings import amount, count, count_or_zero, fraction_to_0_9
-from utils import UserError, make_folder, progress_bar, resolve_device, time_in_turns
+from utils import UserError, errors_in_one_line, make_folder, progress_bar, resolve_device, time_in_turns
 from weights import model_names
 
 SIDE = 384  # pixels, of every picture: what the peer's network is fixed to
@@ -67,8 +67,11 @@ def paint_pairs(options: argparse.Namespace, peer) -> tuple[Path, list[Image.Ima
     first = None
     with progress_bar(len(pairs), "paint", "picture") as bar:
         for pair in pairs:
-            pictures = [pixels_to_pil(prepare_picture(each.groups[number][0], SIDE, SIDE))
-                        for each, number in zip(inputs, pair)]
+            pictures = []
+            for each, number in zip(inputs, pair):
+                path = each.groups[number][0]
+                with usable(path, each.flag):
+                    pictures.append(pixels_to_pil(prepare_picture(path, SIDE, SIDE)))
             first = first or pictures
             name = "__".join(each.names[number] for each, number in zip(inputs, pair))
             save_picture(peer.stylize(*pictures), folder / f"{name}.png")
@@ -139,15 +142,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None, open_peer: Callable = LitePeer) -> int:
+@errors_in_one_line
+def main(arguments: list[str] | None = None, open_peer: Callable = LitePeer) -> None:
     """open_peer: from a number of threads to what paints as LitePeer does."""
-    options = parse(arguments)
-    try:
-        compare(options, open_peer)
-    except (UserError, PictureError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    compare(parse(arguments), open_peer)
 
 
 if __name__ == "__main__":

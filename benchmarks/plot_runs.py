@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pruning.plots import new_figure  # noqa: E402
-from utils import UserError, make_folder  # noqa: E402
+from utils import UserError, errors_in_one_line, make_folder  # noqa: E402
 from weights import model_names  # noqa: E402
 
 OFF = {"channels_off_for_all": "-", "channels_off_for_some": "--"}  # line styles
@@ -60,17 +60,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@errors_in_one_line
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     path = Path(options.save_path)
-    try:
-        runs = {name: read_run(run) for name, run in zip(model_names(options.runs), options.runs)}
-        make_folder(path.parent, "--save_path")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = {name: read_run(run) for name, run in zip(model_names(options.runs), options.runs)}
+    make_folder(path.parent, "--save_path")
     plot(runs, path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from network import (
 )
 from painting.stylizer import Stylizer
 from painting.tiling import TILES, least_tile, memory_needed
-from utils import UserError, free_memory, resolve_device, time_in_turns
+from utils import UserError, errors_in_one_line, free_memory, resolve_device, time_in_turns
 from weights import load_network
 
 
@@ -114,27 +114,24 @@ def run_large(arguments: argparse.Namespace, device: torch.device) -> dict:
     return results
 
 
-def main() -> int:
+@errors_in_one_line
+def main() -> None:
     arguments = parse_arguments()
-    try:
-        device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
-        if arguments.alone:
-            print_json(measure_large(*arguments.models, *arguments.megapixels, arguments.tile, arguments.runs, device))
-            return 0
-        networks = {name: open_network(name).to(device, memory_format=torch.channels_last) for name in arguments.models}
-        least = max(least_tile(network.config) for network in networks.values())
-        if arguments.tile < least:
-            raise UserError(f"--tile {arguments.tile}: {least} pixels or more are needed")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
+    if arguments.alone:
+        print_json(measure_large(*arguments.models, *arguments.megapixels, arguments.tile, arguments.runs, device))
+        return
+    networks = {name: open_network(name).to(device, memory_format=torch.channels_last) for name in arguments.models}
+    least = max(least_tile(network.config) for network in networks.values())
+    if arguments.tile < least:
+        raise UserError(f"--tile {arguments.tile}: {least} pixels or more are needed")
     report = versions(device) | {"parameters": {name: count_parameters(net) for name, net in networks.items()},
                                  "sizes": {}}
     print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; median (least to greatest) of "
           f"{arguments.runs} runs")
     if arguments.megapixels:
         print_json(report | {"tile": arguments.tile, "megapixels": run_large(arguments, device)})
-        return 0
+        return
     print(f"{'side':>5}  {'model':42}{'parameters':>11}{'10^9 MAC':>10}{'pair, ms':>28}{'content only, ms':>28}"
           f"{'MiB':>7}")
     for size in arguments.sizes:
@@ -146,7 +143,6 @@ def main() -> int:
             print(f"{size:>5}  {name[-42:]:42}{report['parameters'][name]:>11,}{each['multiply_adds'] / 1e9:>10.2f}"
                   f"{times[0]:>28}{times[1]:>28}{memory:>7}")
     print_json(report)
-    return 0
 
 
 if __name__ == "__main__":

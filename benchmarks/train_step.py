@@ -29,7 +29,7 @@ from network import NetworkConfig, build_from_vgg
 from train import TrainConfig
 from training.sampling import PictureCache, TrainingPictures, training_batches
 from training.step import TransferTrainer
-from utils import UserError, autocast_dtype, resolve_device, seed_everything, time_in_turns
+from utils import autocast_dtype, errors_in_one_line, resolve_device, seed_everything, time_in_turns
 from weights import load_vgg
 
 PUBLISHED = {
@@ -238,16 +238,9 @@ def print_rates(title: str, rates: dict[str, float]) -> None:
         print(f"{name:30}{each:9.2f}{each / rates['plain']:8.2f}")
 
 
-def main() -> int:
-    try:
-        run(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run(arguments: argparse.Namespace) -> None:
+@errors_in_one_line
+def main() -> None:
+    arguments = parse_arguments()
     device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
     base = TrainConfig(imsize=arguments.imsize, cropsize=arguments.cropsize, batch_size=arguments.batch_size,
                        amp=arguments.amp)

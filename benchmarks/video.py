@@ -22,7 +22,7 @@ from measure import print_json, spread, versions
 from PIL import Image
 
 from main import main as run_command
-from utils import UserError, resolve_device
+from utils import UserError, errors_in_one_line, resolve_device
 
 ROOT = Path(__file__).parent.parent
 CONTENT, STYLE = ROOT / "imgs" / "content" / "canyon.jpg", ROOT / "imgs" / "style" / "starry_night.jpg"
@@ -90,40 +90,36 @@ def paint(clip: Path, target: Path, model: str, smoothing: float, device: str | 
     return time.perf_counter() - start
 
 
-def main() -> int:
+@errors_in_one_line
+def main() -> None:
     arguments = parse_arguments()
-    try:
-        device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
-        report = versions(device) | {"results": []}
-        print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; {arguments.frames} frames of "
-              f"{arguments.size} x {arguments.size} pixels; median (least to greatest) of {arguments.runs} runs")
-        print(f"{'model':32}{'smoothing':>10}{'frames a second':>26}"
-              + "".join(f"{f'shimmer at {step:g}':>18}" for step in arguments.steps))
-        with TemporaryDirectory() as folder:
-            clips = {step: Path(folder) / f"{step:g}.mp4" for step in arguments.steps}
-            for step, clip in clips.items():
-                write_clip(clip, arguments.size, arguments.frames, step)
-            target = Path(folder) / "painted.mkv"
-            for model in arguments.models:
-                for smoothing in arguments.smoothing:
-                    shimmers = {}
-                    for step, clip in reversed(clips.items()):  # also warms up for the first, which is timed
-                        paint(clip, target, model, smoothing, arguments.device)
-                        shimmers[f"{step:g}"] = shimmer(target, step)
-                    rates = [arguments.frames / paint(clips[arguments.steps[0]], target, model, smoothing,
-                                                      arguments.device) for _ in range(arguments.runs)]
-                    result = {"model": model, "smoothing": smoothing, "frames_per_second": spread(rates),
-                              "shimmer": shimmers}
-                    report["results"].append(result)
-                    rate = result["frames_per_second"]
-                    speed = f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})"
-                    print(f"{model[-32:]:32}{smoothing:>10g}{speed:>26}"
-                          + "".join(f"{shimmers[f'{step:g}']:>18.2f}" for step in arguments.steps), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
+    report = versions(device) | {"results": []}
+    print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; {arguments.frames} frames of "
+          f"{arguments.size} x {arguments.size} pixels; median (least to greatest) of {arguments.runs} runs")
+    print(f"{'model':32}{'smoothing':>10}{'frames a second':>26}"
+          + "".join(f"{f'shimmer at {step:g}':>18}" for step in arguments.steps))
+    with TemporaryDirectory() as folder:
+        clips = {step: Path(folder) / f"{step:g}.mp4" for step in arguments.steps}
+        for step, clip in clips.items():
+            write_clip(clip, arguments.size, arguments.frames, step)
+        target = Path(folder) / "painted.mkv"
+        for model in arguments.models:
+            for smoothing in arguments.smoothing:
+                shimmers = {}
+                for step, clip in reversed(clips.items()):  # also warms up for the first, which is timed
+                    paint(clip, target, model, smoothing, arguments.device)
+                    shimmers[f"{step:g}"] = shimmer(target, step)
+                rates = [arguments.frames / paint(clips[arguments.steps[0]], target, model, smoothing,
+                                                  arguments.device) for _ in range(arguments.runs)]
+                result = {"model": model, "smoothing": smoothing, "frames_per_second": spread(rates),
+                          "shimmer": shimmers}
+                report["results"].append(result)
+                rate = result["frames_per_second"]
+                speed = f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})"
+                print(f"{model[-32:]:32}{smoothing:>10g}{speed:>26}"
+                      + "".join(f"{shimmers[f'{step:g}']:>18.2f}" for step in arguments.steps), flush=True)
     print_json(report)
-    return 0
 
 
 if __name__ == "__main__":

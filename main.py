@@ -14,7 +14,7 @@ from distill import DistillConfig, distill
 from evaluate import TestConfig, test
 from export import ExportConfig, export
 from prune import PruneConfig, prune
-from settings import TOPICS, flags_of
+from settings import TOPICS, add_flag, flags_of
 from train import TrainConfig, train
 from utils import UserError, check_processes, lacks_memory, note, process_count, process_rank, tidy_end
 
@@ -71,8 +71,7 @@ def build_parser(mode: str) -> argparse.ArgumentParser:
     groups = {topic: parser.add_argument_group(topic) for topic in TOPICS}
     every_flag = {name: flag for flags in FLAGS.values() for name, flag in flags.items()}
     for name, flag in (every_flag | FLAGS[mode]).items():
-        text = flag.description.replace("%", "%%") if name in FLAGS[mode] else argparse.SUPPRESS
-        groups[flag.topic].add_argument(f"--{name}", help=text, **flag.options)
+        add_flag(groups[flag["topic"]], name, flag, is_hidden=name not in FLAGS[mode])
     return parser
 
 

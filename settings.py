@@ -7,7 +7,7 @@ import os
 import typing
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from fractions import Fraction
 from pathlib import Path
 from types import UnionType
@@ -19,7 +19,6 @@ from weights import VGG_SOURCES
 ROOT = Path(__file__).parent
 TOPICS = ("pictures to read", "networks", "stylising", "output", "losses", "learning", "compaction", "pruning",
           "the run", "the device", "wandb")
-NEEDED = "needed"
 
 
 # -------------------------------------------------------------------------------------------- value types
@@ -59,8 +58,13 @@ def _said(*said, **more) -> dict:
 
 
 def setting(default=None, *said, **more):
-    """A field of a configuration, with what its flag says and takes: help, topic and kind, and what `Flag` has beside
-    them. What is left out, SHARED says, where each mode may have something to say `more`."""
+    """A field of a configuration, with what its flag says and takes: help, topic, and kind, which makes the value of a
+    text (without one, a path or a word is meant); and by name:
+
+    more: what the help adds in this mode; choices: the words that it takes, of a switch those that may follow it; none:
+    what happens where the default is None; needed: whether the mode does not run without it; nargs: "*" where none of
+    several values has a meaning, too; metavar. What is left out, SHARED says.
+    """
     return field(default=default, metadata=_said(*said, **more))
 
 
@@ -73,8 +77,8 @@ SHARED = {
     "style_dir": _said("folder or .zip archive of paintings, searched in the same way", "pictures to read"),
     "imsize": _said("resize every picture so that its shorter side has this many pixels", "pictures to read", count,
                     none="unchanged"),
-    "cropsize": _said("side in pixels of the square that is cut from every picture", "pictures to read",
-                      count, none="no cut"),
+    "cropsize": _said("side in pixels of the square that is cut from every picture", "pictures to read", count,
+                      none="no cut"),
     "max_pixels": _said("refuse pictures with more pixels than this", "pictures to read", count),
     "holdout": _said("share of each folder's pictures, chosen by their names, that is not learned from",
                      "pictures to read", fraction_to_0_9),
@@ -87,8 +91,8 @@ SHARED = {
     "teacher": _said("the network whose output and bottleneck features are to be matched: a model file, or the folder "
                      "of a run", "networks"),
     "vgg_weights": _said(f"weights of the loss network: {', '.join(VGG_SOURCES)}, or a .pth or .safetensors file with "
-                         "torchvision's names; the vgg_normalised.pth of an AdaIN program is one, too, and is then the "
-                         "encoder of a decoder.pth", "networks", metavar="SOURCE"),
+                         "torchvision's names, or vgg_normalised.pth of an AdaIN program, which is then also the "
+                         "encoder of its decoder.pth", "networks", metavar="SOURCE"),
     "backbone": _said("VGG network that the encoder and the loss network are taken from", "networks",
                       choices=BACKBONES, none="the model file's, and no other"),
     "swap_max_pool": _said("average pooling instead of max pooling in the encoder", "networks"),
@@ -109,8 +113,7 @@ SHARED = {
                     "run there if there is none", "the run", choices=("auto",)),
     "check_iter": _said("iterations from one checkpoint, with metrics and sample pictures, to the next", "the run",
                         count),
-    "keep_checkpoints": _said("numbered checkpoints to keep besides the newest; -1 keeps all", "the run",
-                              count_or_all),
+    "keep_checkpoints": _said("numbered checkpoints to keep besides the newest; -1 keeps all", "the run", count_or_all),
     "seed": _said("seed of everything random", "the run", seed),
     "gpu_no": _said("number of the GPU, or -1 for the CPU", "the device", int, none="GPU 0, or the CPU without one"),
     "amp": _said("mixed precision", "the device", choices=("auto", "off", "bf16")),
@@ -120,58 +123,45 @@ SHARED = {
 # -------------------------------------------------------------------------------------------------- flags
 
 
-@dataclass(frozen=True)
-class Flag:
-    """The flag of a setting in one mode."""
-
-    default: object
-    is_switch: bool
-    several: bool  # whether it takes several values
-    help: str
-    topic: str
-    kind: Callable = os.path.expanduser  # from the text to the value; a shell leaves --flag=~/name as it is
-    more: str | None = None  # what the help adds in this mode
-    choices: tuple[str, ...] | None = None  # of a switch: the words that may follow it
-    none: str = "none"  # what happens where the default is None
-    needed: bool = False  # whether the mode does not run without it
-    nargs: str = "+"  # where it takes several; "*" where none has a meaning, too
-    metavar: str | None = None
-
-    @property
-    def default_in_words(self) -> str:
-        if self.needed or self.default is None:
-            return NEEDED if self.needed else self.none
-        if self.is_switch:
-            return "on" if self.default else "off"
-        values = self.default if isinstance(self.default, tuple) else (self.default,)
-        return " ".join(f"{each:g}" if isinstance(each, float) else str(each).removeprefix(f"{ROOT}/")
-                        for each in values)
-
-    @property
-    def description(self) -> str:
-        """Of one mode's help."""
-        default = NEEDED if self.needed else f"default: {self.default_in_words}"
-        return f"{'; '.join(filter(None, (self.help, self.more)))} ({default})"
-
-    @property
-    def options(self) -> dict:
-        """What argparse is to know of it."""
-        if self.is_switch:
-            return {"nargs": "?", "const": True, "choices": self.choices} if self.choices else {"action": "store_true"}
-        metavar = self.metavar or ("PATH" if self.kind is os.path.expanduser else "N")
-        return {"nargs": self.nargs if self.several else None, "type": self.kind, "choices": self.choices,
-                "metavar": None if self.choices else metavar}
-
-
-def flags_of(config: type) -> dict[str, Flag]:
-    """The flags of a configuration, by name; the types of its fields say which are switches, and which take several
-    values."""
+def flags_of(config: type) -> dict[str, dict]:
+    """What `add_flag` takes, of every setting of a configuration, by name; the types of its fields say which flags are
+    switches, and which take several values."""
     flags = {}
     for each in fields(config):
         kinds = typing.get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
         several = any(typing.get_origin(kind) is tuple for kind in kinds)
-        flags[each.name] = Flag(each.default, bool in kinds, several, **SHARED.get(each.name, {}) | dict(each.metadata))
+        flags[each.name] = SHARED.get(each.name, {}) | each.metadata | {
+            "default": each.default, "is_switch": bool in kinds, "several": several}
     return flags
+
+
+def add_flag(parser, name: str, flag: dict, is_hidden: bool) -> None:
+    """Add a flag to a parser or a group of its, whose help may leave it out."""
+    choices, kind = flag.get("choices"), flag.get("kind", os.path.expanduser)  # a shell leaves --flag=~/name as it is
+    if flag["is_switch"]:
+        options = {"nargs": "?", "const": True, "choices": choices} if choices else {"action": "store_true"}
+    else:
+        metavar = flag.get("metavar", "PATH" if kind is os.path.expanduser else "N")
+        options = {"nargs": flag.get("nargs", "+") if flag["several"] else None, "type": kind, "choices": choices,
+                   "metavar": None if choices else metavar}
+    parser.add_argument(f"--{name}", help=argparse.SUPPRESS if is_hidden else description(flag).replace("%", "%%"),
+                        **options)
+
+
+def description(flag: dict) -> str:
+    """A flag's help, with what its mode adds and its default."""
+    default = flag["default"]
+    if flag.get("needed"):
+        words = "needed"
+    elif default is None:
+        words = f"default: {flag.get('none', 'none')}"
+    elif flag["is_switch"]:
+        words = "default: off"
+    else:
+        values = default if isinstance(default, tuple) else (default,)
+        words = "default: " + " ".join(f"{each:g}" if isinstance(each, float) else str(each).removeprefix(f"{ROOT}/")
+                                       for each in values)
+    return f"{'; '.join(flag[part] for part in ('help', 'more') if part in flag)} ({words})"
 
 
 def changed(config) -> set[str]:

@@ -7,12 +7,10 @@ import pytest
 from helpers import ROOT, refusal, user_error
 
 from main import FLAGS, MEMORY_FLAGS, MODES, OTHER_NAMES, build_parser, main
-from settings import NEEDED, SHARED, TOPICS, changed, flags_of, setting
+from settings import SHARED, TOPICS, changed, description, flags_of, setting
 from utils import UserError
 
-PAGE = runpy.run_path(str(ROOT / "docs" / "make_flags.py"))
-BY_MODE = {name: {mode: flags[name] for mode, flags in FLAGS.items() if name in flags}
-           for flags in FLAGS.values() for name in flags}
+NAMES = {name for flags in FLAGS.values() for name in flags}
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -37,33 +35,31 @@ class Example:
 
 def test_fields_are_flags():
     flags = flags_of(Example)
-    seed, save_path, sizes, half, again, rates = flags.values()
-    assert [*flags] == ["seed", "save_path", "sizes", "half", "again", "rates"]
-    assert (seed.help, seed.topic, seed.default) == (SHARED["seed"]["help"], "the run", 3)
-    assert save_path.description == "folder to write to; a file (needed)" and save_path.default_in_words == NEEDED
-    assert rates.description == "two rates (default: 0.5 1e-05)"
-    assert [flag.several for flag in flags.values()] == [False, False, True, False, False, True]
-    assert [flag.is_switch for flag in flags.values()] == [False, False, False, True, True, False]
-    assert [flag.default_in_words for flag in (seed, sizes, half)] == ["3", "no sizes", "off"]
-    assert again.choices == ("auto",)
+    assert {name: description(flag) for name, flag in flags.items()} == {
+        "seed": "seed of everything random (default: 3)", "save_path": "folder to write to; a file (needed)",
+        "sizes": "some sizes (default: no sizes)", "half": "half of it (default: off)",
+        "again": "once more (default: off)", "rates": "two rates (default: 0.5 1e-05)"}
+    assert [name for name, flag in flags.items() if flag["several"]] == ["sizes", "rates"]
+    assert [name for name, flag in flags.items() if flag["is_switch"]] == ["half", "again"]
     assert changed(Example()) == set() and changed(Example(seed=4, half=True)) == {"seed", "half"}
 
 
 def test_every_flag_is_whole():
     """In one topic, with one way to be written in all modes; what is shared is used."""
-    assert SHARED.keys() <= BY_MODE.keys() and set(OTHER_NAMES.values()) <= MODES.keys()
-    assert {*MEMORY_FLAGS} <= BY_MODE.keys()
-    for name, flag in BY_MODE.items():
-        assert len({(each.topic, each.help, each.kind, each.is_switch) for each in flag.values()}) == 1, name
-        assert all(each.topic in TOPICS and each.default in (None, False, *each.choices) for each in flag.values()
-                   if each.choices), name
-        assert all(each.default is None for each in flag.values() if each.needed), name
+    assert {*SHARED, *MEMORY_FLAGS} <= NAMES and set(OTHER_NAMES.values()) <= MODES.keys()
+    for name in NAMES:
+        flag = [flags[name] for flags in FLAGS.values() if name in flags]
+        assert len({(each["topic"], each["help"], each.get("kind"), each["is_switch"]) for each in flag}) == 1, name
+        for each in flag:
+            assert each["topic"] in TOPICS
+            assert not each.get("choices") or each["default"] in (None, False, *each["choices"]), name
+            assert not each.get("needed") or each["default"] is None, name
 
 
 @pytest.mark.parametrize("mode, name", [(mode, name) for mode, flags in FLAGS.items() for name, flag in flags.items()
-                                        if flag.needed])
+                                        if flag.get("needed")])
 def test_needed_flags_are_needed(mode, name):
-    others = {other: "x" for other, flag in FLAGS[mode].items() if flag.needed and other != name}
+    others = {other: "x" for other, flag in FLAGS[mode].items() if flag.get("needed") and other != name}
     assert f"{name} is needed in {mode} mode" in user_error(MODES[mode].config(**others).check)
 
 
@@ -71,17 +67,16 @@ def test_needed_flags_are_needed(mode, name):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_help_of_a_mode_has_its_flags_and_defaults_alone(mode, capsys):
+def test_help_of_a_mode_has_its_flags_alone(mode, capsys):
     text = printed(capsys, "--mode", mode, "--help")
     lines = [line.split()[0][2:] for line in text.splitlines() if line.startswith("  --")]
     assert sorted(lines) == sorted(FLAGS[mode])
     joined = " ".join(text.split())
-    assert all(flag.description in joined for flag in FLAGS[mode].values()) and MODES[mode].about in joined
+    assert all(description(flag) in joined for flag in FLAGS[mode].values()) and MODES[mode].about in joined
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["options"] + [topic for topic in TOPICS if any(flag.topic == topic
-                                                                     for flag in FLAGS[mode].values())]
-    several = FLAGS[mode]["load_path"].several
-    assert ("--load_path PATH [PATH ...]" in text) == several and ("--load_path PATH [" in text) == several
+    topics = {flag["topic"] for flag in FLAGS[mode].values()}
+    assert titles == ["options", *(topic for topic in TOPICS if topic in topics)]
+    assert ("--load_path PATH [PATH ...]" in text) == FLAGS[mode]["load_path"]["several"]
 
 
 @pytest.mark.parametrize("arguments, mode", [
@@ -99,21 +94,13 @@ def test_help_without_a_mode_has_the_modes(capsys):
 
 
 def test_page_is_up_to_date():
-    document = PAGE["document"]()
+    page = runpy.run_path(str(ROOT / "docs" / "make_flags.py"))
+    document = page["document"]()
     assert (ROOT / "docs" / "flags.md").read_text() == document, "python docs/make_flags.py > docs/flags.md"
-    rows = [line.split("`")[1][2:] for line in document.splitlines() if line.startswith("| `--")]
-    assert sorted(rows) == sorted(BY_MODE)
-
-
-def test_page_says_in_which_modes_a_flag_differs():
-    flag = BY_MODE["load_path"]
-    assert PAGE["row"]("load_path", flag) == (
-        "| `--load_path` | every | none in train; model-store/compact.pth in test; needed in prune, distill, export | "
-        f"{flag['train'].help.capitalize()}; in train mode what training starts from; in test mode several are "
-        "compared; in prune mode several are pruned and compared; in distill mode the one that learns. Takes several "
-        "values in test, prune mode. |")
-    assert PAGE["row"]("seed", {"test": FLAGS["test"]["seed"]}) == (
-        "| `--seed` | test | 0 | Seed of everything random; of --pairs and of --vgg_weights random. |")
+    for part, flags in zip(document.split("\n## ")[1:], FLAGS.values(), strict=True):
+        assert sorted(line.split("`")[1][2:] for line in part.splitlines() if line.startswith("| `--")) == sorted(flags)
+    assert page["row"]("pooling", {"help": "a|b", "default": None, "is_switch": False, "several": True, "choices": ("a",
+        )}) == "| `--pooling` | a&#124;b (default: none); one of `a`; takes several values |"
 
 
 # ------------------------------------------------------------------------------------------------ parsing

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import platform
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ import torch
 from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
 from network import count_parameters
 from painting.control import PRESERVED, check_styles
-from painting.many import Model, Outcome, PairPainter
+from painting.many import Model, Outcome, PairPainter, Plan
 from painting.pairs import (
     Pair,
     Pictures,
@@ -47,7 +47,6 @@ from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, model_names, sa
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 METRICS_NAME = "metrics.json"
 SEVERAL = ("content", "style", "content_dir", "style_dir", "style_strength")  # one alone is reported as such
-LONGEST_SUFFIX = 5  # letters and digits after the last dot of --save_path that are taken for a picture format
 PATIENCE = timedelta(days=30)  # that a process has with others, which may have larger pictures to paint
 
 
@@ -123,6 +122,10 @@ class TestConfig:
             return ()
         return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
 
+    @property
+    def measures_losses(self) -> bool:
+        return not set(LOSS_METRICS).isdisjoint(self.measured)
+
     def input(self, kind: str) -> tuple[tuple[str, ...], str]:
         """What is named as content or style, and the flag that names it."""
         other = f"{kind}_dir"
@@ -147,14 +150,13 @@ class TestConfig:
     @property
     def output(self) -> Path:
         """The picture file or folder to write."""
-        if self.save_path is not None:
-            return Path(self.save_path)
-        return Path(f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME)
+        default = f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME
+        return Path(default if self.save_path is None else self.save_path)
 
     @property
     def names_a_folder(self) -> bool:
         """Whether the output is a folder that is there already, or has a name that ends in a slash."""
-        return (self.save_path or "").endswith(("/", os.sep)) or self.output.is_dir()
+        return (self.save_path or "").endswith("/") or self.output.is_dir()
 
     @property
     def writes_a_file(self) -> bool:
@@ -164,9 +166,6 @@ class TestConfig:
     def check(self) -> None:
         """Raises UserError for an empty path, a strength given twice, flags that exclude each other, or a save_path
         that looks like a picture file of a kind that is not written."""
-        for kind in ("content", "style"):
-            if {kind, f"{kind}_dir"} <= changed(self):
-                raise UserError(f"--{kind} and --{kind}_dir: give one of the two, in test mode they mean the same")
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
@@ -174,23 +173,25 @@ class TestConfig:
         for strength, times in Counter(self.style_strength).items():
             if times > 1:
                 raise UserError(f"style_strength {_words(strength)}: given {times} times, once is enough")
-        if self.combines_styles and self.metrics is not None:
-            flag = "style_weights" if self.mask is None else "mask"
-            raise UserError(f"{flag}: --metrics compares with one style picture; leave one of the two out")
-        if self.mask is not None and self.cropsize is not None:
-            raise UserError("mask: --cropsize cuts the content alone; cut both beforehand")
-        if self.skip_existing and self.metrics is not None:
-            raise UserError("skip_existing: --metrics measures what is painted now; leave one of the two out")
-        if self.painted and self.metrics is None:
-            raise UserError("painted: what others painted is measured only; --metrics is needed, too")
-        if self.save_path is None or self.writes_a_file or self.names_a_folder or makes_video(self):
-            return
-        # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no picture format.
-        name, suffix = self.output.name, self.output.suffix[1:].strip()
-        looks_like_one = suffix[:1].isalpha() and suffix.isalnum() and len(suffix) <= LONGEST_SUFFIX
-        if looks_like_one or name.lower() in OUTPUT_FORMATS:
-            raise UserError(f"save_path {self.save_path}: no picture format that can be written "
-                            f"({' '.join(OUTPUT_FORMATS)}); for a folder of this name, end it with /")
+        measures = self.metrics is not None
+        for refused, message in (
+            ({"content", "content_dir"} <= changed(self), "content and --content_dir mean the same: give one of them"),
+            ({"style", "style_dir"} <= changed(self), "style and --style_dir mean the same: give one of them"),
+            (self.combines_styles and measures,
+             f"{'mask' if self.mask else 'style_weights'}: --metrics compares with one style picture; leave one out"),
+            (self.mask is not None and self.cropsize is not None,
+             "mask: --cropsize cuts the content alone; cut both beforehand"),
+            (self.skip_existing and measures, "skip_existing: --metrics measures what is painted now; leave one out"),
+            (self.painted and not measures,
+             "painted: what others painted is measured only; --metrics is needed, too"),
+            # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
+            (not self.writes_a_file and not self.names_a_folder and not makes_video(self)
+             and re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix),
+             f"save_path {self.save_path}: no picture format that can be written ({' '.join(OUTPUT_FORMATS)}); for a "
+             "folder of this name, end it with /"),
+        ):
+            if refused:
+                raise UserError(message)
 
 
 # ------------------------------------------------------------------------------------------------- models
@@ -208,10 +209,6 @@ def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
         if config.amp == "auto":
             decode_in_half(stylizer, name)
         models.append(Model(name, file, stylizer, checkpoint))
-    is_encoder = config.vgg_weights not in VGG_SOURCES and any(
-        str(model.checkpoint.get("vgg_weights")).startswith(config.vgg_weights) for model in models)
-    if "vgg_weights" in changed(config) and not is_encoder and not set(LOSS_METRICS) & set(config.measured):
-        note("--vgg_weights has no effect without --metrics content or style")
     return models
 
 
@@ -219,14 +216,12 @@ def _open_meter(config: TestConfig, models: list[Model], device: torch.device) -
     """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
     if not config.measured:
         return None
-    backbones = [model.stylizer.network.config.backbone for model in models]
-    losses = [metric for metric in config.measured if metric in LOSS_METRICS]
-    for model, backbone in zip(models, backbones):
-        if losses and backbone != backbones[0]:
-            raise UserError(f"metrics {losses[0]}: {models[0].file} is a {backbones[0]} network and {model.file} one "
-                            f"of {backbone}; their losses are not comparable, name other metrics")
-    meter = Meter(config.measured, backbones[0], config.vgg_weights, config.style_loss, config.seed, device)
-    for model in models if losses else ():
+    backbones = {model.stylizer.network.config.backbone: model.file for model in models}
+    if config.measures_losses and len(backbones) > 1:
+        found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
+        raise UserError(f"metrics: {found}; their losses are not comparable, name other metrics")
+    meter = Meter(config.measured, next(iter(backbones)), config.vgg_weights, config.style_loss, config.seed, device)
+    for model in models if config.measures_losses else ():
         trained_with = model.checkpoint.get("vgg_weights")
         if not same_vgg(trained_with, meter.vgg_origin):
             note(f"{model.name} was trained with VGG weights {trained_with or 'that its file does not name'}; "
@@ -242,31 +237,35 @@ def _open_meter(config: TestConfig, models: list[Model], device: torch.device) -
 
 def test(given: dict) -> int:
     """Run `--mode test` with the flags given on the command line. Returns the exit code: 1 where some of several
-    pictures could not be used."""
+    pictures, or parts of a video, could not be used."""
     config = TestConfig(**given)
     config.check()
     if makes_video(config):
-        return _stylise_video(config)
-    for flag in changed(config) & {"frame_rate", "temporal_smoothing"}:
-        note(f"--{flag} has no effect on pictures")
-    if "style_loss" in changed(config) and not set(LOSS_METRICS) & set(config.measured):
-        note("--style_loss has no effect without --metrics content or style")
+        return _stylise_video(config) if is_first_process() else 0  # one file, one process
+    unused = dict.fromkeys(("frame_rate", "temporal_smoothing"), "on pictures")
+    if not config.measures_losses:
+        # A file of weights may be the encoder of a decoder.pth.
+        flags = ("style_loss", "vgg_weights") if config.vgg_weights in VGG_SOURCES else ("style_loss",)
+        unused |= dict.fromkeys(flags, "without --metrics content or style")
+    _note_unused(config, unused)
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     with process_group(torch.device("cpu"), PATIENCE):  # what the processes tell each other lies in the CPU's memory
         return _stylise(config, device)
 
 
+def _note_unused(config: TestConfig, unused: dict[str, str]) -> None:
+    """Say which of these flags are given, and where each has no effect."""
+    for flag in sorted(changed(config) & unused.keys()):
+        note(f"--{flag} has no effect {unused[flag]}")
+
+
 def _stylise_video(config: TestConfig) -> int:
-    """Returns the exit code: 1 where not every frame could be read."""
-    if not is_first_process():  # one file, one process
-        return 0
     target = check_video(config)
-    no_effect = {"holdout", "pairs", "skip_existing", "seed", "style_loss"}
+    unused = ["holdout", "pairs", "skip_existing", "seed", "style_loss"]
     if not is_searched(config.input("content")[0][0]):
-        no_effect.add("frame_rate")  # it is of a folder of frames
-    for flag in sorted(changed(config) & no_effect):
-        note(f"--{flag} has no effect on a video")
+        unused.append("frame_rate")  # it is of a folder of frames
+    _note_unused(config, dict.fromkeys(unused, "on a video"))
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     (model,) = _open_models(config, device)
@@ -274,12 +273,29 @@ def _stylise_video(config: TestConfig) -> int:
 
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
+    plan = _make_plan(config)
+    models = _open_models(config, device)
+    meter = _open_meter(config, models, device)
+    if meter is not None:
+        contents, styles = map(set, zip(*plan.pairs))
+        measured = [plan.contents.paths[number] for number in contents] + [plan.styles.paths[each] for each in styles]
+        for model in models:
+            note_learned_from(model.name, model.checkpoint, measured)
+    outcome = PairPainter(config, plan, models, meter).run()
+    if not outcome.values:
+        raise UserError(_why_nothing(plan, outcome))
+    if is_first_process():
+        _report(config, plan, outcome, models, meter)
+    return 1 if outcome.unusable else 0
+
+
+def _make_plan(config: TestConfig) -> Plan:
+    """Raises UserError for pictures that are not there or do not fit each other, and for outputs that would overwrite
+    what is read."""
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
-    mask = None
     if config.combines_styles:
         check_styles(len(styles.paths), config.style_weights, config.mask)
         styles = styles.combined()
-        mask = None if config.mask is None else open_mask(config.mask)
     pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
     others = [find_painted(each, pairs, contents, styles) for each in config.painted or ()]
     names = model_names(config.load_path)
@@ -295,28 +311,10 @@ def _stylise(config: TestConfig, device: torch.device) -> int:
     if config.names_many and config.pairs is None:
         sheets.append(contact_sheet(pairs, columns))
     folder, files = _outputs(config, pairs, contents, styles, names)
-    written = [*chain.from_iterable(files.values()), *(folder / sheet.name for sheet in sheets)]
-    written += [folder / METRICS_NAME] * bool(config.measured)
-    read = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
-    read += [("--painted", path) for other in others for path in other.files.values()]
-    read += [(f"--{flag}", Path(getattr(config, flag))) for flag in ("mask", "vgg_weights")
-             if getattr(config, flag) not in (None, *VGG_SOURCES)]
-    check_outputs(written, () if config.writes_a_file else {path.parent for path in written}, (contents, styles), read,
-                  config.output)
-
-    models = _open_models(config, device)
-    meter = _open_meter(config, models, device)
-    if meter is not None:
-        measured = {path for pair in pairs for path in (*contents.groups[pair[0]], *styles.groups[pair[1]])}
-        for model in models:
-            note_learned_from(model.name, model.checkpoint, [*measured])
-    painter = PairPainter(models, config, contents, styles, sheets=sheets, meter=meter, mask=mask, others=others)
-    outcome = painter.run(files)
-    if not outcome.values:
-        raise UserError(_nothing(pairs, contents, styles, outcome))
-    if is_first_process():
-        _report(config, pairs, columns, painter, outcome, folder, files)
-    return 1 if outcome.unusable else 0
+    mask = None if config.mask is None else open_mask(config.mask)
+    plan = Plan(contents, styles, pairs, columns, others, mask, folder, files, sheets)
+    _check_outputs(config, plan)
+    return plan
 
 
 def _outputs(
@@ -324,18 +322,29 @@ def _outputs(
 ) -> tuple[Path, dict[Pair, list[Path]]]:
     """The folder to write to, and the files of every pair: for each model, in its own folder where there are several,
     one a strength. names: of the models. Raises UserError where `--save_path` is a file and cannot hold them."""
-    save_path, to_file = config.output, config.writes_a_file
-    if to_file and (config.measured or not config.is_single):
-        raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
-                        f"{len(names)} model(s) at {len(config.style_strength)} strength(s)"
-                        f"{', and their metrics' if config.measured else ''}; name a folder")
-    if to_file:
+    save_path, strengths = config.output, config.style_strength
+    if config.writes_a_file:
+        if config.measured or not config.is_single:
+            raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
+                            f"{len(names)} model(s) at {len(strengths)} strength(s), or their metrics; name a folder")
         return save_path.parent, {pairs[0]: [save_path]}
-    strengths = config.style_strength
     endings = [""] if len(strengths) == 1 else [f"_{_words(strength)}" for strength in strengths]
     folders = [save_path / name for name in names] if len(names) > 1 else [save_path]
-    named = output_names(pairs, contents, styles, endings, (COMPARISON, CONTACT_SHEET))
-    return save_path, {pair: [folder / name for folder in folders for name in named[pair]] for pair in pairs}
+    taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
+    named = output_names(pairs, contents, styles, endings, taken)
+    return save_path, {pair: [folder / f"{name}.png" for folder in folders for name in named[pair]] for pair in pairs}
+
+
+def _check_outputs(config: TestConfig, plan: Plan) -> None:
+    """Raises UserError where the plan would overwrite what it reads, or write into a folder that it searches."""
+    written = [*chain.from_iterable(plan.files.values()), *(plan.folder / sheet.name for sheet in plan.sheets)]
+    written += [plan.folder / METRICS_NAME] * bool(config.measured)
+    read = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
+    read += [("--painted", path) for other in plan.others for path in other.files.values()]
+    read += [(f"--{flag}", Path(getattr(config, flag))) for flag in ("mask", "vgg_weights")
+             if getattr(config, flag) not in (None, *VGG_SOURCES)]
+    folders = set() if config.writes_a_file else {path.parent for path in written}
+    check_outputs(written, folders, (plan.contents, plan.styles), read, config.output)
 
 
 def _words(strength: float) -> str:
@@ -343,52 +352,47 @@ def _words(strength: float) -> str:
     return repr(float(strength)).removesuffix(".0")
 
 
-def _nothing(pairs: list[Pair], contents: Pictures, styles: Pictures, outcome: Outcome) -> str:
-    """Why nothing could be stylised."""
-    for place, pictures in enumerate((contents, styles)):
-        reasons = [outcome.unusable.get((pictures.flag, number)) for number in sorted({pair[place] for pair in pairs})]
-        if all(reasons):
+def _why_nothing(plan: Plan, outcome: Outcome) -> str:
+    """Why nothing could be painted."""
+    for pictures, numbers in zip((plan.contents, plan.styles), map(set, zip(*plan.pairs))):
+        reasons = [reason for (flag, _), reason in outcome.unusable.items() if flag == pictures.flag]
+        if len(reasons) == len(numbers):
             return (f"{pictures.flag} {' '.join(pictures.named)}: none of {len(reasons)} pictures can be used "
                     f"({reasons[0]})")
-    return f"none of {len(pairs)} pairs can be stylised (the first: {next(iter(outcome.unusable.values()))})"
+    return f"none of {len(plan.pairs)} pairs can be painted (the first: {next(iter(outcome.unusable.values()))})"
 
 
 # ------------------------------------------------------------------------------------------------- report
 
 
-def _report(
-    config: TestConfig, pairs: list[Pair], columns: list[str], painter: PairPainter, outcome: Outcome, folder: Path,
-    files: dict[Pair, list[Path]],
-) -> None:
+def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Model], meter: Meter | None) -> None:
     """Write the sheets and metrics.json, print the table, and say what was written and what could not be used."""
-    done = [pair for pair in pairs if pair in outcome.values]
-    pictures = sum(len(files[pair]) for pair in done) - outcome.kept
-    wrote = [f"{pictures} pictures" if pictures != 1 else files[done[0]][0].name]
+    done = [pair for pair in plan.pairs if pair in outcome.values]
+    left_out = len(plan.pairs) - len(done)
+    pictures = sum(len(plan.files[pair]) for pair in done) - outcome.kept
+    wrote = [f"{pictures} pictures" if pictures != 1 else plan.files[done[0]][0].name]
     wrote[0] += f" ({outcome.kept} were there already)" if outcome.kept else ""
-    wrote += [sheet.name for sheet in painter.sheets if sheet.save(folder)]
-    if painter.meter is not None:
+    wrote += [sheet.name for sheet in plan.sheets if sheet.save(plan.folder, outcome.shown)]
+    if meter is not None:
         values = torch.stack([outcome.values[pair] for pair in done]).numpy()
-        measurement = Measurement(values, done, columns, painter.meter.metrics)
+        measurement = Measurement(values, done, plan.columns, meter.metrics)
         print(measurement.table())
-        metrics = _metrics(config, measurement, painter, outcome) | {"pairs_left_out": len(pairs) - len(done)}
-        write_text_atomically(folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
+        metrics = _metrics(config, plan, measurement, models, meter)
+        metrics |= {"skipped": [*outcome.unusable.values()], "pairs_left_out": left_out}
+        write_text_atomically(plan.folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
         wrote.append(METRICS_NAME)
-    note(f"wrote {', '.join(wrote)} to {folder}")
+    note(f"wrote {', '.join(wrote)} to {plan.folder}")
     if outcome.unusable:
-        counts = [f"{count} {name}{'s' * (count != 1)}"
-                  for count, name in ((len(outcome.unusable), "picture"), (len(pairs) - len(done), "pair"))]
-        note("\n  ".join([f"could not be used: {counts[0]}; left out: {counts[1]}", *outcome.unusable.values()]))
+        note("\n  ".join([f"could not be used: {len(outcome.unusable)} picture(s); left out: {left_out} pair(s)",
+                          *outcome.unusable.values()]))
 
 
-def _metrics(config: TestConfig, measurement: Measurement, painter: PairPainter, outcome: Outcome) -> dict:
+def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[Model], meter: Meter) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
-    meter, contents, styles = painter.meter, painter.contents, painter.styles
     packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
-    settings = {name: value[0] if isinstance(value, tuple) and len(value) == 1 and name in SEVERAL else value
-                for name, value in asdict(config).items()}
     painters = [_describe(model) | {"style_strength": strength}
-                for model, strength in product(painter.models, config.style_strength)]
-    painters += [{"painted": str(other.folder)} for other in painter.others]
+                for model, strength in product(models, config.style_strength)]
+    painters += [{"painted": str(other.folder)} for other in plan.others]
     return {
         "models": [
             each | {
@@ -400,12 +404,12 @@ def _metrics(config: TestConfig, measurement: Measurement, painter: PairPainter,
         ],
         "interval": INTERVAL,
         "pairs": [
-            {"content": str(contents.groups[content][0]), "style": str(styles.groups[style][0]),
+            {"content": str(plan.contents.paths[content]), "style": str(plan.styles.paths[style]),
              "metrics": measurement.of_pair(number)}
             for number, (content, style) in enumerate(measurement.pairs)
         ],
-        "skipped": [*outcome.unusable.values()],
-        "settings": settings,
+        "settings": {name: value[0] if name in SEVERAL and value and len(value) == 1 else value
+                     for name, value in asdict(config).items()},
         "vgg_weights_of_losses": meter.vgg_origin,
         "device": describe_device(meter.device),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},

@@ -25,8 +25,8 @@ from exporting.graphs import fill_up
 from exporting.integers import INTEGER_MULTIPLE, quantize_files
 from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from painting.pairs import choose_pairs
-from painting.quality import Measurement, Meter, check_measurable, ssim
-from painting.stylizer import load_input, open_model, usable
+from painting.quality import MIN_SIDE, Measurement, Meter, ssim
+from painting.stylizer import load_input, open_model
 from settings import setting
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from weights import find_model_file
@@ -112,17 +112,10 @@ def load_pairs(config: ExportConfig) -> tuple[Pairs, Pairs, list[tuple[int, int]
     loaded = []
     for paths, count in zip(zip(*splits), (CALIBRATION_PAIRS, config.pairs)):  # learned from, then held out
         numbers = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
-        pictures = [{number: _load_measurable(paths[kind][number], config, name)
+        pictures = [{number: load_input(paths[kind][number], config, name, MIN_SIDE)
                      for number in {pair[kind] for pair in numbers}} for kind, name in enumerate(names)]
         loaded.append([(pictures[0][content], pictures[1][style]) for content, style in numbers])
     return *loaded, numbers
-
-
-def _load_measurable(path: Path, config: ExportConfig, name: str) -> Tensor:
-    picture = load_input(path, config, name)
-    with usable(path, name):
-        check_measurable(picture, path)
-    return picture
 
 
 def compare(

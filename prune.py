@@ -10,8 +10,8 @@ import torch
 from data import MAX_PIXELS
 from network import StyleTransferNetwork
 from painting.pairs import note_learned_from
-from painting.quality import Meter, check_measurable
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model, usable
+from painting.quality import MIN_SIDE, Meter
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model
 from pruning.comparison import MEASURED, Pruned, compare_networks
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
 from pruning.report import build_report, format_report, paint_grid
@@ -177,10 +177,7 @@ def prune(given: dict) -> int:
     aside = sorted({Path(path) for pair in pairs for path in pair})
     name = "responses" if kept else "pairs"
     for path in aside:
-        picture = load_input(path, config, name)
-        if meter is not None:
-            with usable(path, name):
-                check_measurable(picture, path)
+        load_input(path, config, name, 1 if meter is None else MIN_SIDE)
     if not pairs:
         reason = "no pictures were set aside: a folder has only one, or the responses are of an older version"
         if meter is not None:

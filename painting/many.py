@@ -1,9 +1,8 @@
 """Many pairs painted: each picture is decoded and encoded once; while one is painted, others are read and written."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
@@ -15,18 +14,18 @@ from data import (
     NotFinite,
     PictureError,
     denormalize,
+    load_alpha,
     normalize,
     pixels_to_pil,
-    prepare_picture,
     read_written,
     save_picture,
     to_pil,
 )
 from painting.control import MaskedStyle, Style, check_colors, check_mask, combine, match_colors
 from painting.pairs import PaintedFolder, Pair, Pictures
-from painting.quality import MeasuredContent, Meter, check_measurable
+from painting.quality import MIN_SIDE, MeasuredContent, Meter
 from painting.sheets import Key, Sheet, side_by_side
-from painting.stylizer import Stylizer, UnusablePicture, load_input, load_transparency, usable
+from painting.stylizer import Stylizer, UnusablePicture, load_input, usable
 from painting.tiling import TiledPicture
 from utils import UserError, gather, make_folder, note_of_process, progress_bar, share, usable_cores
 
@@ -43,6 +42,21 @@ class Model:
     checkpoint: dict
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is painted in what, and where it goes."""
+
+    contents: Pictures
+    styles: Pictures
+    pairs: list[Pair]
+    columns: list[str]  # the names of a pair's pictures: of each model at each strength, then of `others`
+    others: list[PaintedFolder]  # pictures of the same pairs, to be measured, too
+    mask: Image.Image | None  # L
+    folder: Path
+    files: dict[Pair, list[Path]]  # to write, of each model at each strength
+    sheets: list[Sheet]
+
+
 @dataclass
 class Outcome:
     """What came of all pairs."""
@@ -50,6 +64,7 @@ class Outcome:
     values: dict[Pair, Tensor | None] = field(default_factory=dict)  # measured, of the pairs that could be painted
     kept: int = 0  # pictures that were there already
     unusable: dict[tuple[str, int], str] = field(default_factory=dict)  # the reasons, by flag and number
+    shown: dict[Key, Image.Image] = field(default_factory=dict)  # small copies for the sheets
 
 
 @dataclass(frozen=True)
@@ -71,221 +86,163 @@ class _Style:
 
 
 class PairPainter:
-    """Paints pairs of pictures by every model at every strength, and measures them where there is a meter."""
+    """Paints the pairs of a plan by every model at every strength, and measures them where there is a meter."""
 
-    def __init__(
-        self, models: Sequence[Model], config, contents: Pictures, styles: Pictures, *, sheets: Sequence[Sheet] = (),
-        meter: Meter | None = None, mask: Image.Image | None = None, others: Sequence[PaintedFolder] = (),
-    ) -> None:
-        """config: a TestConfig. sheets: where all pictures are placed. mask: of `--mask`, mode L. others: pictures of
-        the same pairs, to be measured, too."""
-        self.models, self.config, self.contents, self.styles = models, config, contents, styles
-        self.sheets, self.meter, self.mask, self.others = sheets, meter, mask, others
-        self.matches_colors = config.preserve_color == "histogram"  # of the style, to each content's
-        self.variants = [*product(range(len(models)), config.style_strength)]
+    def __init__(self, config, plan: Plan, models: Sequence[Model], meter: Meter | None) -> None:
+        """config: a TestConfig."""
+        self.config, self.plan, self.models, self.meter = config, plan, models, meter
         self.outcome = Outcome()
+        self.shown = {key for sheet in plan.sheets for row in sheet.rows for key in row}
+        self.cell = max((sheet.cell for sheet in plan.sheets), default=0)
         self.threads = min(usable_cores(), MOST_THREADS)
 
-    def run(self, files: dict[Pair, list[Path]]) -> Outcome:
-        """files: those to write of every pair, for each model one a strength.
+    def run(self) -> Outcome:
+        """Paint what is this process's part, and return what came out of all processes.
 
-        Several processes share the pairs; each returns, and has on its sheets, what came out of all. A picture of
-        several that cannot be used, or that there is too little memory for, is left out with all its pairs. Raises
-        UserError for an output that is not finite or cannot be written, and for a picture that was named alone and
-        cannot be used.
+        A picture of several that cannot be used, or that there is too little memory for, is left out with all its
+        pairs. Raises UserError for an output that is not finite or cannot be written, and for a picture that was named
+        alone and cannot be used.
         """
-        with ThreadPoolExecutor(self.threads) as self.readers, ThreadPoolExecutor(self.threads) as self.writers:
-            self.being_written = deque()
-            self._paint_all(self._left_to_paint(files) if self.config.skip_existing else
-                            {pair: dict(enumerate(files[pair])) for pair in share([*files])})
-            self._gather()
-            for pictures, kind, place in ((self.contents, "content", 0), (self.styles, "style", 1)):
-                numbers = sorted({pair[place] for pair in self.outcome.values if self._lacks((kind, pair[place]))})
-                for _ in self._usable(pictures, numbers, lambda number, of=pictures: self._load(of, number)):
-                    pass  # it is on the sheets now
-        return self.outcome
+        pairs = share(self.plan.pairs)
+        self.pairs = {content: [*own] for content, own in groupby(pairs, key=lambda pair: pair[0])}
+        self.encoded: dict[int, _Style] = {}
+        self.being_written = deque()
+        pictures = len(pairs) * len(self.models) * len(self.config.style_strength)
+        with ThreadPoolExecutor(self.threads) as self.pool, progress_bar(pictures, "stylise", "picture") as self.bar:
+            self._each(self.plan.styles, sorted({style for _, style in pairs}), self._load_style, self._encode_style)
+            contents = [*self.pairs] if self.encoded else []
+            self._each(self.plan.contents, contents, self._load_content, self._paint_content)
+            for each in self.being_written:
+                each.result()
+        outcome = Outcome()
+        for own in gather(self.outcome):
+            outcome.values |= own.values
+            outcome.kept += own.kept
+            outcome.unusable |= own.unusable
+            outcome.shown |= own.shown
+        return outcome
 
-    def _left_to_paint(self, files: dict[Pair, list[Path]]) -> dict[Pair, dict[int, Path]]:
-        """This process's part of the pairs of which something is not there yet, each with those files by their column;
-        what is there is placed on the sheets."""
-        left = {}
-        is_there = {pair: all(path.exists() for path in paths) for pair, paths in files.items()}
-        # They are shared out apart, so that all processes have as much to do.
-        mine = [pair for there in (True, False) for pair in share([pair for pair in files if is_there[pair] == there])]
-        for pair, work in self._ahead(lambda pair: [*map(read_written, files[pair])], sorted(mine)):
-            pictures = work.result()
-            for column, picture in enumerate(pictures):
-                if picture is None:
-                    left.setdefault(pair, {})[column] = files[pair][column]
-                else:
-                    self._show((*pair, column), picture)
-                    self.outcome.kept += 1
-            if pair not in left:
-                self.outcome.values[pair] = None
-        return left
-
-    def _paint_all(self, files: dict[Pair, dict[int, Path]]) -> None:
-        """Paint these files of every pair, by their column; values and what cannot be used go to the outcome."""
-        styles = {}
-        for number, pictures in self._usable(self.styles, sorted({style for _, style in files}),
-                                             lambda number: self._load(self.styles, number)):
-            with self._skipping(self.styles, number):
-                styles[number] = self._encode_style(pictures)
-        by_content = {content: [*pairs] for content, pairs in groupby(sorted(files), key=lambda pair: pair[0])}
-        with progress_bar(sum(map(len, files.values())), "stylise", "picture") as bar:
-            for number, content in self._usable(self.contents, [*by_content] if styles else [], self._load_content):
-                with self._skipping(self.contents, number):
-                    measured = self.meter.open_content(content.picture) if self.meter else None
-                    for pair in by_content[number]:
-                        if pair[1] in styles:
-                            self.outcome.values[pair] = self._paint_pair(pair, files[pair], content, styles[pair[1]],
-                                                                         measured, bar)
-            bar.total = bar.n  # what was left out counts no longer
-        while self.being_written:
-            self.being_written.popleft().result()
-
-    # ------------------------------------------------------------------------------------------- inputs
-
-    def _ahead(self, read: Callable, items: Iterable) -> Iterator[tuple[object, Future]]:
-        """Every item with what `read` makes of it; meanwhile it reads a few further ones."""
-        begun = deque()
-        for item in items:
-            begun.append((item, self.readers.submit(read, item)))
-            if len(begun) > self.threads:
-                yield begun.popleft()
-        yield from begun
-
-    def _usable(self, pictures: Pictures, numbers: list[int], read: Callable) -> Iterator[tuple[int, object]]:
-        """The numbers of these pictures with what `read` makes of each, without those that cannot be used."""
-        for number, work in self._ahead(read, numbers):
-            result = None
-            with self._skipping(pictures, number):
-                result = work.result()
-            if result is not None:
-                yield number, result
-
-    @contextmanager
-    def _skipping(self, pictures: Pictures, number: int):
-        """Within the block, a picture that cannot be used, or that there is too little memory for, is left out; one
-        that was named alone ends the run."""
-        try:
-            with usable(pictures.groups[number][0], pictures.flag):
-                yield
-        except UnusablePicture as error:
-            if not pictures.are_many:
-                raise
-            if (pictures.flag, number) not in self.outcome.unusable:
+    def _each(self, pictures: Pictures, numbers: list[int], read: Callable, work: Callable) -> None:
+        """Do the `work` for each number with what `read` makes of it in a thread, a few ahead, and leave out what
+        cannot be used; a picture that was named alone ends the run."""
+        coming = deque(self.pool.submit(read, number) for number in numbers[: self.threads])
+        for place, number in enumerate(numbers):
+            coming += [self.pool.submit(read, later) for later in numbers[place + self.threads :][:1]]
+            try:
+                with usable(pictures.groups[number][0], pictures.flag):
+                    work(number, coming.popleft().result())
+            except UnusablePicture as error:
+                if not pictures.are_many:
+                    raise
                 note_of_process(f"skipped --{error}")
                 self.outcome.unusable[pictures.flag, number] = f"--{error}"
 
-    def _load(self, pictures: Pictures, number: int) -> list[Tensor]:
-        """The pictures of a content or a style, (1, 3, H, W), uint8, each; the sheets show them. Raises
-        UnusablePicture, also for one that is too small to be measured."""
-        config, kind = self.config, "content"
-        if pictures is self.styles:
-            config, kind = replace(config, imsize=config.style_size or config.imsize), "style"
-        loaded = []
-        for path in pictures.groups[number]:
-            loaded.append(load_input(path, config, pictures.flag))
-            if self.meter is not None:
-                with usable(path, pictures.flag):
-                    check_measurable(loaded[-1], path)
-        if self._lacks((kind, number)):
-            self._show((kind, number), side_by_side([pixels_to_pil(picture) for picture in loaded]))
-        return loaded
+    # ------------------------------------------------------------------------------------------- inputs
+
+    def _load_style(self, number: int) -> list[Tensor]:
+        """The pictures of a style, (1, 3, H, W), uint8, each. Raises UnusablePicture."""
+        config = replace(self.config, imsize=self.config.style_size or self.config.imsize)
+        return [self._load(path, config, self.plan.styles) for path in self.plan.styles.groups[number]]
 
     def _load_content(self, number: int) -> _Content:
-        (path,), (picture,) = self.contents.groups[number], self._load(self.contents, number)
+        """Raises UnusablePicture or PictureError, also where the picture is grey or has another aspect than the mask.
+        """
+        config, (path,) = self.config, self.plan.contents.groups[number]
+        picture = self._load(path, config, self.plan.contents)
         try:
-            if self.config.preserve_color is not None:
-                check_colors(picture, self.config.preserve_color)
-            if self.mask is not None:
-                check_mask(self.mask, tuple(picture.shape[2:]))
+            if config.preserve_color is not None:
+                check_colors(picture, config.preserve_color)
+            if self.plan.mask is not None:
+                check_mask(self.plan.mask, tuple(picture.shape[2:]))
         except UserError as error:
-            raise UnusablePicture(f"{self.contents.flag} {path}: {error}") from error
-        alpha = load_transparency(path, self.config, self.contents.flag)
+            raise PictureError(f"{path}: {error}") from error
+        alpha = load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
         return _Content(picture, alpha, [model.stylizer.open(picture) for model in self.models])
 
-    def _encode_style(self, pictures: list[Tensor]) -> _Style:
+    def _load(self, path: Path, config, pictures: Pictures) -> Tensor:
+        return load_input(path, config, pictures.flag, MIN_SIDE if self.meter else 1)
+
+    def _encode_style(self, number: int, pictures: list[Tensor]) -> None:
+        self._show(("style", number), side_by_side([pixels_to_pil(each) for each in pictures]))
         measured = self.meter.open_style(pictures[0]) if self.meter else []
-        if self.matches_colors:
-            return _Style(pictures, [], measured)
-        return _Style([], self._codes(pictures), measured)
+        if self.config.preserve_color == "histogram":
+            self.encoded[number] = _Style(pictures, [], measured)
+        else:
+            self.encoded[number] = _Style([], self._codes(pictures), measured)
 
     def _codes(self, pictures: list[Tensor]) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
-        return [combine([model.stylizer.encode_style(each) for each in pictures], self.config.style_weights, self.mask)
-                for model in self.models]
+        return [combine([model.stylizer.encode_style(each) for each in pictures], self.config.style_weights,
+                        self.plan.mask) for model in self.models]
 
     # ------------------------------------------------------------------------------------------ outputs
 
+    def _paint_content(self, number: int, content: _Content) -> None:
+        """Paint all pairs of a content."""
+        self._show(("content", number), pixels_to_pil(content.picture))
+        measured = self.meter.open_content(content.picture) if self.meter else None
+        for pair in self.pairs[number]:
+            if pair[1] in self.encoded:
+                self.outcome.values[pair] = self._paint_pair(pair, content, self.encoded[pair[1]], measured)
+
     def _paint_pair(
-        self, pair: Pair, files: dict[int, Path], content: _Content, style: _Style, measured: MeasuredContent | None,
-        bar,
+        self, pair: Pair, content: _Content, style: _Style, measured: MeasuredContent | None
     ) -> Tensor | None:
-        """Paint a pair into the files, by their column. Returns what the meter measured."""
+        """Paint the pictures of a pair that are not there yet, and have them written. Returns what the meter
+        measured."""
         codes = style.codes or self._codes([match_colors(each, content.picture) for each in style.pictures])
-        keeps_colors = self.config.preserve_color == "luma"
-        others = [self._painted_by_other(other, pair, content.picture) for other in self.others]
+        painters = product(range(len(self.models)), self.config.style_strength)
         outputs = []
-        for column, path in files.items():
-            place, strength = self.variants[column]
-            model, inputs = self.models[place], (content.opened[place], codes[place], strength)
-            try:
-                if self.meter is None:
-                    picture = model.stylizer.paint_picture(*inputs, keeps_colors=keeps_colors)
-                else:
-                    outputs.append(model.stylizer.paint(*inputs, keeps_colors=keeps_colors))
-                    picture = to_pil(denormalize(outputs[-1]))
-            except NotFinite as error:
-                named = " ".join(map(str, (*self.contents.groups[pair[0]], *self.styles.groups[pair[1]])))
-                raise UserError(f"load_path {model.file}: its picture of {named} has values that are not finite") \
-                    from error
+        for column, ((model, strength), path) in enumerate(zip(painters, self.plan.files[pair])):
+            picture = read_written(path) if self.config.skip_existing else None
+            if picture is None:
+                picture, output = self._paint(self.models[model], content.opened[model], codes[model], strength)
+                outputs.append(output)
+                self._write(picture, path, content.alpha)
+            else:
+                self.outcome.kept += 1
             self._show((*pair, column), picture)
-            self._write(picture, path, content.alpha)
-            bar.update()
-        for column, picture in enumerate(others, len(self.variants)):
+            self.bar.update()
+        for column, other in enumerate(self.plan.others, len(outputs)):
+            picture = self._painted_by_other(other, pair, content.picture)
             self._show((*pair, column), pixels_to_pil(picture))
             outputs.append(normalize(picture.to(self.meter.device)))
-        return None if self.meter is None else self.meter.measure(measured, style.measured, outputs).cpu()
+        return self.meter.measure(measured, style.measured, outputs).cpu() if self.meter else None
+
+    def _paint(
+        self, model: Model, content: TiledPicture, style: Style | MaskedStyle, strength: float
+    ) -> tuple[Image.Image, Tensor | None]:
+        """The painted picture, and the output that it is of where there is a meter."""
+        keeps_colors = self.config.preserve_color == "luma"
+        try:
+            if self.meter is None:
+                return model.stylizer.paint_picture(content, style, strength, keeps_colors=keeps_colors), None
+            output = model.stylizer.paint(content, style, strength, keeps_colors=keeps_colors)
+            return to_pil(denormalize(output)), output
+        except NotFinite as error:
+            raise UserError(f"load_path {model.file}: {error}") from error
 
     def _painted_by_other(self, other: PaintedFolder, pair: Pair, content: Tensor) -> Tensor:
         """The picture of a pair, (1, 3, H, W), uint8. Raises UserError where it is not of the content's size."""
         flag, path = f"painted {other.name}={other.folder}", other.files[pair]
-        try:
-            picture = prepare_picture(path, max_pixels=self.config.max_pixels)
-        except PictureError as error:
-            raise UserError(f"{flag}: {error}") from error
-        (height, width), needed = picture.shape[2:], content.shape[2:]
-        if (height, width) != tuple(needed):
-            raise UserError(f"{flag}: {path} has {width} x {height} pixels, its content as it is painted "
-                            f"{needed[1]} x {needed[0]} (--imsize, --cropsize); the same size is needed")
+        picture = load_input(path, replace(self.config, imsize=None, cropsize=None), flag)
+        if picture.shape != content.shape:
+            (height, width), (rows, columns) = picture.shape[2:], content.shape[2:]
+            raise UserError(f"{flag}: {path} has {width} x {height} pixels, its content as it is painted {columns} x "
+                            f"{rows} (--imsize, --cropsize); the same size is needed")
         return picture
 
     def _write(self, picture: Image.Image, path: Path, alpha: Image.Image | None) -> None:
         """Have a picture written; waits while as many others as there are threads still are. Raises UserError, also for
         one of those."""
         make_folder(path.parent, "save_path")
-        self.being_written.append(self.writers.submit(save_picture, picture, path, alpha))
+        self.being_written.append(self.pool.submit(save_picture, picture, path, alpha))
         if len(self.being_written) > self.threads:
             self.being_written.popleft().result()
 
-    # ------------------------------------------------------------------------------------------- sheets
-
-    def _lacks(self, key: Key) -> bool:
-        return any(sheet.lacks(key) for sheet in self.sheets)
-
     def _show(self, key: Key, picture: Image.Image) -> None:
-        for sheet in self.sheets:
-            sheet.add(key, picture)
-
-    def _gather(self) -> None:
-        """Add what came out of the other processes to the outcome and to the sheets."""
-        own = self.outcome
-        self.outcome = Outcome()
-        for theirs, placed in gather((own, [sheet.pictures for sheet in self.sheets])):
-            self.outcome.values |= theirs.values
-            self.outcome.unusable |= theirs.unusable
-            self.outcome.kept += theirs.kept
-            for sheet, pictures in zip(self.sheets, placed):
-                sheet.pictures |= pictures
+        """Keep a small copy of a picture that a sheet shows."""
+        if key in self.shown:
+            picture = picture.copy()
+            picture.thumbnail((self.cell, self.cell))
+            self.outcome.shown[key] = picture

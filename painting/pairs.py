@@ -1,10 +1,8 @@
-"""Which pictures test mode stylises with which, the names of what comes out, and what others painted of them."""
+"""Which pictures test mode paints in which, the names of what comes out, and what others painted of them."""
 
-import hashlib
 import math
 import os
 import random
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -13,7 +11,7 @@ from pathlib import Path
 from data import find_measured, find_pictures, is_held_out, is_searched, refuse_within
 from utils import UserError, note
 
-LONGEST_NAME = 180  # bytes of a picture's file name: file systems take 255, and a file in the making has a longer one
+LONGEST_NAME = 180  # bytes of a pair's name: file systems take 255, and a file in the making has a longer one
 
 Pair = tuple[int, int]  # the numbers of a content and a style
 
@@ -61,26 +59,20 @@ def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
     return Pictures(flag, tuple(named), [(path,) for path in stems], distinct([*stems.values()]), folders)
 
 
-def _folded(name: str) -> str:
-    """Equal for names that are one file on some file systems."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
 def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     """The names; one that an earlier name or `taken` equals, whatever the case, gets a number behind it."""
-    used, result = set(map(_folded, taken)), []
+    used, result = {name.casefold() for name in taken}, []
     for name in names:
         numbered = chain([name], (f"{name}-{number}" for number in count(1)))
-        result.append(next(each for each in numbered if _folded(each) not in used))
-        used.add(_folded(result[-1]))
+        result.append(next(each for each in numbered if each.casefold() not in used))
+        used.add(result[-1].casefold())
     return result
 
 
 def note_learned_from(name: str, checkpoint: dict, paths: Sequence[Path]) -> None:
     """Say how many of the pictures to measure a model has learned from, as far as its file knows.
 
-    name: of the model, for the line; checkpoint: what its file holds, the settings of its training among it; paths: of
-    the pictures.
+    name: of the model; checkpoint: what its file holds, the settings of its training among it; paths: of the pictures.
     """
     config = checkpoint.get("train_config") or {}
     folders = {os.path.realpath(config[flag]) for flag in ("content_dir", "style_dir") if config.get(flag)}
@@ -118,19 +110,16 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
 
 
 def output_names(
-    pairs: Sequence[Pair], contents: Pictures, styles: Pictures, endings: Sequence[str], taken: Iterable[str]
+    pairs: Sequence[Pair], contents: Pictures, styles: Pictures, endings: Sequence[str] = ("",),
+    taken: Iterable[str] = (),
 ) -> dict[Pair, list[str]]:
-    """The file names of every pair's pictures, one with each of `endings`: no two alike, none of `taken`, and short
-    enough for a file system."""
+    """The file names of every pair's pictures, without suffix, one with each of `endings`: no two alike, none of
+    `taken`, and short enough for a file system."""
     stems = []
     for content, style in pairs:
-        for ending in endings:
-            stem = f"{contents.names[content]}_{styles.names[style]}{ending}"
-            if len(os.fsencode(stem)) > LONGEST_NAME:
-                kept = os.fsencode(stem)[: LONGEST_NAME - 40].decode(errors="ignore")
-                stem = f"{kept}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]}{ending}"
-            stems.append(stem)
-    names = iter(f"{stem}.png" for stem in distinct(stems, [Path(name).stem for name in taken]))
+        stem = os.fsencode(f"{contents.names[content]}_{styles.names[style]}")[:LONGEST_NAME]
+        stems += [stem.decode(errors="ignore") + ending for ending in endings]
+    names = iter(distinct(stems, taken))
     return {pair: [next(names) for _ in endings] for pair in pairs}
 
 
@@ -139,25 +128,20 @@ def check_outputs(
     save_path: Path,
 ) -> None:
     """Raises UserError where a file to write is one that is read, or a folder to write to belongs to one that is
-    searched for pictures: the next call would stylise what this one wrote.
+    searched for pictures: the next call would paint what this one wrote.
 
     others: further files that are read, each with the flag that it is of.
     """
     inputs = [*((f"--{each.flag}", path) for each in pictures for path in each.paths), *others]
-    read = {_identity(path): f"{flag} {path}" for flag, path in inputs if path.exists()}
+    read = {os.path.realpath(path): f"{flag} {path}" for flag, path in inputs}
     for file in files:
-        if file.exists() and _identity(file) in read:
-            raise UserError(f"save_path {save_path}: {file} would overwrite {read[_identity(file)]}; name another")
+        if os.path.realpath(file) in read:
+            raise UserError(f"save_path {save_path}: {file} would overwrite {read[os.path.realpath(file)]}; name "
+                            "another")
     for folder in folders:
         for each in pictures:
             for root, found in each.folders.items():
                 refuse_within(folder, root, f"--{each.flag}", found)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """Equal for two paths of one file, through links, too."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
 
 
 # --------------------------------------------------------------------------------------- painted by others
@@ -173,34 +157,21 @@ class PaintedFolder:
 
 
 def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: Pictures) -> PaintedFolder:
-    """The pictures of the pairs in a folder, CONTENT_STYLE or CONTENT__STYLE with any picture's suffix.
+    """The pictures of the pairs in a folder, named as test mode names them or CONTENT__STYLE, with any suffix.
 
-    given: NAME=FOLDER. Raises UserError where that is something else, where a picture is missing, and where one name
-    may mean two pictures or two pairs.
+    given: NAME=FOLDER. Raises UserError where that is something else, or where not exactly one picture is of a pair.
     """
     name, _, folder = given.partition("=")
     if not name or not folder:
         raise UserError(f"painted {given}: NAME=FOLDER is needed")
-    by_stem = {}
+    by_stem, files = {}, {}
     for path in find_pictures(Path(folder), "--painted"):
         by_stem.setdefault(path.stem, []).append(path)
-    files, used, missing = {}, set(), []
-    for content, style in pairs:
-        (content_path,), (style_path,) = contents.groups[content], styles.groups[style]
-        names = (content_path.stem, style_path.stem), (contents.names[content], styles.names[style])
-        stems = dict.fromkeys(between.join(each) for each in names for between in ("_", "__"))
-        found = [path for stem in stems for path in by_stem.get(stem, ())]
-        if len(found) > 1:
-            raise UserError(f"painted {given}: {found[0]} and {found[1]} may both be painted of {content_path} and "
-                            f"{style_path}; one is needed")
-        if not found:
-            missing.append("_".join(names[0]))
-        elif found[0] in used:
-            raise UserError(f"painted {given}: {found[0]} may be of two pairs; name it CONTENT__STYLE")
-        else:
-            files[content, style] = found[0]
-            used.add(found[0])
-    if missing:
-        raise UserError(f"painted {given}: {len(missing)} of {len(pairs)} pictures are missing, the first is "
-                        f"{missing[0]}, with any picture's suffix")
+    for (content, style), names in output_names(pairs, contents, styles).items():
+        names.append(f"{contents.names[content]}__{styles.names[style]}")
+        found = [path for each in dict.fromkeys(names) for path in by_stem.pop(each, ())]
+        if len(found) != 1:
+            raise UserError(f"painted {given}: {len(found)} pictures are called {' or '.join(names)}; one is needed, "
+                            "with any suffix")
+        files[content, style] = found[0]
     return PaintedFolder(name, Path(folder), files)

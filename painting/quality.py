@@ -3,14 +3,13 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import PictureError, denormalize, normalize
+from data import denormalize, normalize
 from loss import content_loss, style_distance, style_statistics
 from network import NetworkConfig, build_loss_network
 from utils import UserError
@@ -92,13 +91,6 @@ def flat_tiles(painted: Tensor, content: Tensor) -> Tensor:
     live = tile_deviations(content) > LIVE
     flat = tile_deviations(painted) < FLAT
     return (flat & live).sum().double() / live.sum().clamp(min=1)
-
-
-def check_measurable(picture: Tensor, path: Path) -> None:
-    """Raises PictureError for a picture that is too small for a Meter. picture: (1, 3, H, W), from `path`."""
-    height, width = picture.shape[2:]
-    if min(height, width) < MIN_SIDE:
-        raise PictureError(f"{path}: {width} x {height} pixels; measuring takes {MIN_SIDE} or more a side")
 
 
 @dataclass(frozen=True)

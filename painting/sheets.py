@@ -1,5 +1,6 @@
 """Sheets of pictures: every content with every style, or pair by pair."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,66 +23,58 @@ COMPARISON = "comparison.png"
 Key = tuple
 
 
+@dataclass(frozen=True)
 class Sheet:
-    """Pictures in cells of one size, with a title over every column where there are titles.
+    """Pictures in cells of one size: the key of the picture in each cell, or None; and a title over every column,
+    where there are titles."""
 
-    rows: the key of the picture in each cell, or None. Several threads may add pictures at a time.
-    """
+    name: str
+    rows: list[list[Key | None]]
+    titles: tuple[str, ...] = ()
 
-    def __init__(self, name: str, rows: list[list[Key | None]], titles: tuple[str, ...] = ()) -> None:
-        self.name, self.rows, self.titles = name, rows, titles
-        self.top = TITLE_HEIGHT if titles else 0
-        self.cell = min(CELL, (SHEET_SIDE - self.top) // max(len(rows), len(rows[0])))
-        self.keys = {key for row in rows for key in row}
-        self.pictures: dict[Key, Image.Image] = {}  # small copies
+    @property
+    def cell(self) -> int:
+        """The side of a cell, pixels."""
+        return min(CELL, SHEET_SIDE // max(len(self.rows) + bool(self.titles), len(self.rows[0])))
 
-    def lacks(self, key: Key) -> bool:
-        """Whether it shows the picture of this key, and does not have it yet."""
-        return key in self.keys and key not in self.pictures and self.cell >= SMALLEST_CELL
-
-    def add(self, key: Key, picture: Image.Image) -> None:
-        if self.lacks(key):
-            picture, side = picture.copy(), self.cell - max(2, self.cell // 32)
-            picture.thumbnail((side, side))
-            self.pictures[key] = picture
-
-    def save(self, folder: Path) -> bool:
-        """Write the sheet into the folder. Returns whether there is one: too many pictures do not fit."""
+    def save(self, folder: Path, pictures: dict[Key, Image.Image]) -> bool:
+        """Write the sheet into the folder, without the rows and columns that no output has come for. Returns whether
+        there is one: too many pictures do not fit."""
         if self.cell < SMALLEST_CELL:
             note(f"no {self.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
             return False
-        rows = [row for row in self.rows if self._is_shown(row)]
-        columns = [column for column, keys in enumerate(zip(*self.rows)) if self._is_shown(keys)]
-        cells = [pil_to_tensor(self._in_cell(row[column])) for row in rows for column in columns]
-        grid = Image.fromarray(make_grid(cells, nrow=len(columns), padding=0).permute(1, 2, 0).numpy())
-        image = Image.new("RGB", (grid.width, self.top + grid.height), "white")
-        image.paste(grid, (0, self.top))
+
+        def is_shown(keys) -> bool:
+            outputs = [key for key in keys if key is not None and len(key) == 3]
+            return not outputs or any(key in pictures for key in outputs)
+
+        columns = [column for column, keys in enumerate(zip(*self.rows)) if is_shown(keys)]
+        cells = [self._cell(pictures.get(row[column])) for row in self.rows if is_shown(row) for column in columns]
+        sheet = Image.fromarray(make_grid(cells, nrow=len(columns), padding=0).permute(1, 2, 0).numpy())
         if self.titles:
-            for place, column in enumerate(columns):
-                self._write(self.titles[column], place, ImageDraw.Draw(image))
-        save_picture(image, folder / self.name)
+            sheet = self._with_titles(sheet, [self.titles[column] for column in columns])
+        save_picture(sheet, folder / self.name)
         return True
 
-    def _is_shown(self, keys: list[Key | None]) -> bool:
-        """Whether a row or column of these keys has an output that came, or has inputs alone."""
-        outputs = [key for key in keys if key is not None and len(key) == 3]
-        return not outputs or any(key in self.pictures for key in outputs)
-
-    def _in_cell(self, key: Key | None) -> Image.Image:
-        """The picture in the middle of a white square."""
+    def _cell(self, picture: Image.Image | None):
+        """A picture in the middle of a white square, (3, side, side), uint8."""
         cell = Image.new("RGB", (self.cell, self.cell), "white")
-        if key in self.pictures:
-            picture = self.pictures[key]
+        if picture is not None:
+            picture.thumbnail((self.cell - max(2, self.cell // 32),) * 2)
             cell.paste(picture, ((self.cell - picture.width) // 2, (self.cell - picture.height) // 2))
-        return cell
+        return pil_to_tensor(cell)
 
-    def _write(self, title: str, place: int, draw: ImageDraw.ImageDraw) -> None:
-        """A title in the middle over its column, its beginning cut off where it is too long."""
+    def _with_titles(self, sheet: Image.Image, titles: list[str]) -> Image.Image:
+        """The sheet with a title in the middle over each column, its beginning cut off where it is too long."""
+        titled = Image.new("RGB", (sheet.width, TITLE_HEIGHT + sheet.height), "white")
+        titled.paste(sheet, (0, TITLE_HEIGHT))
         font = ImageFont.load_default(TITLE_HEIGHT // 2)
-        shown = title
-        while font.getlength(shown) > self.cell - 4 and len(shown) > 2:
-            shown = f"…{shown[2:]}"
-        draw.text(((place + 0.5) * self.cell, TITLE_HEIGHT / 2), shown, fill="black", font=font, anchor="mm")
+        for column, title in enumerate(titles):
+            while font.getlength(title) > self.cell - 4 and len(title) > 2:
+                title = f"…{title[2:]}"
+            middle = ((column + 0.5) * self.cell, TITLE_HEIGHT / 2)
+            ImageDraw.Draw(titled).text(middle, title, fill="black", font=font, anchor="mm")
+        return titled
 
 
 def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> Sheet:

@@ -14,7 +14,6 @@ from data import (
     PictureError,
     denormalize,
     from_pil,
-    load_alpha,
     normalize,
     picture_size,
     pixels_to_pil,
@@ -67,30 +66,25 @@ def usable(path: Path, name: str):
     try:
         yield
     except (PictureError, MemoryError, RuntimeError) as error:
+        message = str(error)
         if lacks_memory(error) or isinstance(error.__cause__, MemoryError):
-            raise UnusablePicture(f"{name} {too_large(path)}") from error
-        if not isinstance(error, PictureError):
+            size = "it is" if picture_size(path) is None else "{} x {} pixels are".format(*picture_size(path))
+            message = (f"{path}: {size} too much for the memory; a smaller imsize or cropsize, or a smaller copy of "
+                       "it, helps")
+        elif not isinstance(error, PictureError):
             raise
-        raise UnusablePicture(f"{name} {error}") from error
+        raise UnusablePicture(f"{name} {message}") from error
 
 
-def load_input(path: Path, config, name: str) -> Tensor:
-    """One picture as (1, 3, H, W), uint8. Raises UnusablePicture when it cannot be used."""
+def load_input(path: Path, config, name: str, least_side: int = 1) -> Tensor:
+    """One picture as (1, 3, H, W), uint8. Raises UnusablePicture when it cannot be used, or has a side of fewer pixels
+    than `least_side`."""
     with usable(path, name):
-        return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
-
-
-def load_transparency(path: Path, config, name: str) -> Image.Image | None:
-    """The alpha of a picture, mode L, as large as `load_input` has it; None without one. Raises UnusablePicture."""
-    with usable(path, name):
-        return load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
-
-
-def too_large(path: Path) -> str:
-    """What to say of a picture that there is too little memory for."""
-    size = picture_size(path)
-    size = "it is" if size is None else f"{size[0]} x {size[1]} pixels are"
-    return f"{path}: {size} too much for the memory; a smaller imsize or cropsize, or a smaller copy of it, helps"
+        picture = prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
+        height, width = picture.shape[2:]
+        if min(height, width) < least_side:
+            raise PictureError(f"{path}: {width} x {height} pixels; measuring takes {least_side} or more a side")
+        return picture
 
 
 class Stylizer:
@@ -197,7 +191,7 @@ class Stylizer:
     def _tile_for(self, pixels: Tensor) -> int | None:
         """The tile to paint a picture in: None where there is memory for the whole. Says so where there is not."""
         needed, free = memory_needed(self.network.config, pixels.numel() // 3), free_memory(self.device)
-        if free is None or needed < WHOLE_SHARE * free:
+        if needed < WHOLE_SHARE * free:
             return None
         tile = next((each for each in TILES if memory_needed(self.network.config, each * each) < 0.5 * free), TILES[-1])
         if pixels.shape not in self._told:
@@ -240,8 +234,8 @@ class Stylizer:
 
 def open_mask(picture) -> Image.Image:
     """A picture of any kind, see `Stylizer`, or an array (H, W), as a mask: mode L."""
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 2 and picture.size:
-        return Image.fromarray(picture)
+    if isinstance(picture, np.ndarray) and picture.ndim == 2:
+        picture = np.dstack([picture] * 3)
     return pixels_to_pil(_pixels(picture, "mask")).convert("L")
 
 
@@ -251,25 +245,25 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
     if isinstance(picture, (str, Path)):
         with usable(Path(picture), name):
             return prepare_picture(Path(picture), size)
-    if size is not None:
-        image = pixels_to_pil(_pixels(picture, name))
-        scale = size / min(image.size)
-        return from_pil(image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC))
-    if isinstance(picture, Image.Image):
-        try:
-            return from_pil(picture)
-        except PictureError as error:
-            raise UserError(f"{name}: {error}") from error
     got = type(picture).__name__
     if isinstance(picture, (np.ndarray, Tensor)):
         got = f"{got} of shape {tuple(picture.shape)} and type {str(picture.dtype).removeprefix('torch.')}"
-        if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
-            picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
-        if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 4 \
-                and picture.shape[1] == 3 and picture.numel():
-            return picture
-    raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
-                    "(H, W, 3) or a tensor (1, 3, H, W)")
+    if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
+        picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
+    if isinstance(picture, Image.Image):
+        try:
+            picture = from_pil(picture)
+        except PictureError as error:
+            raise UserError(f"{name}: {error}") from error
+    if not isinstance(picture, Tensor) or picture.dtype != torch.uint8 or picture.ndim != 4 or picture.shape[1] != 3 \
+            or not picture.numel():
+        raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
+                        "(H, W, 3) or a tensor (1, 3, H, W)")
+    if size is None:
+        return picture
+    image = pixels_to_pil(picture)
+    sides = [max(size, round(side * size / min(image.size))) for side in image.size]
+    return from_pil(image.resize(sides, Image.Resampling.BICUBIC))
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:

@@ -3,16 +3,15 @@
 import errno
 import json
 import os
-import subprocess
-import sys
-import unicodedata
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
+    CONTENT_DIR,
+    STYLE_DIR,
     random_picture,
     read_pixels,
     refusal,
@@ -25,8 +24,6 @@ from helpers import (
 )
 from PIL import Image
 
-import data
-import evaluate
 from data import OUTPUT_FORMATS, save_picture
 from evaluate import TestConfig
 from main import main
@@ -43,34 +40,39 @@ def flags(tmp_path) -> dict:
             "style": write_noise(tmp_path / "paint.png", (24, 32), 2), "save_path": tmp_path / "out.png"}
 
 
-def snapshot(folder: Path) -> dict:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def refused(capsys, flags: dict, folder: Path) -> str:
     """The refusal, which must leave every file as it was."""
-    before = snapshot(folder)
+    def snapshot() -> dict:
+        return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+    before = snapshot()
     line = refusal(capsys, *words(flags))
-    assert snapshot(folder) == before
+    assert snapshot() == before
     return line
 
 
-# ------------------------------------------------------------------------------------------- suffixes
+# --------------------------------------------------------------------------------------------- save_path
 
 
-@pytest.mark.parametrize("name", ["out.pgn", "out.gif", "out.JPGE", "a.b.heic", "new/out.svg", "out.jpg2", "out.png ",
-                                  ".png"])
+@pytest.mark.parametrize("name", ["out.pgn", "out.gif", "out.JPGE", "a.b.heic", "new/out.svg", "out.jpg2"])
 def test_suffixes_that_are_not_written_are_refused(tmp_path, name):
     message = user_error(TestConfig(save_path=str(tmp_path / name)).check)
     assert message.startswith(f"save_path {tmp_path / name}") and all(suffix in message for suffix in OUTPUT_FORMATS)
 
 
-@pytest.mark.parametrize("name", ["out", "runs/v1.0", "out.2024", "out.png/", "my.photographs", "a.2x/b", "run.old"])
-def test_folders_are_named_by_no_suffix_or_by_a_slash_or_are_there(tmp_path, name):
+@pytest.mark.parametrize("name, is_file", [
+    *((name, False) for name in ("out", "runs/v1.0", "out.2024", "out.png/", "my.photographs", "a.2x/b", "run.old")),
+    *((f"out{suffix}", True) for suffix in (*OUTPUT_FORMATS, ".PNG", ".Jpg")),
+])
+def test_folders_are_named_by_no_suffix_or_by_a_slash_or_are_there(tmp_path, name, is_file):
     (tmp_path / "run.old").mkdir()
     config = TestConfig(save_path=f"{tmp_path}/{name}")
     config.check()
-    assert not config.writes_a_file
+    assert config.writes_a_file == is_file
 
 
 def test_a_folder_named_as_a_picture_is_written_to(flags, tmp_path):
@@ -80,72 +82,37 @@ def test_a_folder_named_as_a_picture_is_written_to(flags, tmp_path):
         assert os.listdir(tmp_path / name) == ["photo_paint.png"]
 
 
-@pytest.mark.parametrize("suffix", [*OUTPUT_FORMATS, ".PNG", ".Jpg"])
-def test_every_listed_suffix_is_a_file(suffix):
-    assert TestConfig(save_path=f"/no/such/a{suffix}").writes_a_file
-
-
-# ------------------------------------------------------------------------------- outputs that are inputs
-
-
-@pytest.mark.parametrize("flag, way", [("content", "the path"), ("style", "relative"), ("content", "link"),
-                                       ("style", "hard link"), ("content", "through a folder link"), ("style", "dots")])
-def test_output_that_is_an_input_is_refused(flags, tmp_path, capsys, monkeypatch, flag, way):
-    picture = flags[flag]
+@pytest.mark.parametrize("flag, output", [
+    ("content", "photo.png"), ("style", "link.png"), ("content", "here/photo.png"), ("style", "../{}/paint.png")])
+def test_output_that_is_an_input_is_refused(flags, tmp_path, capsys, monkeypatch, flag, output):
+    """By a relative path, and through links to the picture and to its folder."""
     monkeypatch.chdir(tmp_path)
-    output = {"the path": picture, "relative": picture.name, "link": tmp_path / "link.png",
-              "hard link": tmp_path / "hard.png", "through a folder link": tmp_path / "here" / picture.name,
-              "dots": tmp_path / ".." / tmp_path.name / picture.name}[way]
-    if way == "link":
-        output.symlink_to(picture)
-    if way == "hard link":
-        output.hardlink_to(picture)
-    if way == "through a folder link":
-        output.parent.symlink_to(tmp_path, target_is_directory=True)
-    line = refusal(capsys, *words(flags | {"save_path": output}))
-    assert "would overwrite" in line and f"--{flag} {picture}" in line
-    assert np.array_equal(read_pixels(picture), random_picture({"content": 1, "style": 2}[flag], (24, 32))[0]
+    (tmp_path / "link.png").symlink_to(flags["style"])
+    (tmp_path / "here").symlink_to(tmp_path, target_is_directory=True)
+    line = refusal(capsys, *words(flags | {"save_path": output.format(tmp_path.name)}))
+    assert "would overwrite" in line and f"--{flag} {flags[flag]}" in line
+    assert np.array_equal(read_pixels(flags[flag]), random_picture({"content": 1, "style": 2}[flag], (24, 32))[0]
                           .permute(1, 2, 0).numpy())
 
 
 def test_model_file_default_output_and_pictures_of_a_folder_are_not_overwritten(flags, tmp_path, capsys, monkeypatch):
-    model = tmp_path / "model.png"  # whatever it is called
-    model.write_bytes(flags["load_path"].read_bytes())
-    assert "--load_path" in refused(capsys, flags | {"load_path": model, "save_path": model}, tmp_path)
+    model = flags["load_path"].rename(tmp_path / "model.png")  # whatever it is called
+    flags |= {"load_path": model}
+    assert "--load_path" in refused(capsys, flags | {"save_path": model}, tmp_path)
     monkeypatch.chdir(tmp_path)
     del flags["save_path"]
     write_noise(tmp_path / "stylised.png", (16, 16), 3)
     assert "--content" in refused(capsys, flags | {"content": "stylised.png"}, tmp_path)
-    # A style picture named as the output will be.
-    write_noise(tmp_path / "work" / "photo_paint.png", (16, 16), 3)
-    write_noise(tmp_path / "more" / "photo.png", (16, 16), 3)
-    write_noise(tmp_path / "more" / "other.png", (16, 16), 3)
-    single = flags | {"content": tmp_path / "work" / "photo_paint.png", "style": tmp_path / "paint.png"}
-    (tmp_path / "work" / "photo_paint_paint.png").symlink_to(tmp_path / "paint.png")
-    assert "--style" in refused(capsys, single | {"save_path": tmp_path / "work"}, tmp_path)
-
-
-@pytest.mark.parametrize("kind, where", [("content", ""), ("style", "deep/er/out"), ("content", "link to it"),
-                                         ("style", "link in it")])
-def test_output_folder_within_a_searched_folder_is_refused(flags, tmp_path, capsys, kind, where):
-    folder = tmp_path / "pictures"
-    write_noise(folder / "a.png", (16, 16), 0)
-    output = folder / where
-    if where == "link to it":
-        output = tmp_path / "link"
-        output.symlink_to(folder, target_is_directory=True)
-        output = output / "out"
-    if where == "link in it":  # what an earlier call wrote is found through the link
-        output = tmp_path / "elsewhere"
-        write_noise(output / "old.png", (16, 16), 0)
-        (folder / "link").symlink_to(output, target_is_directory=True)
-    line = refused(capsys, flags | {kind: folder, "save_path": output}, tmp_path)
-    assert "--save_path" in line and f"--{kind} {folder}" in line and "name a folder outside" in line
+    style = write_noise(tmp_path / "work" / "photo_style.png", (16, 16), 3)  # named as the output will be
+    style.with_name("photo_photo_style.png").symlink_to(style)
+    assert "--style" in refused(capsys, flags | {"style": style, "save_path": tmp_path / "work"}, tmp_path)
 
 
 @pytest.mark.parametrize("mode, kind, where", [
-    ("train", "content", ""), ("train", "style", "in what a link leads to"), ("distill", "style", ""),
-    ("distill", "content", "deep/er/run"), ("prune", "content", "link to it"), ("prune", "style", "deep/er/run")])
+    ("test", "content", ""), ("test", "style", "deep/er/out"), ("test", "content", "link to it"),
+    ("test", "style", "in what a link leads to"), ("train", "content", ""),
+    ("train", "style", "in what a link leads to"), ("distill", "style", "deep/er/run"),
+    ("prune", "content", "link to it"), ("prune", "style", "deep/er/run")])
 def test_no_mode_writes_into_a_folder_that_it_searches(flags, tmp_path, capsys, mode, kind, where):
     folder, other = tmp_path / "pictures", tmp_path / "others"
     for number in range(2):
@@ -159,11 +126,9 @@ def test_no_mode_writes_into_a_folder_that_it_searches(flags, tmp_path, capsys, 
         write_noise(tmp_path / "elsewhere" / "old.png", (16, 16), 0)
         (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         output = tmp_path / "elsewhere" / "run"
-    model = flags["load_path"]
     directories = {"content_dir": other, "style_dir": other} | {f"{kind}_dir": folder}
-    more = {"teacher": model} if mode == "distill" else {}
-    line = refused(capsys, {"mode": mode, "gpu_no": -1, "load_path": model, "save_path": output} | directories | more,
-                   tmp_path)
+    given = {"mode": mode, "gpu_no": -1, "load_path": flags["load_path"], "save_path": output} | directories
+    line = refused(capsys, given | ({"teacher": flags["load_path"]} if mode == "distill" else {}), tmp_path)
     assert line.startswith(f"error: --save_path {output}: belongs to --{kind}_dir {folder}, which is searched")
 
 
@@ -177,17 +142,15 @@ def test_output_folder_beside_or_around_the_pictures_is_fine(flags, tmp_path):
     assert main(words(flags | {"content": tmp_path / "work" / "one.png", "save_path": tmp_path / "work"})) == 0
 
 
-# ------------------------------------------------------------------------------------------------ names
+# ------------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize("contents, styles", [
     (["a/b.png", "a-b.png"], ["s.png"]),
-    (["a.png", "a.jpg", "a-jpg.png"], ["s.png"]),
     (["a_b.png", "a.png"], ["c.png", "b_c.png"]),  # a_b + c, a + b_c
-    (["A.png", "a.png", "b.png"], ["S.png", "s.png"]),
+    (["A.png", "a.png", "a.jpg"], ["S.png", "s.png"]),
     (["contact.png", "b.png"], ["sheet.png"]),  # the name of the contact sheet
     (["a.png", "a-1.png", "A.png"], ["s.png"]),
-    (["\u00e9.png", "e\u0301.png"], ["s.png"]),  # one name, written in two ways
     ([f"{'x' * 120}{number}.png" for number in range(2)], [f"{'y' * 120}{number}.png" for number in range(2)]),
 ])
 def test_outputs_of_different_inputs_never_collide(tmp_path, contents, styles):
@@ -196,20 +159,30 @@ def test_outputs_of_different_inputs_never_collide(tmp_path, contents, styles):
             write_picture(tmp_path / kind / name)
     inputs = [find_inputs([str(tmp_path / kind)], kind, 0.0) for kind in ("content", "style")]
     pairs = [(content, style) for content in range(len(contents)) for style in range(len(styles))]
-    names = output_names(pairs, *inputs, ["_0.5", "_1"], ["contact_sheet.png"])
+    names = output_names(pairs, *inputs, ["_0.5", "_1"], ["contact_sheet"])
     given = [name for each in names.values() for name in each]
-    assert len(given) == 2 * len(pairs) and "contact_sheet.png" not in given
-    assert len({unicodedata.normalize("NFC", name).casefold() for name in given}) == len(given)
-    assert max(len(os.fsencode(name)) for name in given) < 200
+    assert len({name.casefold() for name in given} - {"contact_sheet"}) == len(given) == 2 * len(pairs)
+    assert max(map(len, given)) < 200
 
 
 def test_distinct_names_change_only_where_they_must():
     assert distinct(["a", "b"]) == ["a", "b"]
-    assert distinct(["a", "A", "a-1"]) == ["a", "A-1", "a-1-1"]
+    assert distinct(["a", "A", "a-1"], taken=["B"]) == ["a", "A-1", "a-1-1"]
     assert distinct(["a", "b"], taken=["B"]) == ["a", "b-1"]
 
 
-# ---------------------------------------------------------------------------------------- not finite
+def test_content_dir_and_style_dir_mean_content_and_style(flags, tmp_path):
+    for kind in ("photos", "paintings"):
+        for number in range(2):
+            write_noise(tmp_path / kind / f"{kind[1]}{number}.png", (16, 24), number)
+    flags |= {"content_dir": tmp_path / "photos", "style_dir": tmp_path / "paintings", "save_path": tmp_path / "out"}
+    del flags["content"], flags["style"]
+    assert main(words(flags)) == 0
+    assert names_in(tmp_path / "out") == {
+        "contact_sheet.png", *(f"h{content}_a{style}.png" for content in range(2) for style in range(2))}
+
+
+# ------------------------------------------------------------------------------------------- what is in them
 
 
 @pytest.mark.parametrize("several, value", [(False, 3e38), (True, -3e38)])
@@ -222,23 +195,22 @@ def test_a_picture_that_is_not_finite_is_never_written(flags, tmp_path, capsys, 
         write_noise(tmp_path / "photos" / "photo.png", (24, 32), 1)
         flags |= {"content": tmp_path / "photos", "save_path": tmp_path / "out", "metrics": "ssim"}
     line = refusal(capsys, *words(flags))
-    assert "not finite" in line and all(name in line for name in ("model.pth", "photo.png", "paint.png"))
+    assert "not finite" in line and f"--load_path {flags['load_path']}" in line
     assert not list(tmp_path.glob("out*/*")) and not (tmp_path / "out.png").exists()
+    if not several:  # the grid of prune mode is a picture, too
+        line = refusal(capsys, "--mode", "prune", "--gpu_no", -1, "--load_path", flags["load_path"], "--content_dir",
+                       CONTENT_DIR, "--style_dir", STYLE_DIR, "--imsize", 16, "--cropsize", 16, "--report_size", 16,
+                       "--latency_runs", 1, "--prune_nums", 0, "--save_path", tmp_path / "out")
+        assert "not finite" in line and not {"prune_grid.png", "pruned.pth"} & names_in(tmp_path / "out")
 
 
-def test_a_grid_of_pictures_that_are_not_finite_is_never_written(flags, tmp_path, capsys):
-    network = small_network()
-    with torch.no_grad():
-        network.decoder.layers[0][-1].weight.fill_(3e38)
-    write_model(flags["load_path"], network)
-    line = refusal(capsys, "--mode", "prune", "--gpu_no", -1, "--load_path", flags["load_path"], "--content_dir",
-                   ROOT / "imgs" / "content", "--style_dir", ROOT / "imgs" / "style", "--imsize", 16, "--cropsize", 16,
-                   "--report_size", 16, "--latency_runs", 1, "--prune_nums", 0, "--save_path", tmp_path / "out")
-    assert "not finite" in line
-    assert not (tmp_path / "out" / "prune_grid.png").exists() and not (tmp_path / "out" / "pruned.pth").exists()
-
-
-# ----------------------------------------------------------------------------------------------- alpha
+def test_strength_zero_is_the_decoders_copy_of_the_content(flags, tmp_path):
+    pictures = []
+    for style in (flags["style"], flags["content"]):
+        assert main(words(flags | {"style": style, "style_strength": 0})) == 0
+        pictures.append(read_pixels(flags["save_path"]))
+    assert np.array_equal(*pictures)  # whatever the style
+    assert np.abs(pictures[0] - read_pixels(flags["content"])).mean() > 5  # a copy through the network
 
 
 def cut_out(path: Path, size: tuple[int, int]) -> Path:
@@ -248,6 +220,7 @@ def cut_out(path: Path, size: tuple[int, int]) -> Path:
     alpha[:, : size[0] // 2] = 0
     alpha[-1] = 128
     picture.putalpha(Image.fromarray(alpha))
+    path.parent.mkdir(exist_ok=True)
     picture.save(path, lossless=True)
     return path
 
@@ -265,10 +238,11 @@ def test_alpha_of_the_content_is_put_back(flags, tmp_path, name, mode, source):
 
 
 def test_alpha_goes_with_the_geometry_and_into_folders(flags, tmp_path):
-    (tmp_path / "photos").mkdir()
+    """That of the style changes nothing."""
     cut_out(tmp_path / "photos" / "cut.png", (64, 32))
     write_noise(tmp_path / "photos" / "plain.png", (24, 32), 1)
-    assert main(words(flags | {"content": tmp_path / "photos", "imsize": 16, "cropsize": 16,
+    style = cut_out(tmp_path / "paint.png", (32, 24))
+    assert main(words(flags | {"content": tmp_path / "photos", "style": style, "imsize": 16, "cropsize": 16,
                                "save_path": tmp_path / "out"})) == 0
     with Image.open(tmp_path / "out" / "cut_paint.png") as picture:
         alpha = np.asarray(picture.getchannel("A"))
@@ -276,36 +250,24 @@ def test_alpha_goes_with_the_geometry_and_into_folders(flags, tmp_path):
     assert Image.open(tmp_path / "out" / "plain_paint.png").mode == "RGB"
 
 
-def test_alpha_of_the_style_changes_nothing(flags, tmp_path):
-    assert main(words(flags | {"style": cut_out(tmp_path / "cut.png", (32, 24))})) == 0
-    assert Image.open(tmp_path / "out.png").mode == "RGB"
-
-
 # ------------------------------------------------------------------------------------ bad files in folders
 
 
-def damaged(path: Path, how: str) -> Path:
-    whole = write_noise(path.with_name(f"whole_{path.stem}.png"), (24, 32), 3)
-    whole = whole.rename(path).read_bytes()
-    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"no picture"}[how])
-    return path
-
-
-@pytest.mark.parametrize("kind, how", [("content", "cut"), ("style", "empty"), ("content", "text")])
-def test_a_bad_file_of_a_folder_is_skipped_and_named_again_at_the_end(flags, tmp_path, capsys, kind, how):
+@pytest.mark.parametrize("kind, content", [("content", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), ("style", b""),
+                                           ("content", b"no picture")], ids=["cut", "empty", "text"])
+def test_a_bad_file_of_a_folder_is_skipped_and_named_again_at_the_end(flags, tmp_path, capsys, kind, content):
     for number in range(3):
         write_noise(tmp_path / "many" / f"p{number}.png", (24, 32), number)
-    bad = damaged(tmp_path / "many" / "p1.jpg", how)
+    bad = tmp_path / "many" / "p1.jpg"
+    bad.write_bytes(content)
     flags |= {kind: tmp_path / "many", "save_path": tmp_path / "out"}
     assert main(words(flags)) == 1
-    written = {path.name for path in (tmp_path / "out").iterdir()}
     names = {f"{name}_paint.png" if kind == "content" else f"photo_{name}.png" for name in ("p0", "p1-1", "p2")}
-    assert written == names | {"contact_sheet.png"}
+    assert names_in(tmp_path / "out") == names | {"contact_sheet.png"}
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"skipped --{kind} {bad}: ") for line in lines)
-    end = next(number for number, line in enumerate(lines) if line.startswith("could not be used: 1 picture"))
-    assert lines[end].endswith("left out: 1 pair") and lines[end + 1].startswith(f"  --{kind} {bad}: ")
-    capsys.readouterr()
+    assert lines[-2] == "could not be used: 1 picture(s); left out: 1 pair(s)"
+    assert lines[-1].startswith(f"  --{kind} {bad}: ")
     assert str(bad) in refusal(capsys, *words(flags | {kind: bad, "save_path": tmp_path / "single"}))
     assert not (tmp_path / "single").exists()
 
@@ -315,7 +277,7 @@ def test_metrics_leave_the_pairs_of_a_skipped_picture_out_and_count_them(flags, 
     for kind, count in (("content", 4), ("style", 2)):
         for number in range(count):
             write_noise(tmp_path / kind / f"{kind[0]}{number}.png", (24, 32), number)
-    damaged(tmp_path / "content" / "c1.jpg", "cut").rename(tmp_path / "content" / "c1.png")
+    (tmp_path / "content" / "c1.png").write_bytes(b"no picture")
     write_picture(tmp_path / "content" / "c3.png", (20, 20))  # too small for --metrics
     flags |= {"content": tmp_path / "content", "style": tmp_path / "style", "save_path": tmp_path / "out",
               "metrics": "ssim"} | ({"pairs": drawn} if drawn else {})
@@ -329,73 +291,30 @@ def test_metrics_leave_the_pairs_of_a_skipped_picture_out_and_count_them(flags, 
         assert (tmp_path / "out" / f"{content}_{style}.png").exists()
 
 
-def test_a_picture_that_goes_away_meanwhile_is_skipped(flags, tmp_path, monkeypatch):
-    for number in range(3):
-        write_noise(tmp_path / "many" / f"p{number}.png", (24, 32), number)
-    original = evaluate._open_meter
-
-    def remove(*arguments):
-        (tmp_path / "many" / "p2.png").unlink()
-        return original(*arguments)
-
-    monkeypatch.setattr(evaluate, "_open_meter", remove)
-    assert main(words(flags | {"content": tmp_path / "many", "save_path": tmp_path / "out"})) == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"p0_paint.png", "p1_paint.png", "contact_sheet.png"}
-
-
-# ----------------------------------------------------------------------------------- other names of folders
-
-
-@pytest.mark.parametrize("names", [("content_dir", "style_dir"), ("content_dir", "style")])
-def test_content_dir_and_style_dir_mean_content_and_style(flags, tmp_path, names):
-    for kind in ("photos", "paintings"):
-        for number in range(2):
-            write_noise(tmp_path / kind / f"{kind[1]}{number}.png", (16, 24), number)
-    del flags["content"], flags["style"]
-    flags |= {names[0]: tmp_path / "photos", names[1]: tmp_path / "paintings", "save_path": tmp_path / "out"}
-    assert main(words(flags)) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "contact_sheet.png", *(f"h{content}_a{style}.png" for content in range(2) for style in range(2))}
-
-
-# ---------------------------------------------------------------------------------- strength 0, and its words
-
-
-def test_strength_zero_is_the_decoders_copy_of_the_content(flags, tmp_path):
-    pictures = []
-    for number, style in enumerate((flags["style"], flags["content"])):
-        output = tmp_path / f"{number}.png"
-        assert main(words(flags | {"style": style, "style_strength": 0, "save_path": output})) == 0
-        pictures.append(read_pixels(output))
-    assert np.array_equal(*pictures)  # whatever the style
-    assert np.abs(pictures[0] - read_pixels(flags["content"])).mean() > 5  # a copy through the network
-
-
 # ----------------------------------------------------------------------------- full disks, and too little memory
 
 
-def full_disk(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
 def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, name):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(os, "replace", full_disk)
     message = user_error(save_picture, Image.new("RGB", (12, 8)), tmp_path / name)
     assert message == f"{tmp_path / name}: the picture (12 x 8) cannot be written (No space left on device)"
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_that_the_disk_does_not_take_is_one_line(flags, tmp_path):
-    """A true failing write, in a process that may write files of 40 bytes only."""
-    name = "out.png"
-    run = ("import resource, sys; from main import main; "
-           "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40)); sys.exit(main(sys.argv[1:]))")
-    result = subprocess.run([sys.executable, "-c", run, *words(flags | {"save_path": tmp_path / name})],
-                            capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert lines == [f"error: {tmp_path / name}: the picture (32 x 24) cannot be written (File too large)"]
+def test_a_file_that_the_disk_does_not_take_is_one_line(flags, tmp_path, capsys):
+    """A true failing write: this process may write files of 40 bytes for a moment."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, most[1]))
+    try:
+        code = main(words(flags))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    line = f"error: {flags['save_path']}: the picture (32 x 24) cannot be written (File too large)"
+    assert code == 2 and capsys.readouterr().err.splitlines()[-1] == line
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -407,24 +326,18 @@ def test_metrics_that_cannot_be_written_are_one_line_and_shown_all_the_same(flag
     assert f"error: {tmp_path / 'out' / 'metrics.json'}: cannot be" in captured.err
 
 
-def short_of_memory(kind: str):
+@pytest.mark.parametrize("module, name, kind, error", [
+    (stylize, "prepare_picture", "style", MemoryError()),  # styles are read first
+    (Stylizer, "paint_picture", "content", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
+    (Stylizer, "paint_picture", "content", torch.OutOfMemoryError("CUDA out of memory")),
+], ids=["numpy", "torch", "GPU"])
+def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, capsys, monkeypatch, module, name, kind,
+                                                                     error):
     def fail(*_, **__):
-        match kind:
-            case "numpy":
-                raise MemoryError
-            case "torch":
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-            case "gpu":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-    return fail
+        raise error
 
-
-@pytest.mark.parametrize("where, kind", [("decoding", "numpy"), ("stylising", "torch"), ("stylising", "gpu")])
-def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, tmp_path, capsys, monkeypatch, where, kind):
-    module, name = {"decoding": (stylize, "prepare_picture"), "stylising": (Stylizer, "paint_picture")}[where]
-    monkeypatch.setattr(module, name, short_of_memory(kind))
+    monkeypatch.setattr(module, name, fail)
     line = refusal(capsys, *words(flags))
-    kind = {"decoding": "style", "stylising": "content"}[where]  # styles are read first
     assert f"--{kind} {flags[kind]}: 32 x 24 pixels" in line and "imsize" in line and "cropsize" in line
 
 
@@ -442,27 +355,5 @@ def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys,
     monkeypatch.setattr(Stylizer, method, fail_for_large)
     assert main(words(flags | {kind: tmp_path / "many", "save_path": tmp_path / "out"})) == 1
     pictures = {f"{name}_paint.png" if kind == "content" else f"photo_{name}.png" for name in "ac"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == pictures | {"contact_sheet.png"}
+    assert names_in(tmp_path / "out") == pictures | {"contact_sheet.png"}
     assert "big.png: 64 x 64 pixels are too much" in capsys.readouterr().err
-
-
-def test_a_huge_picture_is_one_line_with_its_size(flags, tmp_path):
-    """A true one, in a process that may take 1 GB more of address space than torch has taken."""
-    huge = tmp_path / "huge.png"
-    Image.new("L", (22_000, 20_000)).save(huge, compress_level=1)
-    run = ("import resource, sys; from main import main; "
-           "pages = int(open('/proc/self/statm').read().split()[0]) + (1 << 30) // resource.getpagesize(); "
-           "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2); "
-           "sys.exit(main(sys.argv[1:]))")
-    result = subprocess.run([sys.executable, "-c", run, *words(flags | {"content": huge})], capture_output=True,
-                            text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    line = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert str(huge) in line and "22000 x 20000 pixels" in line and "imsize" in line
-
-
-def test_alpha_is_written_only_where_there_is_one(tmp_path):
-    for name in ("a.png", "a.jpg"):
-        save_picture(Image.new("RGB", (12, 8)), tmp_path / name, None)
-        assert Image.open(tmp_path / name).mode == "RGB"
-    assert {kind for kind in data.ALPHA_FORMATS} <= set(OUTPUT_FORMATS.values())

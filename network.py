@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loss import in_full
+
 ADAIN_EPS = 1e-5
 
 POOL = "pool"
@@ -38,12 +40,10 @@ def _conv_widths(layout) -> tuple[int, ...]:
 class NetworkConfig:
     """Everything that describes a style-transfer network: a pruned one only has smaller widths.
 
-    backbone: "vgg19" or "vgg16"; pooling: "max", as published, "avg", or "blur" (`BlurPool2d`), in the encoder.
-    encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder
-    width is the bottleneck; the last decoder width is 3 (RGB). Raises ValueError when they do not fit.
-    upsampling: "nearest", as published, or "bilinear", in the decoder.
-    padding: "zeros", as published, or "reflect", in the encoder and in the loss network that teaches it; the decoder
-    always reflects.
+    backbone, pooling (in the encoder), upsampling (in the decoder), padding (in the encoder, and in the loss network
+    that teaches it; the decoder always reflects): one of the choices above, the first is the published one.
+    encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder width is the
+    bottleneck; the last decoder width is 3 (RGB). Raises ValueError where something does not fit.
     """
 
     backbone: str
@@ -54,9 +54,8 @@ class NetworkConfig:
     padding: str = "zeros"
 
     def __post_init__(self) -> None:
-        if self.backbone not in ENCODERS:
-            raise ValueError(f"backbone {self.backbone!r} is none of {', '.join(BACKBONES)}")
-        for name, choices in (("pooling", POOLINGS), ("upsampling", UPSAMPLINGS), ("padding", PADDINGS)):
+        for name, choices in (("backbone", BACKBONES), ("pooling", POOLINGS), ("upsampling", UPSAMPLINGS),
+                              ("padding", PADDINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
         convs = len(_conv_widths(ENCODERS[self.backbone]))
@@ -79,8 +78,7 @@ class NetworkConfig:
 
     def to_dict(self) -> dict:
         """Plain types, for a checkpoint or a JSON file."""
-        values = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -103,12 +101,8 @@ class NetworkConfig:
 
 
 class BlurPool2d(nn.Module):
-    """Halves the sides behind a low-pass filter, (1 3 3 1)/8 in each direction: (B, C, H, W), H and W even, to
-    (B, C, H/2, W/2).
-
-    What is too fine for the smaller grid is averaged away, and does not come back as something coarse that changes
-    when the picture moves (Zhang, "Making convolutional networks shift-invariant again", arXiv 1904.11486).
-    """
+    """Halves the sides behind a low-pass filter, (1 3 3 1)/8 in each direction (Zhang, arXiv 1904.11486):
+    (B, C, H, W), H and W even, to (B, C, H/2, W/2). What is too fine for the smaller grid is averaged away."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -156,10 +150,9 @@ def _decoder_layers(config: NetworkConfig) -> nn.Sequential:
 def upsampled_conv(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest x2 upsampling, ReflectionPad(1) and a 3 x 3 conv, in 4/9 of their multiply-adds.
 
-    feature: (B, C, H, W); weight: (C', C, 3, 3); bias: (C',). Returns (B, C', 2H, 2W).
-    Of the nine pixels that a filter sees, several are copies of one: added up, its taps become a 4 x 4
-    filter of a transposed conv with stride 2. The upsampled picture's reflection repeats its edge, since
-    the first two rows are equal.
+    feature: (B, C, H, W); weight: (C', C, 3, 3); bias: (C',). Returns (B, C', 2H, 2W). Of the nine pixels that a filter
+    sees, several are copies of one: added up, its taps become a 4 x 4 filter of a transposed conv with stride 2. The
+    upsampled picture's reflection repeats its edge, since the first two rows are equal.
     """
     flipped = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))  # (C, C', 5, 5)
     rows = flipped[:, :, 1:] + flipped[:, :, :-1]
@@ -170,39 +163,31 @@ def upsampled_conv(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv_transpose2d(padded, taps, bias, stride=2, padding=3)
 
 
-def _in_float32(feature: Tensor) -> Tensor:
-    """The feature in float32, or finer where it is finer."""
-    return feature.to(torch.promote_types(feature.dtype, torch.float32))
-
-
 def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of every channel over its positions, in float32 or finer.
 
     feature: (B, C, H, W), H * W >= 2. Returns mean and std, each (B, C, 1, 1), std >= 0.
     """
-    std, mean = torch.std_mean(_in_float32(feature), dim=(2, 3), keepdim=True)
+    std, mean = torch.std_mean(in_full(feature), dim=(2, 3), keepdim=True)
     return mean, std
 
 
-def align(
-    content_feature: Tensor, content_mean: Tensor, content_std: Tensor, style_mean: Tensor, style_std: Tensor,
-    strength: float | Tensor = 1.0,
+def adain(
+    content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0,
+    content_statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32 or finer.
 
     content_feature: (B, C, H, W); means and standard deviations: (B, C, 1, 1), see `channel_statistics`.
     strength: 0 gives the content feature back, 1 the aligned one, linear between.
+    content_statistics: mean and standard deviation of the whole content, where the feature is a tile of it.
     """
-    content_feature = _in_float32(content_feature)
+    content_mean, content_std = content_statistics or channel_statistics(content_feature)
+    content_feature = in_full(content_feature)
     aligned = (content_feature - content_mean) / (content_std + ADAIN_EPS) * style_std + style_mean
     if isinstance(strength, float) and strength == 1.0:  # a tensor is one input of an exported graph
         return aligned
     return (1.0 - strength) * content_feature + strength * aligned
-
-
-def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-    """`align` by the content feature's own statistics."""
-    return align(content_feature, *channel_statistics(content_feature), style_mean, style_std, strength)
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
@@ -222,7 +207,7 @@ def pad_to_stride(image: Tensor, stride: int) -> Tensor:
 
 
 class _Part(nn.Module):
-    """Encoder or decoder."""
+    """The encoder, (B, 3, H, W), ImageNet-normalised, to (B, C, H/stride, W/stride), >= 0; or the decoder, back."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -241,24 +226,6 @@ class _Part(nn.Module):
             if isinstance(step, nn.ReLU):
                 features.append(feature)
         return features if isinstance(step, nn.ReLU) else [*features, feature]
-
-    def _steps(self, device_type: str) -> Iterable[Callable[[Tensor], Tensor]]:
-        return self.layers[0]
-
-
-class Encoder(_Part):
-    """VGG up to the bottleneck: (B, 3, H, W), ImageNet-normalised, to (B, C, H/stride, W/stride), >= 0."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        layout = ENCODERS[config.backbone]
-        super().__init__(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
-
-
-class Decoder(_Part):
-    """The mirrored encoder: (B, C, H/stride, W/stride) to (B, 3, H, W), ImageNet-normalised."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(_decoder_layers(config))
 
     def _steps(self, device_type: str) -> Iterable[Callable[[Tensor], Tensor]]:
         """The layers, with each nearest upsampling and the conv after it as one `upsampled_conv`.
@@ -284,8 +251,9 @@ class StyleTransferNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        layout = ENCODERS[config.backbone]
+        self.encoder = _Part(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
+        self.decoder = _Part(_decoder_layers(config))
 
     def use(self, upsampling: str | None = None, padding: str | None = None, pooling: str | None = None) -> None:
         """Have the decoder upsample by another of UPSAMPLINGS, or the encoder pad by another of PADDINGS or pool by
@@ -339,9 +307,6 @@ class LossNetwork(nn.Module):
 
 def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[StyleTransferNetwork, LossNetwork]:
     """A full network with the VGG's weights, from `load_vgg`, in its encoder and a new decoder; and the loss network.
-
-    The decoder gets He initialisation from torch's global generator: torch's own shrinks the signal by half at every
-    layer, and the first thousand iterations go into undoing that.
     """
     network = StyleTransferNetwork(config)
     encoder = network.encoder.layers[0]
@@ -358,7 +323,8 @@ def build_loss_network(config: NetworkConfig, vgg: dict[str, Tensor]) -> LossNet
 
 
 def initialize(part: nn.Module, network: StyleTransferNetwork) -> None:
-    """He initialisation of every conv in a part of the network, in place, from torch's global generator."""
+    """He initialisation of every conv in a part of the network, in place, from torch's global generator: torch's own
+    shrinks the signal by half at every layer, which takes a thousand iterations to undo."""
     output = network.decoder.layers[0][-1]  # gives the picture, without a ReLU behind it
     for conv in part.modules():
         if isinstance(conv, nn.Conv2d):
@@ -423,11 +389,7 @@ def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
 
 def count_macs(config: NetworkConfig, size: int) -> int:
     """Multiply-adds of stylising one pair of `size` x `size` pictures: content and style through the encoder, one pass
-    of the decoder.
-
-    Of the convs as they are defined, so that figures compare with published ones, and as all budgets of multiply-adds
-    count them: `upsampled_conv` does the same in fewer, poolings count for none.
-    """
+    of the decoder. The convs count as they are defined, as in published figures: `upsampled_conv` does with fewer."""
     return sum(layer.macs for layer in conv_layers(config, size))
 
 

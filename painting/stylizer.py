@@ -20,7 +20,7 @@ from data import (
     prepare_picture,
     to_pil,
 )
-from network import UPSAMPLINGS, StyleTransferNetwork, align
+from network import UPSAMPLINGS, StyleTransferNetwork, adain
 from painting.control import (
     PRESERVED,
     MaskedStyle,
@@ -219,7 +219,7 @@ class Stylizer:
         statistics = content.statistics(weights)
 
         def align_regions(feature: Tensor, rows: range, columns: range) -> Tensor:
-            parts = [align(feature, *of_content, each.mean, each.std, strength)
+            parts = [adain(feature, each.mean, each.std, strength, of_content)
                      for each, of_content in zip(styles, statistics)]
             if not weights:
                 return parts[0]

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from data import denormalize, to_pil
 from main import main
-from network import align
+from network import adain
 from painting import video
 from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from painting.stylizer import Stylizer
@@ -63,7 +63,7 @@ def test_mixed_styles_are_mixed_features(exact, codes, stylizer):
     """As Huang & Belongie interpolate: the features aligned to each, in shares, decoded. Weights need not sum to 1."""
     content = exact.open(CONTENT)
     (statistics,) = content.statistics()
-    first, second = (align(content.kept, *statistics, code.mean, code.std) for code in codes)
+    first, second = (adain(content.kept, code.mean, code.std, 1.0, statistics) for code in codes)
     desired = exact.network.decoder(0.75 * first + 0.25 * second)[:, :, :56, :75]
     assert_close(exact.paint(CONTENT, mix(codes, (6, 2))), desired, rtol=1e-9, atol=1e-9)
     painted = stylizer.stylize(CONTENT, STYLES, style_weights=(6, 2))

@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data import MAX_PIXELS
@@ -12,11 +12,10 @@ from network import StyleTransferNetwork
 from painting.pairs import note_learned_from
 from painting.quality import MIN_SIDE, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model
-from pruning.comparison import MEASURED, Pruned, compare_networks
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
-from pruning.report import build_report, format_report, paint_grid
+from pruning.report import MEASURED, build_report, format_table, measure_losses, paint_grid, write_comparison
 from pruning.responses import Responses, choose_pictures, measure_responses
-from pruning.selection import most_macs, select, select_in_bottleneck
+from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
 from settings import count, count_or_zero, positive_fraction, setting
 from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, write_text_atomically
@@ -93,14 +92,15 @@ class PruneConfig:
         for name in ("load_path", "save_path", "content_dir", "style_dir"):
             if not getattr(self, name):
                 raise UserError(f"{name} is needed in prune mode")
-        if self.responses and len(self.load_path) > 1:
+        if len(self.load_path) > 1 and self.responses:
             raise UserError("responses: they are of one model, load_path names several")
-        if self.prune_num is not None and self.prune_channels is not None:
-            raise UserError("prune_num and prune_channels: give one of the two")
-        for name in ("prune_num", "prune_channels"):
-            if self.every_layer and getattr(self, name) is not None:
-                other = "prune_layers all" if self.prune_macs is None else f"prune_macs {self.prune_macs}"
-                raise UserError(f"{name} and {other}: give one of the two, {name} is of the bottleneck alone")
+        if len(self.load_path) > 1 and self.cropsize < MIN_SIDE:
+            raise UserError(f"cropsize {self.cropsize}: several models are compared, which takes {MIN_SIDE} or more")
+        ways = {"prune_num": self.prune_num is not None, "prune_channels": self.prune_channels is not None,
+                "prune_layers all or prune_macs": self.every_layer}
+        asked = [way for way, is_asked in ways.items() if is_asked]
+        if len(asked) > 1:
+            raise UserError(f"{' and '.join(asked)}: give one of the two")
         if self.prune_rank == "magnitude" and self.prune_macs is None:
             raise UserError("prune_rank magnitude: how much is to be left, prune_macs says")
 
@@ -129,17 +129,15 @@ def open_models(config: PruneConfig, device: torch.device) -> list[Model]:
         if (target / PRUNED_NAME).exists() and (target / PRUNED_NAME).samefile(file):
             raise UserError(f"save_path {folder}: would overwrite the model that load_path names; choose another")
         models.append(Model(name, file, network.to(device, memory_format=torch.channels_last), checkpoint, target))
-    for model in models:
-        width = model.network.config.bottleneck_width
-        select_in_bottleneck(Responses(np.ones((1, width), np.float32), [], 0), config)
-        most_macs(model.network.config, config)
-        if config.prune_channels is not None:
-            cut_bottleneck(model.network, config.prune_channels)
-    widest = max(model.network.config.bottleneck_width for model in models)
-    for number in config.prune_nums or ():
-        if number >= widest:
-            raise UserError(f"prune_nums {number}: the network has {widest} bottleneck channels, at most {widest - 1} "
+    widths = [model.network.config.bottleneck_width for model in models]
+    for name, numbers, width in (("prune_num", (config.prune_num or 0,), min(widths)),
+                                 ("prune_nums", config.prune_nums or (), max(widths))):
+        if max(numbers, default=0) >= width:
+            raise UserError(f"{name} {max(numbers)}: the network has {width} bottleneck channels, at most {width - 1} "
                             "can be cut")
+    for model in models:
+        most_macs(model.network.config, config)
+        cut_bottleneck(model.network, config.prune_channels or ())
     return models
 
 
@@ -169,15 +167,12 @@ def prune(given: dict) -> int:
     for name in ("content", "style"):
         load_input(Path(getattr(config, name)), config, name)
     if config.responses:
-        kept, pictures = Responses.load(config.responses, models[0].network.config, config.every_layer), None
-        measured, pairs = list(map(Path, kept.paths)), kept.pairs
+        kept = Responses.load(config.responses, models[0].network.config, config.every_layer)
+        measured, pairs = {"responses": kept.paths}, kept.pairs
+        for path in chain(*pairs):
+            load_input(Path(path), config, "responses")
     else:
-        kept, pictures = None, choose_pictures(config)
-        measured, pairs = sum(pictures.measured.values(), []), pictures.pairs
-    aside = sorted({Path(path) for pair in pairs for path in pair})
-    name = "responses" if kept else "pairs"
-    for path in aside:
-        load_input(path, config, name, 1 if meter is None else MIN_SIDE)
+        kept, (measured, pairs) = None, choose_pictures(config)
     if not pairs:
         reason = "no pictures were set aside: a folder has only one, or the responses are of an older version"
         if meter is not None:
@@ -186,26 +181,29 @@ def prune(given: dict) -> int:
         note(f"what the cut changes is not measured, {reason}")
     folder = make_folder(config.save_path, "--save_path")
 
-    pruned = []
+    paths = sorted({*map(Path, chain(*measured.values(), *pairs))})
+    responses, reports = {}, {}
     for model in models:
-        note_learned_from(model.name, model.checkpoint, [*measured, *aside])
-        responses = kept or measure_responses(model.network, config, pictures)
-        pruned.append(prune_model(model, responses, config))
+        note_learned_from(model.name, model.checkpoint, paths)
+        responses[model.name] = kept or measure_responses(model.network, config, measured, pairs)
+        reports[model.name] = prune_model(model, responses[model.name], meter, config)
+    print(format_table(reports))
     if meter is not None:
-        print(compare_networks(pruned, meter, config, folder))
+        write_comparison(reports, responses, meter, config, folder)
         note(f"wrote l0_maps.png, curves.png, curves.json, report.json and table.md to {folder}")
     return 0
 
 
-def prune_model(model: Model, responses: Responses, config: PruneConfig) -> Pruned:
-    """Cut a model, and write the cut one, its report and plots into its folder."""
+def prune_model(model: Model, responses: Responses, meter: Meter | None, config: PruneConfig) -> dict:
+    """Cut a model, and write the cut one, its report and plots into its folder. Returns the report, with the losses
+    where there is a meter."""
     folder, network = make_folder(model.folder, "--save_path"), model.network
     responses.save(folder / "responses.npz")
-    selection = select(network, responses, config)
-    if not any(selection.cuts.values()):
+    cuts, constants = select(network, responses, config)
+    if not any(cuts.values()):
         note(f"{model.name}: no channel is off for every picture, so none is cut; --prune_num N cuts the N weakest, "
              "--prune_macs F the least important of all layers")
-    cut = cut_channels(network, selection.cuts, selection.constants)
+    cut = cut_channels(network, cuts, constants)
     dtype = torch.float16 if config.half else torch.float32
     for parameter in cut.parameters():  # the report is of the weights as they are written
         parameter.data = parameter.data.to(dtype).float()
@@ -213,17 +211,17 @@ def prune_model(model: Model, responses: Responses, config: PruneConfig) -> Prun
     plot_l2_curve(responses, folder / "l2_curve.png")
     paint_grid(network, responses, config.grid_numbers(network.config.bottleneck_width), config,
                folder / "prune_grid.png")
-    report = build_report(network, cut, selection, responses, config, model.file)
+    report = build_report(model.file, network, cut, cuts, constants, responses, config)
+    if meter is not None:
+        report |= measure_losses(network, cut, responses, meter, config)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     figures = "l0_map.png, l2_curve.png and prune_grid.png"
+    origins = {name: model.checkpoint.get(name) for name in ("iteration", "vgg_weights", "train_config")}
     if config.every_layer:
         plot_widths(report["layers"], config.report_size, folder / "widths.png")
         figures = f"widths.png, {figures}"
-    origins = {name: model.checkpoint.get(name) for name in ("iteration", "vgg_weights", "train_config")}
-    if config.every_layer:
-        origins["pruned_layers"] = selection.cuts
+        origins["pruned_layers"] = cuts
     save_checkpoint(model_checkpoint(cut, dtype=dtype, pruned_channels=report["cut_channels"], **origins),
                     folder / PRUNED_NAME)
-    print(format_report(report))
     note(f"wrote {PRUNED_NAME}, report.json, responses.npz, {figures} to {folder}")
-    return Pruned(model.name, network, cut, responses, report)
+    return report

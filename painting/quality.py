@@ -245,13 +245,14 @@ class Measurement:
         named = max(len(name) for name, _ in rows) + 2
         lines = [" " * named + "".join(f"{METRICS.get(metric, metric):>{width}}" for metric in self.metrics)]
         for name, summaries in rows:
-            lines.append(f"{name:{named}}" + "".join(f"{_show(summaries[metric]):>{width}}" for metric in self.metrics))
+            shown = (show_summary(summaries[metric]) for metric in self.metrics)
+            lines.append(f"{name:{named}}" + "".join(f"{each:>{width}}" for each in shown))
         contents, styles = (len({pair[kind] for pair in self.pairs}) for kind in range(2))
         lines.append(f"{len(self.pairs)} pairs of {contents} content and {styles} style pictures; ± is the {INTERVAL}")
         return "\n".join(lines)
 
 
-def _show(summary: dict) -> str:
+def show_summary(summary: dict) -> str:
     """A mean with the half of its interval, to four digits of the mean."""
     if summary["interval"] is None:
         return f"{summary['mean']:.4g}"

@@ -12,12 +12,9 @@ from utils import write_atomically
 
 def new_figure(width: float, height: float):
     """A matplotlib figure without pyplot: no display, no state left behind. Sides in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def save_figure(figure, path: Path) -> None:
@@ -44,20 +41,17 @@ def plot_l0_maps(responses: Mapping[str, Responses], path: Path) -> None:
 
 def plot_l2_curve(responses: Responses, path: Path) -> None:
     """Summed l2 norm of the channels, weakest first; the order in which they are cut."""
-    order = responses.weakest_first
+    order, off = responses.weakest_first, len(responses.off_for_all)
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
-    for name, rows, style in (("content", responses.l2[: responses.contents], {"linewidth": 0.8, "alpha": 0.7}),
-                              ("style", responses.l2[responses.contents :], {"linewidth": 0.8, "alpha": 0.7}),
-                              ("both", responses.l2, {"linewidth": 1.5, "color": "black"})):
-        axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], label=name, **style)
-    off = len(responses.off_for_all)
+    for name, rows, width, color in (("content", responses.l2[: responses.contents], 0.8, "C0"),
+                                     ("style", responses.l2[responses.contents :], 0.8, "C1"),
+                                     ("both", responses.l2, 1.5, "black")):
+        axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], label=name, linewidth=width, color=color)
     if off:
         axes.axvline(off, color="tab:red", linestyle="--", linewidth=1, label=f"{off} channels are off throughout")
-    axes.set_xlim(0, len(order))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("bottleneck channels, weakest first")
-    axes.set_ylabel(f"l2 norm summed over {len(responses.l2)} pictures")
+    axes.set(xlim=(0, len(order)), ylim=(0, None), xlabel="bottleneck channels, weakest first",
+             ylabel=f"l2 norm summed over {len(responses.l2)} pictures")
     axes.legend(frameon=False)
     save_figure(figure, path)
 
@@ -73,10 +67,8 @@ def plot_widths(layers: list[dict], size: int, path: Path) -> None:
     axes.bar_label(bars, fontsize=7)
     axes.set_xticks(places, [layer["name"].replace(".layers.0.", " ") for layer in layers], rotation=60, ha="right",
                     rotation_mode="anchor", fontsize=8)
-    axes.margins(x=0.01)
-    axes.set_ylabel("channels")
-    totals = [sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after")]
-    axes.set_title(f"multiply-adds at {size} x {size}: {totals[0]:.2f} to {totals[1]:.2f} x $10^9$")
+    before, after = (sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after"))
+    axes.set(ylabel="channels", title=f"multiply-adds at {size} x {size}: {before:.2f} to {after:.2f} x $10^9$")
     axes.legend(frameon=False)
     save_figure(figure, path)
 
@@ -104,12 +96,10 @@ def plot_curves(
     """
     figure = new_figure(5 * len(titles), 4.4)
     for axes, (metric, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
-        for number, (name, points) in enumerate(curves.items()):
-            axes.plot([point["cut"] for point in points], [point[metric]["mean"] for point in points],
-                      color=f"C{number}", marker=".", label=name)
-            axes.axvline(marks[name], color=f"C{number}", linestyle=":", linewidth=1, label=f"{name}: off for all")
-        axes.set_xlabel("bottleneck channels cut, weakest first")
-        axes.set_ylabel(title)
-        axes.set_ylim(bottom=0)
+        for color, (name, points) in enumerate(curves.items()):
+            axes.plot([point["cut"] for point in points], [point[metric]["mean"] for point in points], f"C{color}.-",
+                      label=name)
+            axes.axvline(marks[name], color=f"C{color}", linestyle=":", linewidth=1, label=f"{name}: off for all")
+        axes.set(xlabel="bottleneck channels cut, weakest first", ylabel=title, ylim=(0, None))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(curves), frameon=False)
     save_figure(figure, path)

@@ -1,6 +1,8 @@
-"""What a cut changed: sizes, multiply-adds, latency, and the pictures of pairs that had no part in the choice."""
+"""What a cut changed: sizes, multiply-adds, latency, the pictures of pairs that had no part in the choice; and several
+networks beside each other."""
 
 import io
+import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +11,26 @@ import torch
 from torch import Tensor
 
 from data import denormalize, normalize, to_pil
-from network import StyleTransferNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters
-from painting.stylizer import Stylizer, load_input
-from pruning.plots import plot_panels
+from network import (
+    StyleTransferNetwork,
+    adain,
+    bottleneck_conv,
+    channel_statistics,
+    conv_layers,
+    count_macs,
+    count_parameters,
+)
+from painting.quality import INTERVAL, METRICS, Measurement, Meter, show_summary
+from painting.stylizer import load_input
+from pruning.plots import plot_curves, plot_l0_maps, plot_panels
 from pruning.responses import FOLDERS, Responses
-from pruning.selection import Selection
-from pruning.surgery import cut_bottleneck
-from utils import describe_device, time_in_turns
+from pruning.selection import Constants, Cuts
+from utils import describe_device, progress_bar, time_in_turns, write_text_atomically
 from weights import model_checkpoint
 
 STRENGTHS = (1.0, 0.5)  # that changes are measured at, beside the one that is asked for
+MEASURED = ("content", "style", "flat")  # of METRICS, for several networks
+CURVE_NUMBERS = tuple(range(0, 501, 50))  # of channels that are cut
 
 
 def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tensor]:
@@ -45,10 +57,10 @@ def measure_changes(
     """The largest change of a colour value over the pairs, as large as the measured pictures and half as large, for
     each strength; empty without pairs. config: a PruneConfig."""
     device = next(before.parameters()).device
-    halves = {name: max(1, side // 2) for name in ("imsize", "cropsize") if (side := getattr(config, name)) is not None}
+    half = replace(config, imsize=max(1, config.imsize // 2), cropsize=max(1, config.cropsize // 2))
     strengths = sorted({*STRENGTHS, config.style_strength}, reverse=True)
     changes = []
-    for sized in dict.fromkeys((config, replace(config, **halves))) if pairs else ():
+    for sized in dict.fromkeys((config, half)) if pairs else ():
         loaded = [load_pair(pair, sized, device) for pair in pairs]
         changes += [{"imsize": sized.imsize, "cropsize": sized.cropsize, "style_strength": strength,
                      "max_pixel_difference": max(largest_change(before, after, *pair, strength) for pair in loaded)}
@@ -57,44 +69,84 @@ def measure_changes(
 
 
 @torch.inference_mode()
-def time_pairs(networks: list[StyleTransferNetwork], size: int, runs: int) -> list[list[float]]:
-    """Seconds of stylising one random pair of `size` x `size` pictures, `runs` times, for each network in turns."""
-    device = next(networks[0].parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    return time_in_turns([lambda network=network: network(content, style) for network in networks], runs, device)
+def paint_with_cuts(
+    network: StyleTransferNetwork, responses: Responses, content: Tensor, style: Tensor, numbers: list[int],
+    strength: float,
+) -> list[Tensor]:
+    """The network's pictures without its n weakest bottleneck channels, for each n.
+
+    content, style: (1, 3, H, W), ImageNet-normalised, as is what returns. AdaIN treats channels one by one, so that the
+    features of the others stay as they are, and a channel that is zero feeds the decoder nothing.
+    """
+    aligned = adain(network.encode(content), *channel_statistics(network.encode(style)), strength)
+    height, width = content.shape[2:]
+    outputs = []
+    for number in numbers:
+        feature = aligned.clone()
+        feature[:, responses.weakest_first[:number]] = 0
+        outputs.append(network.decoder(feature)[:, :, :height, :width])
+    return outputs
 
 
 def paint_grid(network: StyleTransferNetwork, responses: Responses, numbers: list[int], config, path: Path) -> None:
     """Content, style, and the output after cutting the n weakest channels, for each n. config: a PruneConfig."""
-    content, style = (load_input(Path(getattr(config, name)), config, name) for name in ("content", "style"))
-    panels = [("Content", to_pil(content.float() / 255.0)), ("Style", to_pil(style.float() / 255.0))]
-    for number in numbers:
-        stylizer = Stylizer(cut_bottleneck(network, responses.weakest_first[:number]))
-        panels.append((f"Prune {number} channels",
-                       stylizer.stylize(content, style, strength=config.style_strength)))
-    plot_panels(panels, path)
+    device = next(network.parameters()).device
+    pair = [normalize(picture) for picture in load_pair((config.content, config.style), config, device)]
+    outputs = paint_with_cuts(network, responses, *pair, numbers, config.style_strength)
+    titles = ["Content", "Style", *(f"Prune {number} channels" for number in numbers)]
+    plot_panels([(title, to_pil(denormalize(picture))) for title, picture in zip(titles, pair + outputs)], path)
+
+
+@torch.inference_mode()
+def measure_losses(
+    network: StyleTransferNetwork, cut: StyleTransferNetwork, responses: Responses, meter: Meter, config
+) -> dict:
+    """The meter's metrics over the pairs that were set aside: "metrics" of the cut network, and as "curve" those of the
+    network without its n weakest channels, for each n that it has, with n as "cut". config: a PruneConfig."""
+    numbers = [number for number in sorted(set(config.prune_nums or CURVE_NUMBERS))
+               if number < network.config.bottleneck_width]
+    values = []
+    with progress_bar(len(responses.pairs), "measure losses", "pair") as bar:
+        for pair in responses.pairs:
+            content, style = load_pair(pair, config, meter.device)
+            both = normalize(content), normalize(style)
+            outputs = [cut(*both, config.style_strength),
+                       *paint_with_cuts(network, responses, *both, numbers, config.style_strength)]
+            values.append(meter.measure(meter.open_content(content), meter.open_style(style), outputs).cpu())
+            bar.update()
+    names = ["cut", *map(str, numbers)]
+    measurement = Measurement(torch.stack(values).numpy(), responses.pairs, names, meter.metrics)
+    curve = [{"cut": number} | measurement.summary(place) for place, number in enumerate(numbers, start=1)]
+    return {"metrics": measurement.summary(0), "curve": curve}
 
 
 def build_report(
-    before: StyleTransferNetwork, after: StyleTransferNetwork, selection: Selection, responses: Responses, config,
-    model_file: Path,
+    model_file: Path, before: StyleTransferNetwork, after: StyleTransferNetwork, cuts: Cuts, constants: Constants,
+    responses: Responses, config,
 ) -> dict:
     """What the cut changed, as plain values for `report.json`. config: a PruneConfig."""
-    size, networks = config.report_size, {"before": before, "after": after}
-    layers = {when: conv_layers(network.config, size) for when, network in networks.items()}
-    times = time_pairs([before, after], size, config.latency_runs)
-    dtypes = {"before": torch.float32, "after": torch.float16 if config.half else torch.float32}
-    changes = measure_changes(before, after, responses.pairs, config)
+    size, bottleneck = config.report_size, bottleneck_conv(before.config)
+    device = next(before.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2)]
+    with torch.inference_mode():
+        times = time_in_turns([lambda: before(*pair), lambda: after(*pair)], config.latency_runs, device)
+    dtypes = torch.float32, torch.float16 if config.half else torch.float32
     report = {"load_path": str(model_file)}
-    for (when, network), taken in zip(networks.items(), times):
+    for when, network, dtype, taken in zip(("before", "after"), (before, after), dtypes, times):
         report |= {
             f"channels_{when}": network.config.bottleneck_width,
             f"parameters_{when}": count_parameters(network),
             f"macs_{when}": count_macs(network.config, size),
-            f"file_bytes_{when}": _serialized_bytes(network, dtypes[when]),
+            f"file_bytes_{when}": _serialized_bytes(network, dtype),
             f"latency_ms_{when}": statistics.median(taken) * 1000.0,
         }
+    changes = measure_changes(before, after, responses.pairs, config)
+    off = {bottleneck: len(responses.off_for_all)}
+    off |= {name: len(found.off) for name, found in responses.layers.items()}
+    folded = {name: len(constants.get(name, {}).keys() & set(found.constant.tolist()))
+              for name, found in responses.layers.items()}
+    layers = zip(*(conv_layers(network.config, size) for network in (before, after)))
     return report | {
         "max_pixel_difference": max((change["max_pixel_difference"] for change in changes), default=None),
         "changes": changes,
@@ -104,24 +156,19 @@ def build_report(
         "channels_zero_for_some": len(responses.off_for_some),
         "content_pictures": responses.contents,
         "style_pictures": len(responses.paths) - responses.contents,
-        "imsize": config.imsize,
-        "cropsize": config.cropsize,
         "size_of_macs_and_latency": size,
-        "latency_runs": config.latency_runs,
-        "device": describe_device(next(before.parameters()).device),
+        "device": describe_device(device),
         "torch": torch.__version__,
-        "cut_channels": sorted(selection.cuts[bottleneck_conv(before.config)]),
+        "cut_channels": sorted(cuts[bottleneck]),
         "prune_layers": "all" if config.every_layer else "bottleneck",
-        "prune_macs": config.prune_macs,
-        "prune_rank": config.prune_rank,
-        "round_to": config.round_to,
+        **{name: getattr(config, name) for name in ("imsize", "cropsize", "latency_runs", "prune_macs", "prune_rank",
+                                                    "round_to")},
         "layers": [  # a row a conv, in forward order; None where channels were not measured
             {"name": old.name, "kind": old.kind}
             | {f"{key}_{when}": getattr(layer, key) for when, layer in (("before", old), ("after", new))
                for key in ("width", "parameters", "macs")}
-            | {"channels_off_for_all": selection.off.get(old.name),
-               "channels_constant_folded": selection.folded.get(old.name)}
-            for old, new in zip(layers["before"], layers["after"])
+            | {"channels_off_for_all": off.get(old.name), "channels_constant_folded": folded.get(old.name)}
+            for old, new in layers
         ],
     }
 
@@ -133,32 +180,61 @@ def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype) -> int:
     return buffer.tell()
 
 
-def format_report(report: dict) -> str:
-    """The report as a table for the terminal, with the width of every conv where all were open to cuts."""
-    size = report["size_of_macs_and_latency"]
-    lines = [f"{'':34}{'before':>12}{'after':>12}{'change':>9}"]
+# -------------------------------------------------------------------------------------------------- table
 
-    def compare(title: str, key: str, unit: float, form: str, values: dict = report) -> None:
+
+def format_table(reports: dict[str, dict]) -> str:
+    """The reports of one or more networks, by name, as Markdown: a column a network."""
+    columns = {name: _column(report) for name, report in reports.items()}
+    titles = dict.fromkeys(title for column in columns.values() for title in column)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[title, *(column.get(title, "") for column in columns.values())] for title in titles]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _column(report: dict) -> dict[str, str]:
+    """What the table says of a network, by the title of the row."""
+    size = f"{report['size_of_macs_and_latency']}²"
+
+    def change(key: str, unit: float, form: str, values: dict = report) -> str:
         before, after = (values[f"{key}_{when}"] for when in ("before", "after"))
-        shown = "".join(f"{format(value / unit if unit > 1 else value, form):>12}" for value in (before, after))
-        lines.append(f"{title:34}{shown}{(after - before) / before:>+9.1%}")
+        return f"{before / unit:{form}} to {after / unit:{form}} ({(after - before) / before:+.1%})"
 
-    compare("bottleneck channels", "channels", 1, "d")
-    compare("parameters", "parameters", 1, ",d")
-    compare(f"multiply-adds at {size} x {size}, 10^9", "macs", 1e9, ".2f")
-    compare("model file, MiB", "file_bytes", 2**20, ".2f")
-    compare(f"latency at {size} x {size}, ms", "latency_ms", 1, ".1f")
+    column = {
+        "off for all pictures": f"{report['channels_zero_for_all']} of {report['channels_before']}",
+        "off for some": str(report["channels_zero_for_some"]),
+        "bottleneck channels": change("channels", 1, ".0f"),
+        "parameters": change("parameters", 1, ",.0f"),
+        f"multiply-adds at {size}, 10⁹": change("macs", 1e9, ".2f"),
+        "model file, MiB": change("file_bytes", 2**20, ".2f"),
+        f"a pair at {size}, ms": change("latency_ms", 1, ".1f"),
+    }
     if report["prune_layers"] == "all":
-        for layer in report["layers"]:
-            compare(f"channels of {layer['name']}", "width", 1, "d", layer)
-        off, folded = (sum(layer[f"channels_{key}"] or 0 for layer in report["layers"])
-                       for key in ("off_for_all", "constant_folded"))
-        lines.append(f"in all layers: {off} channels off for everything measured, {folded} constant ones folded away")
-    for change in report["changes"]:
-        lines.append(f"largest change of a colour value in {report['compared_pairs']} pairs set aside, imsize "
-                     f"{change['imsize']}, strength {change['style_strength']:g}: "
-                     f"{change['max_pixel_difference']:.4f} of 255")
-    lines.append(f"off for every one of {report['content_pictures']} + {report['style_pictures']} pictures: "
-                 f"{report['channels_zero_for_all']} channels; for at least one: {report['channels_zero_for_some']}")
-    lines.append(f"latency: median of {report['latency_runs']}, {report['device']}, torch {report['torch']}")
-    return "\n".join(lines)
+        column |= {f"channels of {layer['name']}": change("width", 1, ".0f", layer) for layer in report["layers"]}
+        for title, key in (("off", "off_for_all"), ("constant and folded away", "constant_folded")):
+            column[f"{title}, in all layers"] = str(sum(row[f"channels_{key}"] or 0 for row in report["layers"]))
+    for each in report["changes"]:
+        title = f"largest change at imsize {each['imsize']}, strength {each['style_strength']:g}, of 255"
+        column[title] = f"{each['max_pixel_difference']:.4f}"
+    column |= {METRICS[metric]: show_summary(summary) for metric, summary in report.get("metrics", {}).items()}
+    column["pictures measured"] = f"{report['content_pictures']} + {report['style_pictures']}"
+    column["pairs set aside"] = str(report["compared_pairs"])
+    return column
+
+
+def write_comparison(
+    reports: dict[str, dict], responses: dict[str, Responses], meter: Meter, config, folder: Path
+) -> None:
+    """Write l0_maps.png, curves.png, curves.json, report.json and table.md of several networks, by name, into the
+    folder. All were measured with the same pictures, and have the same pairs set aside. config: a PruneConfig."""
+    plot_l0_maps(responses, folder / "l0_maps.png")
+    curves = {name: report["curve"] for name, report in reports.items()}
+    plot_curves(curves, {name: len(found.off_for_all) for name, found in responses.items()},
+                {metric: METRICS[metric] for metric in meter.metrics}, folder / "curves.png")
+    about = {"interval": INTERVAL, "pairs": next(iter(responses.values())).pairs, "imsize": config.imsize,
+             "cropsize": config.cropsize, "style_strength": config.style_strength, "vgg_weights": meter.vgg_origin}
+    table = format_table(reports)
+    for name, content in (("curves", about | {"networks": curves}),
+                          ("report", about | {"table": table.splitlines(), "networks": reports})):
+        write_text_atomically(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_text_atomically(folder / "table.md", table + "\n")

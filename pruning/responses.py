@@ -1,10 +1,8 @@
 """How strongly every channel of a network responds to pictures: measured, kept in a file, read again."""
 
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -12,16 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import FailedPictures, PictureError, find_measured, normalize, prepare_picture
+from data import FailedPictures, find_measured, normalize
 from loss import L0_EPS, channel_norm, l0_norm
-from network import (
-    NetworkConfig,
-    StyleTransferNetwork,
-    adain,
-    bottleneck_conv,
-    channel_statistics,
-    conv_layers,
-)
+from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, conv_layers, pad_to_stride
 from painting.pairs import choose_pairs
 from painting.stylizer import load_input
 from utils import UserError, note, progress_bar, write_atomically
@@ -53,7 +44,7 @@ class LayerResponses:
 
     @property
     def constant(self) -> np.ndarray:
-        """Indices of the channels that have one value other than zero everywhere: largest equals smallest exactly."""
+        """Indices of the channels that have exactly one value other than zero everywhere."""
         return np.flatnonzero((self.smallest == self.largest) & (self.largest != 0))
 
 
@@ -104,42 +95,27 @@ class Responses:
                           for name in file.get("layers", ())}
                 pairs = [tuple(map(str, pair)) for pair in file.get("pairs", ())]
                 found = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]), layers, pairs)
-            if found.l2.ndim != 2 or len(found.l2) != len(found.paths):
-                raise ValueError(f"l2 has shape {found.l2.shape} for {len(found.paths)} pictures")
+            for layer in conv_layers(network, size=0)[:-1] if every_layer else ():
+                measured = layers[layer.name].l2.shape[1] if layer.name in layers else 0
+                if measured != layer.width:
+                    raise ValueError(f"{layer.name} has {layer.width} channels, measured were {measured}; prune_layers "
+                                     "all and prune_macs need a file that was measured with one of them")
+            if found.l2.shape != (len(found.paths), network.bottleneck_width):
+                raise ValueError(f"the bottleneck has {network.bottleneck_width} channels, l2 has shape "
+                                 f"{found.l2.shape} for {len(found.paths)} pictures")
         # NumPy passes on what the zip reader, zlib and the array parser met in a damaged file.
         except Exception as error:
-            raise UserError(f"responses {path}: not a responses.npz of this tool ({type(error).__name__}: "
-                            f"{error})") from error
-        if found.l2.shape[1] != network.bottleneck_width:
-            raise UserError(f"responses {path}: measured on {found.l2.shape[1]} channels, the network has "
-                            f"{network.bottleneck_width}")
-        if every_layer and not layers:
-            raise UserError(f"responses {path}: holds the bottleneck only; prune_layers all and prune_macs need one "
-                            "that was measured with them")
-        for layer in conv_layers(network, size=0)[:-1] if every_layer else ():
-            if layer.name not in layers:
-                raise UserError(f"responses {path}: not measured on {layer.name}")
-            for key, array in vars(layers[layer.name]).items():
-                if array.ndim != (2 if key == "l2" else 1) or array.shape[-1] != layer.width:
-                    raise UserError(f"responses {path}: {layer.name}.{key} has shape {array.shape}, the network has "
-                                    f"{layer.width} channels there")
+            raise UserError(f"responses {path}: not the responses.npz of this network ({error})") from error
         return found
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of a pruning, by the name of their folder's flag: those to measure, and pairs of others."""
-
-    measured: dict[str, list[Path]]
-    pairs: list[tuple[str, str]]
-
-
-def choose_pictures(config) -> Pictures:
-    """Up to `prune_images` pictures of each folder to measure, and up to `pairs` pairs of others, set aside to see what
-    a cut changes that they had no part in: at most a quarter of a folder, none where it has one picture.
+def choose_pictures(config) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
+    """Up to `prune_images` pictures of each folder to measure, by the name of its flag, and up to `pairs` pairs of
+    others, set aside to see what a cut changes that they had no part in: at most a quarter of a folder, none where it
+    has one picture.
 
     config: a PruneConfig. Always the same ones of the same folders. Raises UserError for folders without pictures.
     """
@@ -158,32 +134,26 @@ def choose_pictures(config) -> Pictures:
         measured[name] = sorted(order[: config.prune_images])
         aside.append(kept)
     numbers = choose_pairs(*map(len, aside), min(config.pairs, len(aside[0]) * len(aside[1])), seed=0)
-    return Pictures(measured, [(aside[0][content], aside[1][style]) for content, style in numbers])
+    return measured, [(aside[0][content], aside[1][style]) for content, style in numbers]
 
 
 def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
     """Every picture that can be used: its path, and its pixels, (1, 3, H, W), uint8; the others are noted.
 
-    name: of the folder's flag. Raises UserError when over 10% of the pictures, or all of them, fail.
+    name: of the folder's flag. Raises UserError when over 10% of the pictures fail.
     """
-    def load(path: Path) -> Tensor | PictureError:
-        try:
-            return prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
-        except PictureError as error:
-            return error
-
     failed = FailedPictures(getattr(config, name), f"--{name}", len(paths))
     with ThreadPoolExecutor() as pool, progress_bar(len(paths), f"measure {name}", "picture") as bar:
         for start in range(0, len(paths), DECODED_AT_ONCE):
             chunk = paths[start : start + DECODED_AT_ONCE]
-            for path, picture in zip(chunk, pool.map(load, chunk)):
+            for path, loading in [(path, pool.submit(load_input, path, config, name)) for path in chunk]:
                 bar.update()
-                if isinstance(picture, PictureError):
-                    failed.add(path, str(picture))
-                else:
-                    yield str(path), picture
-    if len(failed.paths) == len(paths):
-        raise UserError(f"{name} {getattr(config, name)}: none of {len(paths)} pictures can be used")
+                try:
+                    picture = loading.result()
+                except UserError as error:
+                    failed.add(path, str(error))
+                    continue
+                yield str(path), picture
     note(failed.summary())
 
 
@@ -191,70 +161,57 @@ def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.inference_mode()
-def measure_responses(network: StyleTransferNetwork, config, pictures: Pictures) -> Responses:
+def measure_responses(
+    network: StyleTransferNetwork, config, pictures: dict[str, list[Path]], pairs: list[tuple[str, str]]
+) -> Responses:
     """The l2 norm of every bottleneck channel for each picture; with `config.every_layer` the responses of every conv
     that can be cut, those of the decoder while it paints content i in style i, the shorter list starting over, so that
     every picture occurs.
 
-    config: a PruneConfig. Raises UserError when over 10% of the pictures of a folder, or all of them, fail.
+    config: a PruneConfig. pictures, pairs: of `choose_pictures`. Raises UserError when over 10% of the pictures of a
+    folder fail.
     """
-    device, bottleneck = next(network.parameters()).device, bottleneck_conv(network.config)
-    convs = [layer.name for layer in conv_layers(network.config, size=0) if layer.kind != "output"]
-    rows, paths, codes, means = defaultdict(list), {name: [] for name in FOLDERS}, [], []
+    rows, paths = ({name: [] for name in FOLDERS} for _ in range(2))
+    codes, decoder_rows, means = [], [], []
+    contents = len(pictures["content_dir"])
+    for name in reversed(FOLDERS):  # each content is painted in styles that are encoded already
+        for number, (path, picture) in enumerate(_load(pictures[name], config, name)):
+            features = _encode(network, picture, config.every_layer)
+            rows[name].append(_summarise(features))
+            paths[name].append(path)
+            if name == "style_dir":
+                codes.append(channel_statistics(features[-1]))
+            elif config.every_layer:
+                for code in codes[number::contents] or [codes[number % len(codes)]]:
+                    aligned = adain(features[-1], *code, config.style_strength)
+                    means.append(aligned.mean(dim=(0, 2, 3)))
+                    decoder_rows.append(_summarise(network.decoder.features(aligned)[:-1]))
 
-    def record(conv: str, feature: Tensor) -> None:
-        values = feature.float().flatten(2)[0]  # (C, H*W)
-        parts = (channel_norm(feature)[0], values.amin(dim=1), values.amax(dim=1), values.mean(dim=1))
-        rows[conv].append(torch.stack(parts))  # (4, C)
-
-    with watch(network, convs if config.every_layer else [bottleneck], record):
-        for path, picture in _load(pictures.measured["style_dir"], config, "style_dir"):
-            codes.append(channel_statistics(network.encode(normalize(picture.to(device)))))
-            paths["style_dir"].append(path)
-        contents = len(pictures.measured["content_dir"])
-        for path, picture in _load(pictures.measured["content_dir"], config, "content_dir"):
-            feature = network.encode(normalize(picture.to(device)))
-            number = len(paths["content_dir"])
-            paths["content_dir"].append(path)
-            for code in (codes[number::contents] or [codes[number % len(codes)]]) if config.every_layer else ():
-                aligned = adain(feature, *code, config.style_strength)
-                means.append(aligned.mean(dim=(0, 2, 3)))
-                network.decoder(aligned)
-
-    styles = len(codes)
-    stacked = {conv: torch.stack(rows[conv]) for conv in convs if conv in rows}  # (n, 4, C) each
-    for conv in stacked:
-        if conv.startswith("encoder"):
-            stacked[conv] = stacked[conv].roll(-styles, dims=0)  # content before style
+    of_pictures = rows["content_dir"] + rows["style_dir"]
+    encoder, decoder = ([torch.stack(conv) for conv in zip(*each)] for each in (of_pictures, decoder_rows))  # (n, 4, C)
     layers = {}
     if config.every_layer:
-        mean_of = {conv: found[:, 3].mean(dim=0) for conv, found in stacked.items()}
-        mean_of[bottleneck] = torch.stack(means).mean(dim=0)
+        mean_of = [found[:, 3].mean(dim=0) for found in encoder + decoder]
+        mean_of[len(encoder) - 1] = torch.stack(means).mean(dim=0)
         importance = _estimate_importance(network, _probes(paths, config), mean_of, config.style_strength)
-        layers = {conv: LayerResponses(*(each.cpu().numpy() for each in (
-            found[:, 0], found[:, 1].amin(dim=0), found[:, 2].amax(dim=0), mean_of[conv], importance[conv])))
-            for conv, found in stacked.items()}
-    return Responses(stacked[bottleneck][:, 0].cpu().numpy(), paths["content_dir"] + paths["style_dir"],
-                     len(paths["content_dir"]), layers, pictures.pairs)
+        for layer, found, *more in zip(conv_layers(network.config, size=0), encoder + decoder, mean_of, importance):
+            values = found[:, 0], found[:, 1].amin(dim=0), found[:, 2].amax(dim=0), *more
+            layers[layer.name] = LayerResponses(*(each.cpu().numpy() for each in values))
+    return Responses(encoder[-1][:, 0].cpu().numpy(), paths["content_dir"] + paths["style_dir"],
+                     len(paths["content_dir"]), layers, pairs)
 
 
-@contextmanager
-def watch(network: StyleTransferNetwork, convs: list[str], visit: Callable[[str, Tensor], Tensor | None]):
-    """Within the block `visit(conv, feature)` gets the output of the ReLU after each of `convs`, (B, C, H, W).
+def _encode(network: StyleTransferNetwork, pictures: Tensor, every_layer: bool = True) -> list[Tensor]:
+    """The features of the encoder's convs after their ReLUs, (B, C, H, W) each; of the bottleneck alone without
+    `every_layer`. pictures: (B, 3, H, W), uint8."""
+    image = pad_to_stride(normalize(pictures.to(next(network.parameters()).device)), network.config.stride)
+    return network.encoder.features(image) if every_layer else [network.encoder(image)]
 
-    What it returns goes on in place of the output, unless that is None. The ReLUs are hooked, not the convs: the
-    decoder fuses a conv with the upsampling before it and never calls it.
-    """
-    handles = []
-    for conv in convs:
-        block, _, index = conv.rpartition(".")
-        relu = network.get_submodule(f"{block}.{int(index) + 1}")
-        handles.append(relu.register_forward_hook(lambda _module, _inputs, output, conv=conv: visit(conv, output)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def _summarise(features: list[Tensor]) -> list[Tensor]:
+    """The l2 norm, the smallest, the largest and the mean value of every channel, (4, C), of each (1, C, H, W)."""
+    return [torch.stack([channel_norm(feature)[0], feature.amin(dim=(0, 2, 3)), feature.amax(dim=(0, 2, 3)),
+                         feature.mean(dim=(0, 2, 3))]) for feature in features]
 
 
 def _probes(paths: dict[str, list[str]], config) -> Iterator[tuple[Tensor, Tensor]]:
@@ -268,38 +225,33 @@ def _probes(paths: dict[str, list[str]], config) -> Iterator[tuple[Tensor, Tenso
 
 @torch.inference_mode(False)
 def _estimate_importance(
-    network: StyleTransferNetwork, pairs: Iterable[tuple[Tensor, Tensor]], means: dict[str, Tensor], strength: float
-) -> dict[str, Tensor]:
-    """How much the output changes when a channel is replaced by its mean: squared, to first order, by conv, (C,).
+    network: StyleTransferNetwork, pairs: Iterable[tuple[Tensor, Tensor]], means: list[Tensor], strength: float
+) -> list[Tensor]:
+    """How much the output changes when a channel is replaced by its mean: squared, to first order, (C,) for each conv.
 
-    pairs: IMPORTANCE_PROBES content and style pictures, (1, 3, H, W), uint8. means: by conv, (C,).
+    pairs: IMPORTANCE_PROBES content and style pictures of one size, (1, 3, H, W), uint8. means: (C,) for each conv.
 
     A channel f becomes mean + g * (f - mean), with the gate g = 1 to keep it and 0 to cut it (gates and their
     gradient: Molchanov et al., arXiv 1906.10771). J = d output / d g is the first-order change of the whole
     picture, and the squared gradient of <v, output> by g, for random normal v, is |J|^2 in the mean (Hutchinson's
-    estimator): one backward pass serves all channels of all convs, in one unit. Summed over the pixels and colours
-    of the normalised output, averaged over the pairs. That zero padding in the encoder makes the mean a
-    worse substitute along the border is not in it.
+    estimator): one backward pass serves all channels of all convs, in one unit. By the chain rule that gradient is
+    <d <v, output> / d f, f - mean>. Summed over the pixels and colours of the normalised output, averaged over the
+    pairs. Zero padding in the encoder makes the mean a worse substitute along the border, which is not counted.
     """
-    device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    means = {name: mean.clone()[:, None, None] for name, mean in means.items()}  # (C, 1, 1)
-    bottleneck = bottleneck_conv(network.config)
-    importance = {name: torch.zeros(len(mean), device=device) for name, mean in means.items()}
-    gates = {name: torch.ones_like(mean, requires_grad=True) for name, mean in means.items()}
-
-    def gated(conv: str, feature: Tensor) -> Tensor:
-        return torch.lerp(means[conv], feature, gates[conv])
-
-    others = [conv for conv in means if conv != bottleneck]
-    bar = progress_bar(IMPORTANCE_PROBES, "rank channels", "pair")
-    with bar, watch(network, others, gated), torch.enable_grad():
-        for content, style in pairs:
-            features = [network.encode(normalize(each.to(device))) for each in (content, style)]
-            aligned = adain(features[0], *channel_statistics(features[1]), strength)
-            output = network.decoder(gated(bottleneck, aligned))
-            direction = torch.randn(output.shape, generator=generator).to(device)
-            for conv, gradient in zip(gates, torch.autograd.grad((output * direction).sum(), list(gates.values()))):
-                importance[conv] += gradient.flatten().square() / IMPORTANCE_PROBES
+    importance = [torch.zeros(len(mean), device=mean.device) for mean in means]
+    with progress_bar(IMPORTANCE_PROBES, "rank channels", "pair") as bar:
+        for pair in pairs:
+            with torch.enable_grad():
+                encoded = _encode(network, torch.cat(pair))  # (2, C, H, W) each
+                content_feature, style_feature = encoded[-1].split(1)
+                aligned = adain(content_feature, *channel_statistics(style_feature), strength)
+                *painted, output = network.decoder.features(aligned)
+                direction = torch.randn(output.shape, generator=generator).to(output.device)
+                features = [*encoded[:-1], aligned, *painted]
+                gradients = torch.autograd.grad((output * direction).sum(), features)
+            for total, feature, mean, gradient in zip(importance, features, means, gradients):
+                change = (gradient * (feature.detach() - mean[:, None, None])).sum(dim=(0, 2, 3))
+                total += change.square() / IMPORTANCE_PROBES
             bar.update()
     return importance

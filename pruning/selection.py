@@ -1,9 +1,8 @@
 """Which channels go: those that do nothing, those that are asked for, the least important down to a budget."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,34 +12,20 @@ from utils import UserError
 
 FRACTION_STEPS = 1000  # fractions of the channels that magnitude pruning tries
 
-
-@dataclass(frozen=True)
-class Selection:
-    """What is cut from each conv, by name, the channels in the order in which they go.
-
-    constants: the values that take the place of cut channels, as `surgery.cut_channels` takes them.
-    off, folded: how many channels of each conv are off, and how many constant ones the next conv's bias replaces.
-    """
-
-    cuts: dict[str, list[int]]
-    constants: dict[str, dict[int, float]]
-    off: dict[str, int]
-    folded: dict[str, int]
+Cuts = dict[str, list[int]]  # channels by conv, in the order in which they go
+Constants = dict[str, dict[int, float]]  # what takes the place of cut channels, as `surgery.cut_channels` takes it
 
 
-def select(network: StyleTransferNetwork, responses: Responses, config) -> Selection:
+def select(network: StyleTransferNetwork, responses: Responses, config) -> tuple[Cuts, Constants]:
     """What a PruneConfig asks for: channels of every layer, or of the bottleneck alone."""
-    own = network.config
-    macs = most_macs(own, config)
+    if not config.every_layer:
+        return {bottleneck_conv(network.config): select_in_bottleneck(responses, config)}, {}
     if config.prune_rank == "magnitude":
-        weights = {layer.name: network.get_submodule(layer.name).weight for layer in conv_layers(own, size=0)}
+        weights = {layer.name: network.get_submodule(layer.name).weight
+                   for layer in conv_layers(network.config, size=0)[:-1]}
         magnitudes = {name: weight.detach().abs().sum(dim=(1, 2, 3)).cpu().numpy() for name, weight in weights.items()}
-        return select_by_magnitude(own, config.report_size, magnitudes, responses.layers, macs, config.round_to)
-    if config.every_layer:
-        return select_channels(own, config.report_size, responses.layers, macs, config.round_to)
-    bottleneck = bottleneck_conv(own)
-    channels = select_in_bottleneck(responses, config)
-    return Selection({bottleneck: channels}, {}, {bottleneck: len(responses.off_for_all)}, {bottleneck: 0})
+        return select_by_magnitude(network.config, magnitudes, config), {}
+    return select_channels(network.config, responses.layers, config)
 
 
 def rounded_width(width: int, before: int, multiple: int) -> int:
@@ -48,31 +33,25 @@ def rounded_width(width: int, before: int, multiple: int) -> int:
     return min(math.ceil(width / multiple) * multiple, before)
 
 
-# ------------------------------------------------------------------------------------------------ bottleneck
-
-
 def select_in_bottleneck(responses: Responses, config) -> list[int]:
-    """The bottleneck channels to cut: those named, the N weakest, or those that are off for every picture.
+    """The bottleneck channels to cut, weakest first: those named, the N weakest, or those that are off for every
+    picture.
 
     config: a PruneConfig. The strongest of them stay where the width that is left is to be a multiple of `round_to`.
-    Raises UserError with the numbers when they cannot be cut.
+    Raises UserError when nothing would be left.
     """
     width = responses.l2.shape[1]
     if config.prune_channels is not None:
-        channels = list(config.prune_channels)
+        channels = config.prune_channels
     elif config.prune_num is not None:
-        if config.prune_num >= width:
-            raise UserError(f"prune_num {config.prune_num}: the network has {width} bottleneck channels, "
-                            f"at most {width - 1} can be cut")
-        channels = responses.weakest_first[: config.prune_num].tolist()
+        channels = responses.weakest_first[: config.prune_num]
     else:
-        channels = responses.off_for_all.tolist()
+        channels = responses.off_for_all
         if len(channels) == width:
             raise UserError(f"all {width} bottleneck channels are zero for every measured picture: nothing would be "
                             "left; train with a smaller channel_loss_weight or l0_eps")
     number = width - rounded_width(width - len(channels), width, config.round_to)
-    going = [channel for channel in responses.weakest_first if channel in channels][:number]
-    return [channel for channel in channels if channel in going]
+    return [channel for channel in responses.weakest_first.tolist() if channel in channels][:number]
 
 
 # ----------------------------------------------------------------------------------------------- every layer
@@ -91,11 +70,11 @@ def macs_of_widths(layers: list[ConvLayer], widths: list[int]) -> int:
                for layer, width_in, width in zip(layers, widths_in, widths))
 
 
-def most_macs(network: NetworkConfig, config) -> float | None:
-    """The multiply-adds that `prune_macs` of a PruneConfig allows; None where it is not given. Raises UserError when no
-    cut would meet it."""
+def most_macs(network: NetworkConfig, config) -> float:
+    """The multiply-adds that `prune_macs` of a PruneConfig allows; infinite where it is not given. Raises UserError
+    when no cut would meet it."""
     if config.prune_macs is None:
-        return None
+        return math.inf
     layers = conv_layers(network, config.report_size)
     before = sum(layer.macs for layer in layers)
     least = macs_of_widths(layers, least_widths(layers, config.round_to))
@@ -107,66 +86,51 @@ def most_macs(network: NetworkConfig, config) -> float | None:
 
 
 def select_channels(
-    network: NetworkConfig, size: int, responses: Mapping[str, LayerResponses], macs: float | None, multiple: int
-) -> Selection:
-    """The channels to cut from every conv but the last. size: of the pictures that `macs` is for.
+    network: NetworkConfig, responses: Mapping[str, LayerResponses], config
+) -> tuple[Cuts, Constants]:
+    """The channels to cut from every conv but the last. config: a PruneConfig.
 
     First those go that are off, and those that are constant, but for those of an encoder that pads with zeros, before
-    the bottleneck (see `surgery.cut_channels`): both exactly, for everything measured. With `macs`, the least important
-    others follow until the multiply-adds are at or below it, and their mean takes their place, in any encoder: it comes
-    nearer to them than nothing would. Each layer keeps at least one channel. Widths are multiples of `multiple`
-    where the width before is not less: of the channels that would go, the most important stay.
+    the bottleneck (see `surgery.cut_channels`): both exactly, for everything measured. With `prune_macs`, the least
+    important others follow until the multiply-adds are at or below it, and their mean takes their place, in any
+    encoder: it comes nearer to them than nothing would. Each layer keeps at least one channel. Widths are multiples of
+    `round_to` where the width before is not less: of the channels that would go, the most important stay.
     """
-    layers = conv_layers(network, size)
-    constant = {layer.name: _foldable(layer, responses[layer.name], network.padding) for layer in layers[:-1]}
-    orders, widths = {}, []
+    layers, multiple = conv_layers(network, config.report_size), config.round_to
+    orders, values, widths = {}, {}, []
     for layer in layers[:-1]:
         found = responses[layer.name]
+        is_exact = layer.kind != "encoder" or network.padding == "reflect"
+        constant = found.constant if is_exact else []
         kind = np.zeros(layer.width, int)  # the kinds go one after the other, each by importance
-        kind[found.off], kind[constant[layer.name]] = -2, -1
+        kind[found.off], kind[constant] = -2, -1
         orders[layer.name] = np.lexsort((found.l2.sum(axis=0, dtype=np.float64), found.importance, kind))
+        values[layer.name] = np.where(kind == -1, found.largest, found.mean)
         widths.append(rounded_width(max(1, np.count_nonzero(kind == 0)), layer.width, multiple))
-    widths.append(layers[-1].width)
-    if macs is not None:
-        importance = [responses[name].importance[order] for name, order in orders.items()]
-        widths = _cut_to_budget(layers, widths, importance, macs, multiple)
-
-    cuts, constants, folded = {}, {}, {}
-    for (name, order), layer, width in zip(orders.items(), layers, widths):
-        found = responses[name]
-        values = found.mean.copy()
-        values[found.off], values[constant[name]] = 0, found.largest[constant[name]]
-        cuts[name] = order[: layer.width - width].tolist()
-        constants[name] = {channel: float(values[channel]) for channel in cuts[name] if values[channel]}
-        folded[name] = len(set(cuts[name]) & set(constant[name].tolist()))
-    return Selection(cuts, constants, {name: len(responses[name].off) for name in cuts}, folded)
+    importance = [responses[name].importance[order] for name, order in orders.items()]
+    widths = _cut_to_budget(layers, [*widths, layers[-1].width], importance, most_macs(network, config), multiple)
+    cuts = {name: order[: layer.width - width].tolist()
+            for (name, order), layer, width in zip(orders.items(), layers, widths)}
+    constants = {name: {channel: float(values[name][channel]) for channel in channels if values[name][channel]}
+                 for name, channels in cuts.items()}
+    return cuts, constants
 
 
-def select_by_magnitude(
-    network: NetworkConfig, size: int, magnitudes: Mapping[str, np.ndarray], responses: Mapping[str, LayerResponses],
-    macs: float, multiple: int,
-) -> Selection:
+def select_by_magnitude(network: NetworkConfig, magnitudes: Mapping[str, np.ndarray], config) -> Cuts:
     """Plain magnitude pruning, to compare with: each layer keeps the same fraction of its channels, the largest that
-    meets `macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
+    meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
 
-    magnitudes: l1 norms of the filters, by conv, (C,). Nothing takes the place of a cut channel.
+    magnitudes: l1 norms of the filters, by conv, (C,). config: a PruneConfig. Nothing takes the place of a cut channel.
     """
-    layers = conv_layers(network, size)
-    least = least_widths(layers, multiple)
-
-    def widths_of(kept: int) -> list[int]:
-        return [max(floor, layer.width * kept // FRACTION_STEPS // multiple * multiple)
-                for layer, floor in zip(layers[:-1], least)] + [layers[-1].width]
-
-    too_many = bisect_right(range(FRACTION_STEPS + 1), macs, key=lambda kept: macs_of_widths(layers, widths_of(kept)))
-    cuts = {layer.name: np.argsort(magnitudes[layer.name], kind="stable")[: layer.width - width].tolist()
-            for layer, width in zip(layers[:-1], widths_of(max(0, too_many - 1)))}
-    return Selection(cuts, {}, {name: len(responses[name].off) for name in cuts}, dict.fromkeys(cuts, 0))
-
-
-def _foldable(layer: ConvLayer, found: LayerResponses, padding: str) -> np.ndarray:
-    """Indices of the constant channels that the next conv's bias replaces exactly."""
-    return found.constant[:0] if layer.kind == "encoder" and padding == "zeros" else found.constant
+    layers, multiple = conv_layers(network, config.report_size), config.round_to
+    least, most = least_widths(layers, multiple), most_macs(network, config)
+    for kept in range(FRACTION_STEPS, -1, -1):
+        widths = [max(floor, layer.width * kept // FRACTION_STEPS // multiple * multiple)
+                  for layer, floor in zip(layers[:-1], least)]
+        if macs_of_widths(layers, [*widths, layers[-1].width]) <= most:
+            break
+    return {layer.name: np.argsort(magnitudes[layer.name], kind="stable")[: layer.width - width].tolist()
+            for layer, width in zip(layers, widths)}
 
 
 def _cut_to_budget(

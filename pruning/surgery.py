@@ -22,16 +22,10 @@ def cut_channels(
     bottleneck (AdaIN makes of a channel that is the same constant for content and style that constant again), in the
     decoder, and in an encoder that pads by reflection. Zero padding makes it differ along the border.
     Raises UserError for a conv that is not there or gives the picture, an index that is not there or twice the
-    same, a constant of a channel that stays, or when no channel of a conv would be left.
+    same, or when no channel of a conv would be left.
     """
     layers = conv_layers(network.config, size=0)
-    cuts = {name: [int(channel) for channel in channels] for name, channels in cuts.items()}
-    constants = constants or {}
-    kept = _channels_that_stay(layers, cuts)
-    for name, values in constants.items():
-        for channel in values.keys() - cuts.get(name, ()):
-            raise UserError(f"channel {channel} of {name} has a constant, but is not cut")
-
+    kept = _channels_that_stay(layers, {name: [*map(int, channels)] for name, channels in cuts.items()})
     cut = StyleTransferNetwork(network.config.with_widths([len(kept[layer.name]) for layer in layers]))
     state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     for layer, following in zip(layers, [*layers[1:], None]):
@@ -41,7 +35,7 @@ def cut_channels(
         if following is None:
             break
         weight, bias = f"{following.name}.weight", f"{following.name}.bias"
-        for channel, value in constants.get(layer.name, {}).items():
+        for channel, value in (constants or {}).get(layer.name, {}).items():
             state[bias] += value * state[weight][:, channel].sum(dim=(1, 2))
         state[weight] = state[weight][:, indices]
     cut.to(state[bias].dtype).load_state_dict(state)
@@ -56,17 +50,19 @@ def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> St
 
 def _channels_that_stay(layers: list[ConvLayer], cuts: dict[str, list[int]]) -> dict[str, list[int]]:
     """The channels that stay, by conv. Raises UserError for cuts that cannot be made."""
-    widths = {layer.name: layer.width for layer in layers if layer.kind != "output"}
-    for name, channels in cuts.items():
-        if name not in widths:
-            raise UserError(f"{name}: no conv with channels to cut; those are {', '.join(widths)}")
-        width, is_bottleneck = widths[name], any(layer.name == name and layer.kind == "bottleneck" for layer in layers)
-        place = "the bottleneck" if is_bottleneck else name
+    for name in cuts.keys() - {layer.name for layer in layers if layer.kind != "output"}:
+        raise UserError(f"{name}: no conv with channels to cut")
+    kept = {}
+    for layer in layers:
+        channels = cuts.get(layer.name, [])
+        place = "the bottleneck" if layer.kind == "bottleneck" else layer.name
         for channel in channels:
-            if not 0 <= channel < width:
-                raise UserError(f"channel {channel}: {place} has {width} channels, 0 to {width - 1}")
+            if not 0 <= channel < layer.width:
+                raise UserError(f"channel {channel}: {place} has {layer.width} channels, 0 to {layer.width - 1}")
         if len(set(channels)) != len(channels):
             raise UserError(f"channel {max(channels, key=channels.count)} is named more than once")
-        if len(channels) >= width:
-            raise UserError(f"{len(channels)} channels to cut: {place} has {width}, at most {width - 1} can go")
-    return {layer.name: sorted(set(range(layer.width)) - set(cuts.get(layer.name, ()))) for layer in layers}
+        if len(channels) >= layer.width:
+            raise UserError(f"{len(channels)} channels to cut: {place} has {layer.width}, at most {layer.width - 1} "
+                            "can go")
+        kept[layer.name] = sorted(set(range(layer.width)) - set(channels))
+    return kept

@@ -22,7 +22,6 @@ ROWS = (
     ("painting.many", "painting.video", "pruning.responses", "exporting.integers"),
     ("pruning.selection", "pruning.plots"),
     ("pruning.report",),
-    ("pruning.comparison",),
     ("train", "distill", "evaluate", "prune", "export"),  # the modes
     ("hubconf",),  # a script of torch.hub
     ("main",),

@@ -160,9 +160,9 @@ PICTURES_AND_FILES = (
 )
 
 PRUNING = (
-    ("prune", PRUNE + "--prune_macs 0.5 --prune_num 1", "--prune_num and prune_macs 0.5: give one of the two"),
-    ("prune", PRUNE + "--prune_macs 0.5 --prune_channels 1", "--prune_channels and prune_macs 0.5: give one"),
-    ("prune", PRUNE + "--prune_layers all --prune_num 1", "--prune_num and prune_layers all: give one of the two"),
+    ("prune", PRUNE + "--prune_macs 0.5 --prune_num 1", "--prune_num and prune_layers all or prune_macs"),
+    ("prune", PRUNE + "--prune_macs 0.5 --prune_channels 1", "--prune_channels and prune_layers all or prune_macs"),
+    ("prune", PRUNE + "--prune_layers all --prune_num 1", "--prune_num and prune_layers all or prune_macs"),
     ("prune", PRUNE + "--prune_rank magnitude", "--prune_rank magnitude: how much is to be left, prune_macs says"),
     ("prune", PRUNE + "--prune_macs 0", "--prune_macs"),
     ("prune", PRUNE + "--prune_macs 1.5", "--prune_macs"),

@@ -1,6 +1,8 @@
 """Prune mode: what it writes and reports for one model, what it compares for several."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 from helpers import paint_within_range, random_picture, read_pixels, refusal, small_network, words, write_model
 from PIL import Image
-from test_responses import make_folders, plant
+from test_responses import make_folders
+from test_surgery import plant
 from torch.testing import assert_close
 
 from data import denormalize, normalize, prepare_picture
@@ -16,11 +19,21 @@ from loss import content_loss
 from main import main
 from network import LossNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters
 from prune import PruneConfig
-from pruning.comparison import Pruned, paint_with_cuts
-from pruning.report import largest_change, paint_grid
+from pruning.report import largest_change, paint_grid, paint_with_cuts
 from pruning.responses import Responses
 from pruning.surgery import cut_bottleneck
 from weights import load_network, load_vgg
+
+
+def report_of(folder: Path, name: str = "report") -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def assert_are_plots(folder: Path, *names: str) -> None:
+    """Not small, and not of one or two greys."""
+    for name in names:
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 300 and len(set(picture.convert("L").resize((64, 64)).tobytes())) > 2
 
 
 def test_largest_change_by_hand():
@@ -35,26 +48,32 @@ def test_largest_change_by_hand():
     assert largest_change(first, first, *pictures, 1.0) == 0
 
 
-def test_default_grid_is_fitted_to_the_network():
-    assert PruneConfig().grid_numbers(512) == [0, 100, 200, 300, 400, 470, 490, 500]
-    assert PruneConfig().grid_numbers(300) == [0, 100, 200]
-    assert PruneConfig(prune_nums=(3, 0)).grid_numbers(4) == [3, 0]
+def test_zeroed_channels_paint_what_the_cut_network_paints():
+    """In float64, for the losses over the number of channels cut."""
+    network = small_network().double()
+    responses = Responses(np.array([[3.0, 1, 2, 0, 5, 4]], np.float32), ["a"], 1)  # weakest: 3, 1, 2, 0
+    generator = torch.Generator().manual_seed(0)
+    content, style = (torch.randn(1, 3, 33, side, generator=generator, dtype=torch.float64) for side in (40, 29))
+    painted = paint_with_cuts(network, responses, content, style, [4, 0, 1], 0.6)
+    with torch.inference_mode():
+        for channels, actual in zip(([3, 1, 2, 0], [], [3]), painted, strict=True):
+            assert_close(actual, cut_bottleneck(network, channels)(content, style, 0.6), rtol=1e-9, atol=1e-9)
 
 
 def test_grid_shows_what_the_cut_networks_paint(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("pruning.report.plot_panels", lambda panels, path: shown.extend(panels))
-    config = PruneConfig(imsize=48, cropsize=48, style_strength=0.5)
+    config = PruneConfig(imsize=48, cropsize=48, style_strength=0.5, prune_nums=(2, 0, 6))
     network = small_network()
     paint_within_range(network)
     responses = Responses(np.arange(12.0).reshape(2, 6), ["a", "b"], contents=1)
-    paint_grid(network, responses, [0, 2], config, tmp_path / "grid.png")
-    assert [title for title, _ in shown] == ["Content", "Style", "Prune 0 channels", "Prune 2 channels"]
+    paint_grid(network, responses, config.grid_numbers(6), config, tmp_path / "grid.png")
+    assert [title for title, _ in shown] == ["Content", "Style", "Prune 2 channels", "Prune 0 channels"]
     content, style = (normalize(prepare_picture(path, 48, 48)) for path in (config.content, config.style))
-    for cut, (_, picture) in zip((network, cut_bottleneck(network, [0, 1])), shown[2:]):
-        with torch.inference_mode():
-            desired = denormalize(cut(content, style, 0.5))[0].permute(1, 2, 0) * 255
-        assert np.abs(np.asarray(picture) - desired.numpy()).max() < 0.51
+    with torch.inference_mode():
+        desired = denormalize(cut_bottleneck(network, [0, 1])(content, style, 0.5))[0].permute(1, 2, 0) * 255
+    assert np.abs(np.asarray(shown[2][1]) - desired.numpy()).max() < 0.51
+    assert PruneConfig().grid_numbers(300) == [0, 100, 200]
 
 
 # --------------------------------------------------------------------------------------------- one model
@@ -71,10 +90,6 @@ def files(measured, tmp_path_factory) -> dict:
              "report_size": 64, "prune_nums": 0}
     assert main(words(flags | {"prune_layers": "all", "save_path": folder / "all"})) == 0
     return {"flags": flags, "all": folder / "all", "model": folder / "model.pth"}
-
-
-def report_of(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def test_prune_all_end_to_end(files, measured, tmp_path):
@@ -97,9 +112,7 @@ def test_prune_all_end_to_end(files, measured, tmp_path):
     assert report["channels_before"] - report["channels_after"] == len(report["cut_channels"])
     assert checkpoint["pruned_layers"]["encoder.layers.0.0"] == found.layers["encoder.layers.0.0"].off.tolist()
     assert checkpoint["iteration"] == 7 and checkpoint["pruned_channels"] == report["cut_channels"]
-    for name in ("widths", "l0_map", "l2_curve", "prune_grid"):
-        with Image.open(files["all"] / f"{name}.png") as picture:
-            assert min(picture.size) > 300 and len(set(picture.convert("L").resize((64, 64)).tobytes())) > 2
+    assert_are_plots(files["all"], "widths", "l0_map", "l2_curve", "prune_grid")
     # Both files make the same picture in test mode.
     outputs = []
     for name in ("model", "all"):
@@ -112,7 +125,7 @@ def test_prune_all_end_to_end(files, measured, tmp_path):
 
 def test_changes_are_measured_on_pictures_that_chose_nothing(files, measured):
     """At two sizes and two strengths, over the pairs that were set aside."""
-    network, config, found = measured
+    network, _, found = measured
     report = report_of(files["all"])
     assert report["pairs_set_aside"] == list(map(list, found.pairs)) and report["compared_pairs"] == 1
     assert not set(found.pairs[0]) & set(found.paths)
@@ -125,23 +138,23 @@ def test_changes_are_measured_on_pictures_that_chose_nothing(files, measured):
     assert report["max_pixel_difference"] == max(change["max_pixel_difference"] for change in report["changes"])
 
 
-def test_a_channel_that_only_others_need_is_a_change(tmp_path, capsys):
+def test_a_channel_that_only_others_need_is_a_change(files, tmp_path, capsys):
     """A channel that is off for all that is measured, and on for what is set aside: the report must show it."""
     config = make_folders(tmp_path)
     network = small_network()
     paint_within_range(network)
-    bottleneck = bottleneck_conv(network.config)
-    plant(network, {bottleneck: [2]}, 1.0)
+    plant(network, {bottleneck_conv(network.config): {2: 1.0}})
     Responses(np.array([[1, 1, 0, 1, 1, 1]], np.float32).repeat(2, 0), [str(tmp_path / "content" / "00.png")] * 2, 1,
               pairs=[(str(tmp_path / "content" / "01.png"), str(tmp_path / "style" / "01.png"))]
               ).save(tmp_path / "responses.npz")
-    flags = {"mode": "prune", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", network), "imsize": 32,
-             "cropsize": 32, "content_dir": config.content_dir, "style_dir": config.style_dir, "latency_runs": 1,
-             "report_size": 16, "prune_nums": 0, "responses": tmp_path / "responses.npz", "save_path": tmp_path / "out"}
+    flags = files["flags"] | {"load_path": write_model(tmp_path / "model.pth", network), "report_size": 16,
+                              "content_dir": config.content_dir, "style_dir": config.style_dir,
+                              "responses": tmp_path / "responses.npz", "save_path": tmp_path / "out"}
     assert main(words(flags)) == 0
     report = report_of(tmp_path / "out")
     assert report["cut_channels"] == [2] and report["max_pixel_difference"] > 0.01
-    assert f"{report['max_pixel_difference']:.4f} of 255" in capsys.readouterr().out
+    change = f"{report['changes'][0]['max_pixel_difference']:.4f}"
+    assert f"| largest change at imsize 32, strength 1, of 255 | {change} |" in capsys.readouterr().out
     # What was set aside must still be there.
     (tmp_path / "style" / "01.png").unlink()
     line = refusal(capsys, *words(flags | {"save_path": tmp_path / "again"}))
@@ -159,36 +172,28 @@ def test_a_folder_of_one_picture_has_none_to_compare(files, tmp_path, capsys):
     assert {tensor.dtype for tensor in state.values()} == {torch.float16} and len(report["cut_channels"]) == 2
 
 
-def test_a_budget_from_kept_responses(files, tmp_path, capsys):
-    kept = files["all"] / "responses.npz"
-    assert main(words(files["flags"] | {"prune_macs": 0.4, "responses": kept, "save_path": tmp_path})) == 0
-    shown = capsys.readouterr()
-    report = report_of(tmp_path)
-    assert 0.2 * report["macs_before"] < report["macs_after"] <= 0.4 * report["macs_before"]
-    assert report["prune_layers"] == "all" and report["prune_macs"] == 0.4 and report["compared_pairs"] == 1
-    assert "channels of decoder.layers.0.25" in shown.out and "widths.png" in shown.err and "measure" not in shown.err
+def test_a_budget_from_kept_responses(files, measured, tmp_path, capsys):
+    """By both ranks; the bottleneck alone is then cut by the same file."""
+    flags = files["flags"] | {"responses": files["all"] / "responses.npz"}
+    for rank in ("importance", "magnitude"):
+        assert main(words(flags | {"prune_macs": 0.4, "prune_rank": rank, "save_path": tmp_path / rank})) == 0
+        shown, report = capsys.readouterr(), report_of(tmp_path / rank)
+        assert 0.2 * report["macs_before"] < report["macs_after"] <= 0.4 * report["macs_before"]
+        assert report["prune_layers"] == "all" and report["prune_macs"] == 0.4 and report["prune_rank"] == rank
+        assert "channels of decoder.layers.0.25" in shown.out and "widths.png" in shown.err
+        assert "measure" not in shown.err
+    weight = measured[0].get_submodule(bottleneck_conv(measured[0].config)).weight
+    smallest = weight.abs().sum(dim=(1, 2, 3)).argsort()[: len(report["cut_channels"])]
+    assert report["cut_channels"] == sorted(smallest.tolist())
     # The layers are kept when the file is written again by the mode that does not need them.
-    flags = files["flags"] | {"responses": tmp_path / "responses.npz", "save_path": tmp_path / "bottleneck"}
+    flags |= {"responses": tmp_path / "magnitude" / "responses.npz", "save_path": tmp_path / "bottleneck"}
     assert main(words(flags)) == 0
     report = report_of(tmp_path / "bottleneck")
     narrower = [row["name"] for row in report["layers"] if row["width_after"] < row["width_before"]]
     assert narrower == [bottleneck_conv(small_network().config)]
-    assert report["layers"][0]["channels_off_for_all"] is None
     assert Responses.load(tmp_path / "bottleneck" / "responses.npz", small_network(width=8).config).layers
     assert "channels of decoder" not in capsys.readouterr().out
     assert not (tmp_path / "bottleneck" / "widths.png").exists()
-
-
-def test_magnitude_rank_cuts_the_smallest_filters(files, measured, tmp_path):
-    flags = files["flags"] | {"prune_macs": 0.4, "responses": files["all"] / "responses.npz",
-                              "save_path": tmp_path, "prune_rank": "magnitude"}
-    assert main(words(flags)) == 0
-    report = report_of(tmp_path)
-    assert report["prune_rank"] == "magnitude"
-    assert 0.2 * report["macs_before"] < report["macs_after"] <= 0.4 * report["macs_before"]
-    weight = measured[0].get_submodule(bottleneck_conv(measured[0].config)).weight
-    smallest = weight.abs().sum(dim=(1, 2, 3)).argsort()[: len(report["cut_channels"])]
-    assert report["cut_channels"] == sorted(smallest.tolist())
 
 
 def test_the_model_is_not_overwritten(files, capsys):
@@ -196,19 +201,23 @@ def test_the_model_is_not_overwritten(files, capsys):
     assert "would overwrite the model" in line
 
 
+@pytest.mark.parametrize("name", ["responses.npz", "report.json"])  # the first and the last that is written
+def test_full_disk_is_one_line(files, tmp_path, monkeypatch, capsys, name):
+    real = os.replace
+
+    def no_space(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", no_space)
+    flags = files["flags"] | {"responses": files["all"] / "responses.npz", "save_path": tmp_path / "out"}
+    line = refusal(capsys, *words(flags))
+    assert f"out/{name}: " in line and "No space left on device" in line
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
 # ------------------------------------------------------------------------------------------- several models
-
-
-def test_zeroed_channels_paint_what_the_cut_network_paints():
-    """In float64, for the losses over the number of channels cut."""
-    network = small_network().double()
-    responses = Responses(np.array([[3.0, 1, 2, 0, 5, 4]], np.float32), ["a"], 1)  # weakest: 3, 1, 2, 0
-    generator = torch.Generator().manual_seed(0)
-    content, style = (torch.randn(1, 3, 33, side, generator=generator, dtype=torch.float64) for side in (40, 29))
-    with torch.inference_mode():
-        painted = paint_with_cuts(Pruned("", network, network, responses, {}), content, style, [0, 1, 4], 0.6)
-        for channels, actual in zip(([], [3], [3, 1, 2, 0]), painted, strict=True):
-            assert_close(actual, cut_bottleneck(network, channels)(content, style, 0.6), rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -223,29 +232,32 @@ def compared(files, measured, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_several_models_are_pruned_and_compared(compared):
     folder, _ = compared
-    report, curves = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "curves"))
+    report, curves = report_of(folder), report_of(folder, "curves")
     assert list(report["networks"]) == list(curves["networks"]) == ["model", "other"]
     for name in ("model", "other"):
-        own = report_of(folder / name)
-        assert {key: report["networks"][name][key] for key in own} == own
+        assert report["networks"][name] == report_of(folder / name)
         assert {path.name for path in (folder / name).iterdir()} == {
             "pruned.pth", "report.json", "responses.npz", "l0_map.png", "l2_curve.png", "prune_grid.png"}
     assert [[point["cut"] for point in points] for points in curves["networks"].values()] == [[0, 3, 6], [0, 3]]
     table = (folder / "table.md").read_text().splitlines()
-    assert table == report["table"] and len(table) == 4
-    assert len({line.count("|") for line in table}) == 1 and table[3].startswith("| other | ")
-    row = [cell.strip() for cell in table[2].split("|")]
-    assert row[2] == f"{report['networks']['model']['channels_zero_for_all']} of 8"
-    for name in ("l0_maps", "curves"):
-        with Image.open(folder / f"{name}.png") as picture:
-            assert min(picture.size) > 300 and len(set(picture.convert("L").resize((64, 64)).tobytes())) > 2
+    assert table == report["table"] and len({line.count("|") for line in table}) == 1
+    assert table[0] == "|  | model | other |"
+    rows = {title: cells for title, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)}
+    models = report["networks"].values()
+    assert rows["off for all pictures"] == [f"{each['channels_zero_for_all']} of {each['channels_before']}"
+                                            for each in models]
+    for cell, each in zip(rows["parameters"], models):
+        assert cell.startswith(f"{each['parameters_before']:,} to {each['parameters_after']:,} (")
+    assert [float(cell) for cell in rows["content loss"]] == [
+        pytest.approx(each["metrics"]["content"]["mean"], rel=1e-3) for each in models]
+    assert_are_plots(folder, "l0_maps", "curves")
 
 
 @torch.inference_mode()
 def test_losses_over_the_number_of_channels_cut(compared, files):
     """Against cut networks and the loss network, by hand, on the pair that was set aside."""
     folder, _ = compared
-    report, curves = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "curves"))
+    report, curves = report_of(folder), report_of(folder, "curves")
     network, _ = load_network(files["model"])
     responses = Responses.load(folder / "model" / "responses.npz", network.config)
     loss_network = LossNetwork("vgg19")
@@ -262,11 +274,11 @@ def test_losses_over_the_number_of_channels_cut(compared, files):
 
 
 @pytest.mark.parametrize("change, needed", [
-    ({"load_path": ["MODEL", "MODEL"]}, "named twice"),
     ({"load_path": ["MODEL", "VGG16"]}, "their losses are not comparable"),
     ({"responses": "x.npz"}, "responses: they are of one model"),
     ({"vgg_weights": "/no/such.pth"}, "/no/such.pth"),
     ({"prune_nums": [0, 8]}, "prune_nums 8: "),
+    ({"cropsize": 20}, "cropsize 20: "),
     ({"content_dir": "ONE"}, "several models are compared by other pictures than those that are measured"),
 ])
 def test_several_models_that_cannot_be_compared(compared, files, tmp_path, capsys, change, needed):

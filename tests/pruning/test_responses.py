@@ -7,28 +7,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_picture, small_network, user_error, write_noise
-from test_surgery import convs
+from test_surgery import CONSTANT, OFF, convs
 from torch.testing import assert_close
 
 from data import normalize, prepare_picture
-from network import NetworkConfig, StyleTransferNetwork, adain, bottleneck_conv, channel_statistics
+from network import NetworkConfig, adain, bottleneck_conv, channel_statistics
 from prune import PruneConfig
 from pruning import responses as responses_module
-from pruning.responses import Pictures, Responses, choose_pictures, measure_responses
+from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.surgery import cut_channels
 
 L2 = np.array([[5.0, 0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 1.5, 0.0, 2.0], [1.0, 0.0, 0.0, 0.0, 3.0]], np.float32)
 RESPONSES = Responses(L2, ["a.jpg", "b.jpg", "style/c d.jpg"], contents=2, pairs=[("e.jpg", "style/f.jpg")])
 FIVE = NetworkConfig.full().with_widths([5] * 17 + [3])
-
-
-def plant(network: StyleTransferNetwork, channels: dict[str, list[int]], value: float) -> None:
-    """Channels that are `value` after the ReLU whatever the picture: zero filters, and it as the bias."""
-    with torch.no_grad():
-        for name, indices in channels.items():
-            conv = network.get_submodule(name)
-            conv.weight[indices] = 0
-            conv.bias[indices] = value
 
 
 def make_folders(folder, contents: int = 4, styles: int = 3) -> PruneConfig:
@@ -43,32 +34,26 @@ def make_folders(folder, contents: int = 4, styles: int = 3) -> PruneConfig:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def test_pictures_are_measured_or_set_aside(tmp_path, capsys):
+def test_pictures_are_measured_or_set_aside(tmp_path):
     config = make_folders(tmp_path, contents=11, styles=5)
-    chosen = choose_pictures(config)
-    assert chosen == choose_pictures(replace(config, prune_images=500))  # always the same
-    assert list(map(len, chosen.measured.values())) == [9, 4]  # at most a quarter of a folder is set aside
-    assert all(paths == sorted(paths) for paths in chosen.measured.values())
-    for kind, paths in enumerate(chosen.measured.values()):
-        aside = {pair[kind] for pair in chosen.pairs}
+    measured, pairs = choose_pictures(config)
+    assert (measured, pairs) == choose_pictures(replace(config, prune_images=500))  # always the same
+    assert list(map(len, measured.values())) == [9, 4]  # at most a quarter of a folder is set aside
+    assert all(paths == sorted(paths) for paths in measured.values())
+    for kind, paths in enumerate(measured.values()):
+        aside = {pair[kind] for pair in pairs}
         assert len(aside) == (2, 1)[kind] and not aside & set(map(str, paths))
-    assert len(chosen.pairs) == 2
-    fewer = choose_pictures(replace(config, prune_images=3, pairs=1))
-    assert list(map(len, fewer.measured.values())) == [3, 3] and len(fewer.pairs) == 1
-
-
-def test_of_one_picture_none_is_set_aside(tmp_path):
-    chosen = choose_pictures(make_folders(tmp_path, contents=1, styles=8))
-    assert list(map(len, chosen.measured.values())) == [1, 6] and chosen.pairs == []
+    assert len(pairs) == 2
+    measured, pairs = choose_pictures(replace(config, prune_images=3, pairs=1))
+    assert list(map(len, measured.values())) == [3, 3] and len(pairs) == 1
 
 
 def test_a_broken_picture_is_not_set_aside(tmp_path, capsys):
     config = make_folders(tmp_path)
-    ((first, _),) = choose_pictures(config).pairs
+    _, ((first, _),) = choose_pictures(config)
     Path(first).write_bytes(Path(first).read_bytes()[:60])
-    chosen = choose_pictures(config)
-    assert len(chosen.pairs) == 1 and chosen.pairs[0][0] != first
-    assert first in capsys.readouterr().err and len(chosen.measured["content_dir"]) == 2
+    measured, ((other, _),) = choose_pictures(config)
+    assert other != first and first in capsys.readouterr().err and len(measured["content_dir"]) == 2
 
 
 # --------------------------------------------------------------------------------------------- measurement
@@ -106,24 +91,21 @@ def test_every_layer_is_measured(measured):
         mean = torch.cat(aligned) if name == bottleneck else stacked
         assert_close(torch.from_numpy(found.mean), mean.mean(dim=(0, 2, 3)), **close)
     np.testing.assert_array_equal(actual.layers[bottleneck].l2, actual.l2)
-    assert not any(module._forward_hooks for module in network.modules())
 
 
 def test_planted_channels_are_found(measured):
     network, _, found = measured
-    names = convs(network)
-    for number, channels in {0: [1], 4: [2, 3], 8: [5], 9: [0], 15: [7]}.items():
-        assert set(channels) <= set(found.layers[names[number]].off)
-        assert (found.layers[names[number]].importance[channels] == 0).all()
-    for number, channel in {2: 6, 8: 4, 11: 1, 16: 2}.items():
-        assert found.layers[names[number]].constant.tolist() == [channel]
+    layers = [found.layers[name] for name in convs(network)]
+    for number, channels in OFF.items():
+        assert set(channels) <= set(layers[number].off) and (layers[number].importance[channels] == 0).all()
+    assert {number: layers[number].constant.tolist() for number in CONSTANT} == CONSTANT
     assert 5 in found.off_for_all
 
 
 def test_the_bottleneck_alone_is_measured_alike_and_twice_gives_the_same(measured):
     network, config, found = measured
-    again = measure_responses(network, config, choose_pictures(config))
-    alone = measure_responses(network, replace(config, prune_layers="bottleneck"), choose_pictures(config))
+    again = measure_responses(network, config, *choose_pictures(config))
+    alone = measure_responses(network, replace(config, prune_layers="bottleneck"), *choose_pictures(config))
     assert alone.layers == {} and alone.paths == found.paths and alone.pairs == found.pairs
     np.testing.assert_array_equal(alone.l2, found.l2)
     for name, layer in found.layers.items():
@@ -132,21 +114,20 @@ def test_the_bottleneck_alone_is_measured_alike_and_twice_gives_the_same(measure
 
 def test_more_styles_than_contents_start_the_contents_over(measured, tmp_path):
     config = replace(make_folders(tmp_path, contents=2, styles=4), prune_layers="all")
-    found = measure_responses(measured[0], config, choose_pictures(config))
+    found = measure_responses(measured[0], config, *choose_pictures(config))
     assert len(found.layers["encoder.layers.0.0"].l2) == 4 and len(found.layers["decoder.layers.0.25"].l2) == 3
 
 
-@torch.inference_mode()
 def test_measuring_skips_a_broken_picture_and_refuses_many(tmp_path, capsys):
     network, config = small_network("vgg16"), make_folders(tmp_path)
     paths = [write_noise(tmp_path / "content" / f"more{number}.png", (13, 3), number) for number in range(10)]
-    pictures = Pictures({"content_dir": paths, "style_dir": paths[:1]}, [])
+    pictures = {"content_dir": paths, "style_dir": paths[:1]}
     paths[5].write_text("no picture")
-    found = measure_responses(network, replace(config, imsize=None, cropsize=None), pictures)
+    found = measure_responses(network, config, pictures, [])
     assert found.contents == 9 and str(paths[5]) not in found.paths and np.isfinite(found.l2).all()
     assert "more5.png" in capsys.readouterr().err
     paths[6].write_text("no picture")
-    assert "content_dir" in user_error(measure_responses, network, config, pictures)
+    assert "content_dir" in user_error(measure_responses, network, config, pictures, [])
 
 
 def test_importance_is_the_squared_change_of_the_output(monkeypatch):
@@ -157,15 +138,16 @@ def test_importance_is_the_squared_change_of_the_output(monkeypatch):
     """
     monkeypatch.setattr(responses_module, "IMPORTANCE_PROBES", 600)
     network = small_network("vgg16", width=4)
-    content, style = random_picture(0, (16, 16)), random_picture(1, (16, 16))
-    name = convs(network)[-1]
-    means = {each: torch.full((4,), 0.3) for each in convs(network)}
-    actual = responses_module._estimate_importance(network, [(content, style)] * 600, means, 1.0)[name]
+    pair = random_picture(0, (16, 16)), random_picture(1, (16, 16))
+    names = convs(network)
+    means = [torch.full((4,), 0.3)] * len(names)
+    actual = responses_module._estimate_importance(network, [pair] * 600, means, 1.0)[-1]
+    content, style = map(normalize, pair)
     with torch.no_grad():
-        before = network(normalize(content), normalize(style))
+        before = network(content, style)
         for channel in range(4):
-            cut = cut_channels(network, {name: [channel]}, {name: {channel: 0.3}})
-            desired = (cut(normalize(content), normalize(style)) - before).square().sum()
+            cut = cut_channels(network, {names[-1]: [channel]}, {names[-1]: {channel: 0.3}})
+            desired = (cut(content, style) - before).square().sum()
             assert_close(actual[channel], desired, rtol=0.25, atol=1e-3)  # 600 draws: 6% standard deviation
 
 
@@ -206,16 +188,16 @@ def test_an_older_file_has_no_pairs(tmp_path):
 def test_responses_of_another_network_are_refused(measured, tmp_path):
     network, _, full = measured
     path = tmp_path / "responses.npz"
-    RESPONSES.save(path)
-    assert f"responses {path}: measured on 5 channels, the network has 8" in user_error(Responses.load, path,
-                                                                                        network.config)
-    assert "holds the bottleneck only; prune_layers all" in user_error(Responses.load, path, FIVE, True)
     some = {name: layer for name, layer in full.layers.items() if name != "decoder.layers.0.5"}
-    replace(full, layers=some).save(path)
-    assert "not measured on decoder.layers.0.5" in user_error(Responses.load, path, network.config, True)
-    full.save(path)
     other = network.config.with_widths([8, 8, 5, *[8] * 14, 3])
-    assert "the network has 5 channels there" in user_error(Responses.load, path, other, True)
+    for written, config, every_layer, needed in (
+        (RESPONSES, network.config, False, "the bottleneck has 8 channels, l2 has shape (3, 5)"),
+        (RESPONSES, FIVE, True, "measured were 0; prune_layers all"),
+        (replace(full, layers=some), network.config, True, "decoder.layers.0.5 has 8 channels, measured were 0"),
+        (full, other, True, "encoder.layers.0.5 has 5 channels, measured were 8"),
+    ):
+        written.save(path)
+        assert needed in user_error(Responses.load, path, config, every_layer)
 
 
 def damaged(path):
@@ -225,18 +207,14 @@ def damaged(path):
     path.write_bytes(content)
 
 
-ONE = np.array(1)
 DAMAGES = {
     "missing": lambda path: None,
-    "empty": lambda path: path.touch(),
     "text": lambda path: path.write_text("no archive"),
     "truncated": lambda path: (RESPONSES.save(path), path.write_bytes(path.read_bytes()[:-200])),
     "damaged within": damaged,
     "plain array": lambda path: np.save(path.open("wb"), L2),
-    "one row": lambda path: np.savez(path, l2=L2[0], paths=np.array(["a"]), contents=ONE),
-    "no dimension": lambda path: np.savez(path, l2=np.array(1.0), paths=np.array(["a"]), contents=ONE),
-    "no paths": lambda path: np.savez(path, l2=L2, contents=ONE),
-    "pickled": lambda path: np.savez(path, l2=L2, paths=np.array(["a", None, {}], dtype=object), contents=ONE),
+    "one row": lambda path: np.savez(path, l2=L2[0], paths=np.array(["a"]), contents=np.array(1)),
+    "pickled": lambda path: np.savez(path, l2=L2, paths=np.array(["a", None, {}], dtype=object), contents=np.array(1)),
 }
 
 
@@ -244,4 +222,4 @@ DAMAGES = {
 def test_other_files_are_no_responses(tmp_path, damage):
     path = tmp_path / "responses.npz"
     DAMAGES[damage](path)
-    assert user_error(Responses.load, path, FIVE).startswith(f"responses {path}: not a responses.npz of this tool")
+    assert user_error(Responses.load, path, FIVE).startswith(f"responses {path}: not the responses.npz of this network")

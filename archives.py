@@ -1,4 +1,4 @@
-"""Pictures in .zip archives, read in place: `photos.zip/summer/beach.jpg` is summer/beach.jpg of photos.zip.
+"""Files, also those in .zip archives, read in place: `photos.zip/summer/beach.jpg` is summer/beach.jpg of photos.zip.
 
 Such a path is an ordinary `Path`: only what opens pictures need know of archives. Each process opens an archive once.
 """
@@ -7,9 +7,10 @@ import os
 import stat
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 from zipfile import ZipFile, ZipInfo
 
-LARGEST = 2**31  # bytes of a member: more is no picture, and unpacking it would take all memory
+LARGEST = 3 * 2**30  # bytes: more is no picture, and reading it would take all memory
 
 
 def is_archive(path: Path) -> bool:
@@ -42,16 +43,30 @@ def _members(archive: str, _size: int, _changed: int, _process: int) -> dict[str
 def find(path: Path) -> tuple[ZipFile, ZipInfo] | None:
     """The archive that `path` leads into and the member that it names there; None when it leads into no archive.
 
-    Raises FileNotFoundError for a member that is not there, ValueError for one that is too large; others as `members`.
+    Raises FileNotFoundError for a member that is not there; others as `members`.
     """
     for archive in filter(is_archive, Path(path).parents):  # a folder may be called so, too
         member = members(archive).get(Path(path).relative_to(archive).as_posix())
         if member is None:
             raise FileNotFoundError(path)
-        if member[1].file_size > LARGEST:
-            raise ValueError(f"{member[1].file_size} bytes are too many for a picture")
         return member
     return None
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file, or an archive's member, to read. Raises ValueError for what is no file, empty, or too large for a
+    picture, OSError for what is not there or cannot be read; others as `find`."""
+    member = find(path)
+    if member is not None:
+        size = member[1].file_size
+    else:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            raise ValueError(f"not a file, but a {'folder' if os.path.isdir(path) else 'pipe, socket or device'}")
+        size = status.st_size
+    if not 0 < size <= LARGEST:
+        raise ValueError(f"{size} bytes are too many for a picture" if size else "the file is empty")
+    return member[0].open(member[1]) if member else open(path, "rb")
 
 
 def identity(path: Path) -> tuple[str, tuple[int, int]]:

@@ -1,36 +1,27 @@
-"""Pictures in and out: finding, decoding, cropping; normalisation; saving and grids."""
+"""One picture in and out: decoded upright and in sRGB, whatever its metadata says; normalised; saved."""
 
-import hashlib
 import io
-import os
-import random
 import re
-import stat
 import struct
 import threading
 import zlib
-from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 import archives
-import metadata
-from utils import UserError, gather, note, note_of_process, usable_cores, write_atomically
+from utils import UserError, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # taken for pictures in folders unseen; others are looked at
 # Any suffix that names a picture file to write (reading goes by content, not by suffix).
 OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
                   ".tiff": "TIFF"}
@@ -38,15 +29,9 @@ OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP
 WRITING = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_type": zlib.Z_RLE}}
 ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")  # what can hold transparency in full
 MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
-MAX_FAILED_SHARE = 0.10
-LOOKING_THREADS = 16
-ENOUGH_TO_TELL = 2**16  # bytes of an archive's file that Pillow tells its kind by: it may be a video of gigabytes
-STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
 # Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS")
-# Reasons for leaving a folder's file out, as they are counted.
-NO_PICTURE, BROKEN_LINK, UNREADABLE = "other files", "broken links", "unreadable files"
-PIPE = "pipes, sockets or devices"
+HEIC = re.compile(rb"(?s).{4}ftyp(hei[cx]|hev[cx]|m[is]f1)")
 
 
 class PictureError(Exception):
@@ -57,208 +42,89 @@ class NotFinite(UserError):
     """A painted picture with values that are infinite or no numbers."""
 
 
-# ------------------------------------------------------------------------------------------- one picture
+# ------------------------------------------------------------------------------------------------ reading
 
 
-def load_picture(path: Path, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture of any kind that Pillow reads to upright 8-bit RGB, in sRGB.
+def load_picture(
+    path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """A picture of any kind that Pillow reads as upright 8-bit RGB, in sRGB, with its transparent pixels laid on white;
+    of several frames or pages the first.
 
-    Transparent pixels are laid on white; of several frames or pages the first is taken. With `shorter_side`, a JPEG
-    may be decoded at 1/2, 1/4 or 1/8 of its size, never below `shorter_side` (far faster; resize it afterwards).
-    Raises PictureError for a missing, empty, truncated or non-image file, or one above `max_pixels`; metadata that
-    cannot be read costs no picture.
+    imsize: of its shorter side, in proportion (bicubic, antialiased); cropsize: side of a square from its centre, to
+    which a smaller picture is enlarged. None leaves it as it is. Raises PictureError for a missing, empty, truncated or
+    non-image file, or one above `max_pixels`; metadata that cannot be read costs no picture.
     """
     with _reading(path):
-        return _on_white(_decode(Path(path), shorter_side, max_pixels))
-
-
-def load_resized(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`load_picture` with its shorter side brought to `size` pixels, in proportion (bicubic, antialiased)."""
-    with _reading(path):
-        return _on_white(_resized(_decode(Path(path), size, max_pixels), size, max_pixels))
+        return _on_white(_load(path, imsize, cropsize, max_pixels))
 
 
 def prepare_picture(
     path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
-    """A picture for inference: shorter side to `imsize`, centre crop of `cropsize`, each only when given.
-
-    A picture smaller than the crop is enlarged to it. Returns (1, 3, H, W), uint8, 0..255.
-    """
+    """`load_picture` as (1, 3, H, W), uint8, 0..255."""
     with _reading(path):
-        return pil_to_tensor(_on_white(_prepare(path, imsize, cropsize, max_pixels)))[None]
+        return pil_to_tensor(_on_white(_load(path, imsize, cropsize, max_pixels)))[None]
 
 
 def load_alpha(
     path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image | None:
-    """How opaque the pixels of `prepare_picture` are, mode L, of the same size; None when all are fully.
-
-    Raises PictureError as that does.
-    """
+    """How opaque the pixels of `load_picture` are, mode L, of the same size; None when all are fully. Raises
+    PictureError where that does."""
+    with suppress(Exception), archives.open_file(path) as file, _lifted_limits(), Image.open(file) as image:
+        if not image.has_transparency_data:
+            return None  # as its header says: no pixel was read
     with _reading(path):
-        try:
-            with Image.open(_source(path)) as image:  # no pixel is read
-                if not image.has_transparency_data:
-                    return None
-        except Exception:  # it may be readable all the same, see `_decode`
-            pass
-        picture = _prepare(path, imsize, cropsize, max_pixels)
+        picture = _load(path, imsize, cropsize, max_pixels)
         return picture.getchannel("A") if picture.mode == "RGBA" else None
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A picture at hand, of any mode, as (1, 3, H, W), uint8, 0..255: upright, in sRGB, transparent pixels laid on
-    white, as from a file. Raises PictureError for floating-point pixels, which have no known range."""
+    """A picture at hand, of any mode, as `prepare_picture` has it of a file. Raises PictureError for floating-point
+    pixels, which have no known range."""
     image.load()
     return pil_to_tensor(_on_white(_shown(image.copy())))[None]
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
     """Width and height as the file's header says, None where it cannot be read."""
-    try:
-        with _reading(path), Image.open(_source(path)) as image:
-            return image.size
-    except PictureError:
-        return None
+    with suppress(Exception), archives.open_file(path) as file, _lifted_limits(), Image.open(file) as image:
+        return image.size
 
 
-def _prepare(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> Image.Image:
-    side = None if imsize is None else max(imsize, cropsize or 0)
-    picture = _decode(Path(path), side, max_pixels)
-    if side is None and cropsize is not None and min(picture.size) < cropsize:
-        side = cropsize
-    if side is not None:
-        picture = _resized(picture, side, max_pixels)
-    return picture if cropsize is None else center_crop(picture, cropsize)
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture, told by what Pillow makes of its header, whatever its name. Raises OSError or
+    ValueError where it cannot be opened."""
+    with archives.open_file(path) as file:
+        head = file.read(64)
+        if HEIC.match(head):  # which Pillow tells only with pillow-heif
+            return True
+        if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", head):  # text, but no Netpbm; asking Pillow takes far longer
+            return False
+        file.seek(0)
+        try:
+            with _lifted_limits(), Image.open(file) as image:
+                return image.format not in NOT_DECODED
+        except Exception:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
+            return False
 
 
-def _resized(picture: Image.Image, side: int, max_pixels: int) -> Image.Image:
-    """With its shorter side at `side`. Raises PictureError when that makes more than `max_pixels`."""
-    width, height = picture.size
-    if min(width, height) == side:
-        return picture
-    scale = side / min(width, height)
-    target = (max(side, round(width * scale)), max(side, round(height * scale)))
-    if target[0] * target[1] > max_pixels:
-        raise PictureError(f"with its shorter side at {side} it would have {target[0]} x {target[1]} pixels, more than "
-                           f"--max_pixels {max_pixels}")
-    return picture.resize(target, Image.Resampling.BICUBIC)
-
-
-def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> Image.Image:
-    """RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
-    try:
-        return _decode_from(_source(path), shorter_side, max_pixels)
-    except (PictureError, MemoryError, PermissionError):
-        raise
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more on damage.
-    except Exception as error:
-        attempts = metadata.mended(_content(path))
-        if _is_heic(path):
-            if not register_heic():
-                raise PictureError("a HEIC picture; to read it: pip install pillow-heif") from error
-            attempts = (_content(path), *attempts)
-        for content in attempts:
-            try:
-                return _decode_from(io.BytesIO(content), shorter_side, max_pixels)
-            except (PictureError, MemoryError):
-                raise
-            except Exception:
-                continue
-        raise  # so it was not the metadata
-
-
-def _source(path: Path, most: int = -1) -> Path | io.BytesIO:
-    """What Pillow is to open for the picture at `path`: the path itself, or the content, at most its first `most`
-    bytes, where an archive has it.
-
-    Raises PictureError for what is no file or empty; OSError and what `archives.find` raises when it cannot be read.
-    """
-    if archives.find(path) is not None:
-        content = _content(path, most)
-        source, size = io.BytesIO(content), len(content)
-    else:
-        source, status = path, os.stat(path)
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-            raise PictureError(f"not a file, but a {'folder' if os.path.isdir(path) else 'pipe, socket or device'}")
-    if size == 0:
-        raise PictureError("the file is empty")
-    return source
-
-
-def _content(path: Path, most: int = -1) -> bytes:
-    """The bytes of a file or of an archive's member, at most the first `most`."""
-    member = archives.find(path)
-    with open(path, "rb") if member is None else member[0].open(member[1]) as file:
-        return file.read(most)
-
-
-def _decode_from(source: Path | io.BytesIO, shorter_side: int | None, max_pixels: int) -> Image.Image:
-    with Image.open(source) as image:
-        width, height = image.size
+def _load(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> Image.Image:
+    """`load_picture` as RGB, or RGBA where not all of it is opaque."""
+    picture = _decode(path, max(imsize, cropsize or 0) if imsize else None, max_pixels)
+    shorter = min(picture.size)
+    side = max(imsize or shorter, cropsize or 0)
+    if side != shorter:
+        width, height = (max(side, round(length * (side / shorter))) for length in picture.size)
         if width * height > max_pixels:
-            raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
-        if image.format == "TIFF" and image.tag_v2.get(254) == 1:  # the kind of its first picture: a smaller copy
-            raise PictureError(f"only its preview of {width} x {height} pixels can be read (a camera's raw "
-                               "file?); save it as a JPEG, PNG or plain TIFF")
-        if shorter_side is not None and image.format == "JPEG":
-            shrink = shorter_side / min(width, height)
-            image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
-        _scale_transparent_colour(image)
-        image.load()
-        return _shown(image)
-
-
-def _shown(image: Image.Image) -> Image.Image:
-    """A loaded picture as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
-    image = metadata.upright(image)
-    colour, alpha = _separate(image)
-    colour = metadata.in_srgb(colour, image.info.get("icc_profile"))
-    if alpha is not None:
-        colour.putalpha(alpha)
-    colour.info = {}  # a profile in there would be written into what is saved of it
-    return colour
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB or RGBA to RGB."""
-    if picture.mode == "RGB":
+            raise PictureError(f"with its shorter side at {side} it would have {width} x {height} pixels, more "
+                               f"than --max_pixels {max_pixels}")
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    if cropsize is None:
         return picture
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
-def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours, mode RGB, L or CMYK, and how opaque they are, mode L, None for all fully."""
-    if image.mode == "F":
-        raise PictureError("floating-point pixels have no known range; 8 or 16 bits are needed")
-    if image.mode.startswith("I"):  # 16-bit grey
-        values = np.asarray(image)
-        key = image.info.get("transparency")
-        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
-        return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
-    is_grey = image.mode in ("1", "L", "LA", "La")
-    if image.has_transparency_data:
-        image = image.convert("LA" if is_grey else "RGBA")
-        alpha = image.getchannel("A")
-        return image.convert("L" if is_grey else "RGB"), alpha if alpha.getextrema()[0] < 255 else None
-    return image if image.mode in ("RGB", "L", "CMYK") else image.convert("L" if is_grey else "RGB"), None
-
-
-_FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
-
-
-def _scale_transparent_colour(image: Image.Image) -> None:
-    """A PNG's one transparent colour counts in the file's bits, Pillow's pixels in 8."""
-    key = image.info.get("transparency")
-    if image.format == "PNG" and image.mode == "1" and key:
-        image.info["transparency"] = 255
-    bits = re.search(r"(?:L|RGB);(\d+)", str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
-    if bits and image.mode in ("L", "RGB") and key is not None:
-        bits = int(bits[1])
-        in_8_bits = [value >> 8 if bits == 16 else value * 255 // (2**bits - 1) for value in np.ravel(key).tolist()]
-        image.info["transparency"] = tuple(in_8_bits) if isinstance(key, tuple) else in_8_bits[0]
+    left, top = (picture.width - cropsize) // 2, (picture.height - cropsize) // 2
+    return picture.crop((left, top, left + cropsize, top + cropsize))
 
 
 @contextmanager
@@ -268,17 +134,17 @@ def _reading(path: Path):
     try:
         with _lifted_limits():
             yield
-    except PictureError as error:
-        raise PictureError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise PictureError(f"{path}: no such file") from error
     except PermissionError as error:
         raise PictureError(f"{path}: no permission to read it") from error
     except MemoryError as error:
-        width, height = picture_size(path) or "??"
-        raise PictureError(f"{path}: {width} x {height} pixels; not enough memory for it is free") from error
+        raise PictureError(f"{path}: not enough memory for it is free") from error
+    except PictureError as error:
+        raise PictureError(f"{path}: {error}") from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = ("of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError)
+                  else " ".join(f"{type(error).__name__}: {error}".split()))
         raise PictureError(f"{path}: not a readable picture ({reason})") from error
 
 
@@ -306,9 +172,167 @@ def _lifted_limits():
                     setattr(module, name, value)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+# ----------------------------------------------------------------------------------------------- decoding
+
+
+def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> Image.Image:
+    """RGB, or RGBA where not all of it is opaque; upright, in sRGB. A JPEG may come at 1/2, 1/4 or 1/8 of its size,
+    never below `shorter_side`, which is far faster."""
+    with archives.open_file(path) as file:
+        content = file.read()
+    reason = None
+    for attempt in _attempts(content):
+        try:
+            return _decode_content(attempt, shorter_side, max_pixels)
+        except (PictureError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError and more
+            reason = reason or error
+    raise reason
+
+
+def _decode_content(content: bytes, shorter_side: int | None, max_pixels: int) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
+        if image.format == "TIFF" and image.tag_v2.get(254) == 1:  # the kind of its first picture: a smaller copy
+            raise PictureError(f"only its preview of {width} x {height} pixels can be read (a camera's raw "
+                               "file?); save it as a JPEG, PNG or plain TIFF")
+        if shorter_side is not None and image.format == "JPEG":
+            shrink = shorter_side / min(width, height)
+            image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
+        keys = image.info.get("transparency")
+        if image.format == "PNG" and image.mode in ("1", "L", "RGB") and keys is not None:
+            bits = content[24]  # a PNG's one transparent colour counts in these, Pillow's pixels in 8
+            scaled = [key >> 8 if bits == 16 else min(255, key * 255 // (2**bits - 1))
+                      for key in np.ravel(keys).tolist()]
+            image.info["transparency"] = tuple(scaled) if isinstance(keys, tuple) else scaled[0]
+        image.load()
+        return _shown(image)
+
+
+def _attempts(content: bytes) -> Iterator[bytes]:
+    """A picture file and, should Pillow refuse it, the file without metadata that may be why, with less and less of it.
+
+    Raises PictureError for a HEIC picture where pillow-heif is not installed.
+    """
+    yield content
+    if HEIC.match(content):
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError as error:
+            raise PictureError("a HEIC picture; to read it: pip install pillow-heif") from error
+        register_heif_opener()
+        yield content
+    with suppress(struct.error, IndexError):  # the structure itself is broken
+        if content.startswith(b"\x89PNG\r\n\x1a\n"):
+            for kept in ((b"tRNS", b"eXIf", b"iCCP", b"iTXt", b"tEXt", b"zTXt"), (b"tRNS", b"eXIf"), (b"eXIf",)):
+                yield _mended_png(content, kept)
+        elif content.startswith(b"\xff\xd8\xff"):
+            yield _mended_jpeg(content)
+        elif content[4:8] == b"ftyp":  # AVIF and HEIC: what turns and colours them stands elsewhere
+            yield re.sub(rb"(?s)(infe\x02.{7}|infe\x03.{9})(?:Exif|mime)", rb"\1skip", content, count=2)
+
+
+def _mended_png(content: bytes, kept: tuple[bytes, ...]) -> bytes:
+    """With the chunks that every reader needs, and those `kept`, whatever their checksums say."""
+    parts, place, name = [content[:8]], 8, b""
+    while name != b"IEND":
+        length, name = struct.unpack_from(">I4s", content, place)
+        chunk = content[place : place + 12 + length]
+        if name in kept:
+            chunk = chunk[:-4] + struct.pack(">I", zlib.crc32(chunk[4:-4]))
+        if name in kept or name[:1].isupper():
+            parts.append(chunk)
+        place += len(chunk)
+    return b"".join(parts)
+
+
+def _mended_jpeg(content: bytes) -> bytes:
+    """With those segments of applications that say how to show the pixels, where they are whole."""
+    least = {b"Exif\0": 8, b"ICC_PROFILE\0": 15, b"JFIF\0": 14, b"Adobe": 12}  # bytes
+    parts, place = [content[:2]], 2
+    while content[place + 1] != 0xDA:  # here the pixels begin
+        marker, length = struct.unpack_from(">xBH", content, place)
+        segment = content[place : place + 2 + length]
+        is_whole = any(segment[4:].startswith(name) and length - 2 >= most for name, most in least.items())
+        if is_whole or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            parts.append(segment)
+        place += len(segment)
+    return b"".join(parts) + content[place:]
+
+
+# ----------------------------------------------------------------------------------------- as it is shown
+
+TURNS = {number: Image.Transpose[name] for number, name in enumerate((
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
+SRGB = ImageCms.createProfile("sRGB")
+# 16 x 16 x 16 colours, greys among them, by which a profile is tried.
+COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64).transpose(1, 2, 0).astype(np.uint8))
+_FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    """A loaded picture as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
+    turn = None
+    with suppress(Exception):  # its EXIF, or where that says nothing its XMP, may be broken in any way
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    colour, alpha = _separate(image if turn is None else image.transpose(turn))
+    colour = _in_srgb(colour, image.info.get("icc_profile"))
+    if alpha is not None:
+        colour.putalpha(alpha)
+    colour.info = {}  # a profile in there would be written into what is saved of it
+    return colour
+
+
+def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours, mode RGB, L or CMYK, and how opaque they are, mode L, None for all fully."""
+    if image.mode == "F":
+        raise PictureError("floating-point pixels have no known range; 8 or 16 bits are needed")
+    if image.mode.startswith("I"):  # 16-bit grey
+        values, key = np.asarray(image), image.info.get("transparency")
+        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
+        return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
+    alpha, grey = None, image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("L" if grey else "RGB")
+    return image, alpha if alpha and alpha.getextrema()[0] < 255 else None
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """A picture of mode RGB, L or CMYK in the colours of an ICC profile, as RGB in sRGB."""
+    for mode in (image.mode, "RGB"):  # a grey picture may have a profile of greys or of colours
+        if profile and (transform := _srgb_transform(profile, mode)):
+            return ImageCms.applyTransform(image.convert(mode), transform)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@lru_cache(maxsize=64)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None where nothing is to be done: the profile is sRGB by another name, of another kind of picture, or broken."""
+    try:
+        # Made quick for 8 bits, the conversion of greys would be too coarse in the dark.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(io.BytesIO(profile), SRGB, mode, "RGB", flags=flags)
+        colours = COLOURS.convert(mode)
+        changes = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    return transform if max(most for _, most in changes.getextrema()) > 1 else None
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """RGB or RGBA to RGB."""
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------ in the network
 
 
 @lru_cache
@@ -333,10 +357,12 @@ def denormalize(image: Tensor) -> Tensor:
     return (image.float() * std + mean).clamp(0.0, 1.0)
 
 
+# ------------------------------------------------------------------------------------------------ writing
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """One picture, (3, H, W) or (1, 3, H, W), 0..1, to a Pillow image."""
-    image = image.reshape(image.shape[-3:])
-    return Image.fromarray((image * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
+    return pixels_to_pil((image * 255.0).round().byte().reshape(1, *image.shape[-3:]))
 
 
 def pixels_to_pil(pixels: Tensor) -> Image.Image:
@@ -347,16 +373,12 @@ def pixels_to_pil(pixels: Tensor) -> Image.Image:
 def save_picture(image: Image.Image, path: Path, alpha: Image.Image | None = None) -> None:
     """Write a picture in the format of `path`'s suffix, atomically; with `alpha`, mode L and of its size, where the
     format is one of ALPHA_FORMATS. Raises UserError, naming the file and the reason, when it cannot be written."""
-    path = Path(path)
-    kind = OUTPUT_FORMATS[path.suffix.lower()]
-    options = WRITING.get(kind, {})
+    kind = OUTPUT_FORMATS[Path(path).suffix.lower()]
     if alpha is not None and kind in ALPHA_FORMATS:
         image = image.copy()
         image.putalpha(alpha)
-    encoded = io.BytesIO()  # not into the file at once: Pillow's writers do not say why a disk did not take it
     try:
-        image.save(encoded, kind, **options)
-        write_atomically(path, lambda file: file.write(encoded.getbuffer()))
+        write_atomically(path, lambda file: image.save(file, kind, **WRITING.get(kind, {})))
     except (OSError, ValueError, struct.error) as error:  # a full disk, or a side that the format cannot hold
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: the picture ({image.width} x {image.height}) cannot be written ({reason})") from error
@@ -364,256 +386,10 @@ def save_picture(image: Image.Image, path: Path, alpha: Image.Image | None = Non
 
 def read_written(path: Path) -> Image.Image | None:
     """What `save_picture` wrote there, RGB, without its alpha; None where there is no picture, or a damaged one."""
-    try:
-        with _lifted_limits(), Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception:  # whatever Pillow's decoders raise
-        return None
+    with suppress(Exception), _lifted_limits(), Image.open(path) as image:  # whatever Pillow's decoders raise
+        return image.convert("RGB")
 
 
 def picture_grid(rows: list[Tensor]) -> Image.Image:
     """Rows of pictures, each row (n, 3, H, W), ImageNet-normalised, all of one size, to one picture."""
     return to_pil(make_grid(denormalize(torch.cat(rows)), nrow=len(rows[0]), padding=4, pad_value=1.0))
-
-
-# ---------------------------------------------------------------------------------------------- folders
-
-
-@dataclass(frozen=True)
-class FolderContents:
-    """The pictures of a folder or archive, sorted, and the other files in it by the reason for leaving them out."""
-
-    pictures: list[Path]
-    left_out: dict[str, list[Path]]
-
-    def describe_left_out(self) -> str:
-        """As in "other files: 3, broken links: 1"; empty when nothing was left out."""
-        return ", ".join(f"{reason}: {len(paths)}" for reason, paths in self.left_out.items())
-
-
-def is_searched(path: Path) -> bool:
-    """Whether `path` holds pictures, and is none itself: a folder, or an archive."""
-    return Path(path).is_dir() or archives.is_archive(path)
-
-
-def look_through(folder: Path, flag: str, output: Path | None = None) -> FolderContents:
-    """What a folder and all its subfolders hold, or a .zip archive; links are followed, what is hidden is left out and
-    not counted. What else is in it is said in a line.
-
-    A file named as pictures are is taken for one; any other is looked at. Raises UserError, naming `flag`, when there
-    is no such folder or archive, or no picture in it; and as `refuse_within` for an `output`.
-    """
-    folder = Path(folder)
-    if archives.is_archive(folder):
-        try:
-            files, left_out = [folder / name for name in archives.members(folder)], {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{flag} {folder}: {getattr(error, 'strerror', None) or error}") from error
-    elif folder.is_dir():
-        files, left_out = _files_below(folder, flag)
-    else:
-        raise UserError(f"{flag} {folder}: no such folder or .zip archive")
-    pictures = [path for path in files if str(path).lower().endswith(PICTURE_SUFFIXES)]
-    others = [path for path in files if not str(path).lower().endswith(PICTURE_SUFFIXES)]
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
-        for path, reason in zip(others, pool.map(_reason_to_leave_out, others)):
-            (pictures if reason is None else left_out.setdefault(reason, [])).append(path)
-    contents = FolderContents(sorted(pictures), left_out)
-    names = [path.name for paths in left_out.values() for path in paths]
-    found = f"{contents.describe_left_out()} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-    if not pictures:
-        raise UserError(f"{flag} {folder}: no picture in it; {found if names else 'it is empty'}")
-    if output is not None:
-        refuse_within(output, folder, flag, contents.pictures)
-    if names:
-        note(f"{flag} {folder}: left out: {found}")
-    return contents
-
-
-def _files_below(folder: Path, flag: str) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files that are not hidden, and what else was met by the reason for leaving it out."""
-    files, left_out = [], {}
-    folders, linked, seen = [folder], deque(), set()
-    while folders or linked:
-        here = folders.pop() if folders else linked.popleft()  # a picture that is found twice goes by its own path
-        real = os.path.realpath(here)
-        if real in seen:
-            continue
-        seen.add(real)
-        try:
-            with os.scandir(here) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            if here == folder:
-                raise UserError(f"{flag} {folder}: the folder cannot be read ({error.strerror})") from error
-            note(f"{flag} {folder}: the folder {here} in it is left out: it cannot be read ({error.strerror})")
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link that leads to itself
-                is_folder = is_file = False
-            if is_folder:
-                (linked if entry.is_symlink() else folders).append(entry.path)
-            elif is_file:
-                files.append(Path(entry.path))
-            else:
-                is_broken = entry.is_symlink() and not os.path.exists(entry.path)
-                left_out.setdefault(BROKEN_LINK if is_broken else PIPE, []).append(Path(entry.path))
-    return files, left_out
-
-
-def refuse_within(output: Path, folder: Path, flag: str, pictures: Iterable[Path]) -> None:
-    """Raises UserError where `output`, a folder to write to, belongs to one that is searched for pictures.
-
-    pictures: what was found there; through links it may lie elsewhere.
-    """
-    output, folder = Path(output), Path(folder)
-    searched = {os.path.realpath(path) for path in {path.parent for path in pictures}}
-    real = Path(os.path.realpath(output))
-    above = (real, *real.parents)
-    if not searched.isdisjoint(map(str, above)) or any(each.samefile(folder) for each in above if each.exists()):
-        raise UserError(f"--save_path {output}: belongs to {flag} {folder}, which is searched with all its subfolders: "
-                        "the next call would find there what this one writes; name a folder outside it")
-
-
-def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[Path]:
-    """The pictures of `look_through`. Raises UserError as that does."""
-    return look_through(folder, flag, output).pictures
-
-
-def _reason_to_leave_out(path: Path) -> str | None:
-    """None for a picture, told by what Pillow makes of its header, whatever its name. Text is none, but a Netpbm's."""
-    try:
-        source = _source(path, ENOUGH_TO_TELL)
-        if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", _content(path, 64)):  # asking Pillow takes many times as long
-            return NO_PICTURE
-        with _lifted_limits(), Image.open(source) as image:
-            return NO_PICTURE if image.format in NOT_DECODED else None
-    except UnidentifiedImageError:
-        return None if _is_heic(path) else NO_PICTURE
-    except OSError:
-        return UNREADABLE
-    except Exception:
-        return NO_PICTURE
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file is a picture, told by its content."""
-    return _reason_to_leave_out(path) is None
-
-
-def _is_heic(path: Path) -> bool:
-    """Whether it is a picture that pillow-heif reads, not Pillow."""
-    return _content(path, 12)[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftyphevx", b"ftypmif1", b"ftypmsf1")
-
-
-@lru_cache
-def register_heic() -> bool:
-    """Have Pillow read HEIC pictures, by pillow-heif. False when that is not installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
-
-
-def split_holdout(paths: list[Path], share: float, flag: str = "--holdout") -> tuple[list[Path], list[Path]]:
-    """Pictures to learn from, and about `share` of them held out, each in the order given.
-
-    A picture's name decides, so that a split stays what it is when pictures come or go. A name's ending
-    `_a` to `_d` does not count: such files are crops of one picture and stay together.
-    Raises UserError, naming `flag`, when nothing is left to learn from.
-    """
-    held_out = [path for path in paths if is_held_out(path, share)]
-    if len(held_out) == len(paths):
-        raise UserError(f"{flag} {share}: all {len(paths)} pictures of {paths[0].parent} would be held out")
-    return [path for path in paths if not is_held_out(path, share)], held_out
-
-
-def is_held_out(path: Path, share: float) -> bool:
-    """Whether `split_holdout` holds the picture out."""
-    stem = re.sub(r"_[a-d]$", "", path.stem)
-    place = int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") / 2**64  # 0..1, evenly spread
-    return place < share
-
-
-def find_split(folder: Path, flag: str, holdout: float, output: Path | None = None) -> tuple[list[Path], list[Path]]:
-    """The pictures of `find_pictures`, split by `split_holdout`. Raises UserError as these do, and, naming `flag`, when
-    none is held out."""
-    paths = find_pictures(folder, flag, output)
-    learned, held_out = split_holdout(paths, holdout)
-    if not held_out:
-        raise UserError(f"{flag} {folder}: --holdout {holdout} holds none of its {len(paths)} pictures out")
-    return learned, held_out
-
-
-def find_measured(folder: Path, flag: str, holdout: float, output: Path | None = None) -> list[Path]:
-    """The pictures to measure: those that training with the same `holdout` left out; all when it is 0.
-
-    Raises UserError as `find_pictures` and `find_split` do.
-    """
-    if holdout == 0:
-        return find_pictures(folder, flag, output)
-    return find_split(folder, flag, holdout, output)[1]
-
-
-class FailedPictures:
-    """Counts a folder's unusable pictures, logs each path once, stops the run when they are too many."""
-
-    def __init__(self, folder: Path, flag: str, total: int, left_out: str = "") -> None:
-        """left_out: what else is in the folder, see `FolderContents.describe_left_out`."""
-        self.where, self.total, self.left_out = f"{flag} {folder}", total, left_out
-        self.paths: set[str] = set()
-
-    def add(self, path: Path, reason: str) -> None:
-        """Raises UserError when more than a tenth of the folder's pictures have failed."""
-        if str(path) not in self.paths:
-            self.paths.add(str(path))
-            note_of_process(f"skipped {reason}")
-            self.check(len(self.paths), self.total, reason)
-
-    def add_other_processes(self) -> None:
-        """Count what the other processes of the run have met; each process must call this. Raises as `add` does."""
-        self.paths.update(*gather(self.paths))
-        self.check(len(self.paths), self.total, "met by another process")
-
-    def check(self, failed: int, total: int, reason: str) -> None:
-        """Raises UserError, with the `reason` of the last, when more than a tenth of `total` pictures have failed."""
-        if failed > MAX_FAILED_SHARE * total:
-            raise UserError(f"{self.where}: {failed} of {total} pictures cannot be used (the last: {reason}); mend or "
-                            "remove them, at most 10% may fail")
-
-    def summary(self) -> str:
-        counts = [f"{self.total} pictures", f"{len(self.paths)} skipped", self.left_out]
-        return f"{self.where}: {', '.join(filter(None, counts))}"
-
-
-def open_folder(
-    folder: Path, flag: str, max_pixels: int, output: Path | None = None
-) -> tuple[list[Path], FailedPictures]:
-    """The pictures of a folder and the tally of its failures.
-
-    Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts; the rest are
-    met as they are drawn. Raises UserError as `find_pictures` does, and when over a tenth fail.
-    """
-    def reason(path: Path) -> str | None:
-        try:
-            load_picture(path, 1, max_pixels)
-        except PictureError as error:
-            return str(error)
-
-    contents = look_through(folder, flag, output)
-    paths = contents.pictures
-    failed = FailedPictures(folder, flag, len(paths), contents.describe_left_out())
-    sample = paths if len(paths) <= STARTUP_CHECK else random.Random(0).sample(paths, STARTUP_CHECK)
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        broken = {path: text for path, text in zip(sample, pool.map(reason, sample)) if text is not None}
-    if broken:  # over a tenth of a sample says the same of the folder
-        failed.check(len(broken), len(sample), list(broken.values())[-1])
-    for path, text in broken.items():
-        failed.add(path, text)
-    return [path for path in paths if path not in broken], failed

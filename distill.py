@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from data import MAX_PIXELS, normalize, open_folder, split_holdout
+from data import MAX_PIXELS, normalize
+from folders import open_folder, split_holdout
 from loss import distillation_errors
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
 from settings import setting
@@ -27,7 +28,6 @@ from utils import (
     process_count,
     resolve_device,
     save_checkpoint,
-    seed_everything,
 )
 from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint
 
@@ -179,7 +179,7 @@ class Distiller:
 
     def __init__(self, config: DistillConfig, device: torch.device, checkpoint: dict | None = None) -> None:
         """checkpoint: of the run that goes on; `restore` puts its weights back."""
-        seed_everything(config.seed)
+        torch.manual_seed(config.seed)
         self.config = config
         self.device = device
         self.held_out: Tensor | None = None  # (n, 3, H, W), uint8, in whole batches, for `measure`

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from data import MAX_PIXELS, OUTPUT_FORMATS, is_searched
+from data import MAX_PIXELS, OUTPUT_FORMATS
+from folders import is_searched
 from network import count_parameters
 from painting.control import PRESERVED, check_styles
 from painting.many import Model, Outcome, PairPainter, Plan

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import MAX_PIXELS, find_split, normalize
+from data import MAX_PIXELS, normalize
 from exporting.formats import (
     CONTENT_SIZES,
     FORMATS,
@@ -24,6 +24,7 @@ from exporting.formats import (
 from exporting.graphs import fill_up
 from exporting.integers import INTEGER_MULTIPLE, quantize_files
 from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
+from folders import find_split
 from painting.pairs import choose_pairs
 from painting.quality import MIN_SIDE, Measurement, Meter, ssim
 from painting.stylizer import load_input, open_model

@@ -55,12 +55,12 @@ cd "$here"
 # What can be refused is refused before anything is written; the pairs that the held-out pictures make are counted.
 possible=$("$py" - "$content" "$style" "$out" "$holdout" <<'P'
 import math, sys
-from data import find_measured, look_through, refuse_within
+from folders import find_measured, find_pictures
 from utils import UserError
 *folders, out, holdout = sys.argv[1:]
 try:
     for name, folder in zip(("CONTENT", "STYLE"), folders):
-        refuse_within(out, folder, name, look_through(folder, name).pictures)
+        find_pictures(folder, name, out)
     print(math.prod(len(find_measured(*each, float(holdout))) for each in zip(folders, ("CONTENT", "STYLE"))))
 except UserError as error:
     sys.exit(print(f"error: {error}".replace("--save_path", "OUT"), file=sys.stderr) or 2)

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from data import MAX_PIXELS, open_folder, split_holdout
+from data import MAX_PIXELS
+from folders import open_folder, split_holdout
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
 from settings import setting
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, range_of_macs
@@ -23,7 +24,6 @@ from utils import (
     process_count,
     process_group,
     resolve_device,
-    seed_everything,
 )
 from weights import load_network, load_vgg, same_vgg
 
@@ -129,7 +129,7 @@ class TrainConfig(TransferConfig):
 
 def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | None) -> TransferTrainer:
     """The trainer at its start, or with the network of the checkpoint, for its `restore`."""
-    seed_everything(config.seed)
+    torch.manual_seed(config.seed)
     vgg, origin = load_vgg(config.backbone, config.vgg_weights, config.seed)
     if checkpoint is not None and not same_vgg(checkpoint.get("vgg_weights"), origin):
         raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "

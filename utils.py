@@ -1,10 +1,9 @@
-"""What every row stands on: bad-input errors, lines on stderr, processes, device and memory, random state, signals,
-files that survive a kill."""
+"""What every row stands on: bad-input errors, lines on stderr, processes, device and memory, signals, and files that
+survive a kill."""
 
 import io
 import os
 import pickle
-import random
 import resource
 import secrets
 import signal
@@ -13,13 +12,12 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, distributed
@@ -69,14 +67,9 @@ def note_of_process(message: str) -> None:
     tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=_console())
 
 
-@lru_cache
-def _nowhere():
-    return open(os.devnull, "w", errors="replace")
-
-
 def _console():
     """stderr, or what swallows all where a program has none: a service, say."""
-    return _nowhere() if sys.stderr is None else sys.stderr
+    return sys.stderr or open(os.devnull, "w", errors="replace")
 
 
 def progress_bar(total: int, description: str, unit: str, hidden: bool = False, **more) -> tqdm:
@@ -92,12 +85,12 @@ def progress_bar(total: int, description: str, unit: str, hidden: bool = False, 
 
 def process_rank() -> int:
     """This process's number among those that torchrun started, 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def process_count() -> int:
     """How many processes torchrun started, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_first_process() -> bool:
@@ -105,17 +98,14 @@ def is_first_process() -> bool:
 
 
 def check_processes() -> None:
-    """Raises UserError where WORLD_SIZE or RANK tells of several processes that torchrun did not start: a scheduler
-    or a notebook can leave them behind, and each would wait for the others, or write nothing, without a word."""
-    alone = {"WORLD_SIZE": "1", "RANK": "0"}
-    left = {name: os.environ[name] for name in alone if os.environ.get(name, alone[name]) != alone[name]}
+    """Raises UserError where a scheduler or a notebook has left WORLD_SIZE or RANK behind: the process would wait for
+    others that nobody started, or write nothing, without a word."""
     missing = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
                if name not in os.environ]
-    if left and missing:
-        found = " and ".join(f"{name}={value}" for name, value in left.items())
-        names = " ".join(name for name in alone if name in os.environ)
-        raise UserError(f"the environment has {found}, but not {', '.join(missing)}, which torchrun sets, too; for "
-                        f"one process: unset {names}; for several: start with torchrun")
+    if missing and (process_count() > 1 or process_rank() > 0):
+        raise UserError(f"the environment says that this is process {process_rank()} of {process_count()}, but has no "
+                        f"{', '.join(missing)}, which torchrun sets, too; for one process: unset WORLD_SIZE RANK; for "
+                        "several: start with torchrun")
 
 
 @contextmanager
@@ -200,20 +190,6 @@ def gather(value) -> list:
     return values
 
 
-def usable_cores() -> int:
-    """The cores that this process may use: by its affinity, and by the quota of its control group."""
-    cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # no control groups of version 2, or no quota ("max")
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
-def worker_count(asked: int | None) -> int:
-    """The processes that decode pictures: as asked, or one a usable core, at most 8."""
-    return asked if asked is not None else min(8, usable_cores())
-
-
 # --------------------------------------------------------------------------------------------- device
 
 
@@ -255,32 +231,44 @@ def free_memory(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     used = psutil.Process().memory_info()
-    left = [psutil.virtual_memory().available, *_left_by_control_groups()]
+    left = [psutil.virtual_memory().available]
     for limit, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
         most = resource.getrlimit(limit)[0]
         if most != resource.RLIM_INFINITY:
             left.append(most - taken)
+    # Version 2 and 1: the limit, what is taken, and the part of it that files take, which makes way.
+    for limit, taken, files in (("memory.max", "memory.current", "file"),
+                                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")):
+        for group in _control_groups("memory"):
+            with suppress(OSError, ValueError, KeyError):  # no such file, or no limit ("max")
+                parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                left.append(int((group / limit).read_text()) - int((group / taken).read_text()) + int(parts[files]))
     return max(0, min(left))
 
 
-# Where the limit stands, what is taken, and the part of it that files take, which makes way.
-_GROUPS_2 = ("memory.max", "memory.current", "file")
-_GROUPS_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0))
+    for group in _control_groups("cpu"):
+        with suppress(OSError, ValueError):  # no such file, or no quota ("max")
+            quota, period = (group / "cpu.max").read_text().split()
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
-def _left_by_control_groups() -> Iterator[int]:
-    """Bytes that each control group leaves that this process is in and that limits memory, of version 2 and 1: a
-    container's, a job's under SLURM or systemd, and those above it."""
+def _control_groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups that this process is in, of version 2 and 1, and of those above: a container's,
+    a job's under SLURM or systemd."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root, names = ("/sys/fs/cgroup", _GROUPS_2) if controllers == "" else ("/sys/fs/cgroup/memory", _GROUPS_1)
-        for folder in (Path(root + group), *Path(root + group).parents):
-            with suppress(OSError, ValueError, KeyError):  # no such file, or no limit ("max")
-                limit, taken = (int((folder / name).read_text()) for name in names[:2])
-                files = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
-                yield limit - taken + int(files[names[2]])
+        if controllers in ("", controller):  # of version 2, of version 1
+            folder = Path(f"/sys/fs/cgroup/{controllers}{group}")
+            yield from (folder, *folder.parents)
+
+
+def worker_count(asked: int | None) -> int:
+    """The processes that decode pictures: as asked, or one a usable core, at most 8."""
+    return asked if asked is not None else min(8, usable_cores())
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -296,14 +284,9 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    is_fast = _cpu_has("amx_tile") or _cpu_has("avx512_bf16") and _cpu_says("vendor_id") == "AuthenticAMD"
+    has = (_cpu_says("flags") or "").split()
+    is_fast = "amx_tile" in has or "avx512_bf16" in has and _cpu_says("vendor_id") == "AuthenticAMD"
     return torch.bfloat16 if is_fast else None
-
-
-def _cpu_has(instructions: str) -> bool:
-    """Whether torch finds a set of instructions; False where this torch does not look for it."""
-    supported = getattr(torch.cpu, f"_is_{instructions}_supported", None)
-    return supported is not None and supported()
 
 
 def _cpu_says(name: str) -> str | None:
@@ -337,35 +320,6 @@ def time_in_turns(calls: list[Callable], turns: int, device: torch.device, warmu
             if turn >= 0:
                 taken.append(time.perf_counter() - start)
     return times
-
-
-# ------------------------------------------------------------------------------- seed and random state
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_state() -> dict:
-    """The random state of torch, as plain tensors for a checkpoint.
-
-    Pictures are drawn by position (see `sampling.TrainingPictures`), so torch's generators are the only
-    random state that a run carries along.
-    """
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = [torch.cuda.get_rng_state()]  # of the run's own GPU: asking others would put a context there
-    return state
-
-
-def restore_random_state(state: dict) -> None:
-    """Put back what `random_state` took."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_initialized() and len(state.get("cuda", [])) == 1:  # an older run's file has one for every GPU
-        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 # -------------------------------------------------------------------------------------------- signals
@@ -407,42 +361,36 @@ class StopRequest:
 def catch_stop_signals():
     """Within the block SIGINT and SIGTERM only set the yielded StopRequest; a second one acts at once."""
     request = StopRequest()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def remember(number, _frame):
         request.signal_number = number
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        handled.close()
         if request.raises:
             raise StopWhileWaiting
 
-    for number in previous:
-        signal.signal(number, remember)
-    try:
+    with _handled((signal.SIGINT, signal.SIGTERM), remember) as handled:
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def tidy_end():
     """Within the block SIGTERM and SIGHUP end the program as an exception does, so that what was half-written goes; not
     where they are caught or ignored already, nor among several processes, which would wait for each other's end."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP)
-               if process_count() == 1 and threading.current_thread() is threading.main_thread()
-               and signal.getsignal(number) == signal.SIG_DFL]
-
     def end(number, _frame):
         raise SystemExit(128 + number)
 
-    for number in numbers:
-        signal.signal(number, end)
-    try:
+    is_alone = process_count() == 1 and threading.current_thread() is threading.main_thread()
+    with _handled([number for number in (signal.SIGTERM, signal.SIGHUP)
+                   if is_alone and signal.getsignal(number) == signal.SIG_DFL], end):
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+
+
+def _handled(numbers: Iterable[int], handler: Callable) -> ExitStack:
+    """A block within which `handler` gets the signals."""
+    block = ExitStack()
+    for number in numbers:
+        block.callback(signal.signal, number, signal.signal(number, handler))
+    return block
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -466,10 +414,8 @@ def replacing(path: Path, durable: bool = False):
         os.replace(temporary, path)
         if durable:  # the rename itself is only on the disk once the folder is
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -498,10 +444,8 @@ def make_folder(path: Path, flag: str) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{flag} {path}: a file is in the way, a folder is needed") from error
     except OSError as error:
-        raise UserError(f"{flag} {path}: the folder cannot be made ({error.strerror})") from error
+        raise UserError(f"{flag} {path}: a folder is needed, and cannot be made ({error.strerror})") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: the folder cannot be written to")
     return path

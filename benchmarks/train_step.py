@@ -24,12 +24,12 @@ from measure import matrix_product_peak, peak_memory, print_json, spread, versio
 from plain import PlainTrainer, plain_loader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import find_pictures
+from folders import find_pictures
 from network import NetworkConfig, build_from_vgg
 from train import TrainConfig
 from training.sampling import PictureCache, TrainingPictures, training_batches
 from training.step import TransferTrainer
-from utils import autocast_dtype, errors_in_one_line, resolve_device, seed_everything, time_in_turns
+from utils import autocast_dtype, errors_in_one_line, resolve_device, time_in_turns
 from weights import load_vgg
 
 PUBLISHED = {
@@ -68,7 +68,7 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     vgg, _ = load_vgg(config.backbone, "random", config.seed)
 
     def trainer(changed: TrainConfig, upsampling: str = "nearest") -> TransferTrainer:
-        seed_everything(config.seed)
+        torch.manual_seed(config.seed)
         network = replace(NetworkConfig.full(config.backbone), upsampling=upsampling)
         return TransferTrainer(*build_from_vgg(network, vgg), changed, device)
 

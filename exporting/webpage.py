@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data import center_crop, denormalize, find_pictures, load_resized, prepare_picture
+from data import denormalize, load_picture, prepare_picture
+from folders import find_pictures
 from network import StyleTransferNetwork
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
 from utils import UserError, make_folder, write_atomically
@@ -64,7 +65,7 @@ def describe_style(stylizer: Stylizer, path: Path) -> tuple[dict, bytes]:
     """A style's name and statistics, and a thumbnail of it as a JPEG file. Raises UnusablePicture."""
     with usable(path, "style_dir"):
         style = stylizer.encode_style(prepare_picture(path))
-        thumbnail = center_crop(load_resized(path, THUMBNAIL), THUMBNAIL)
+        thumbnail = load_picture(path, THUMBNAIL, THUMBNAIL)
     name = path.stem.replace("_", " ")
     encoded = io.BytesIO()
     thumbnail.save(encoded, "JPEG", quality=85)

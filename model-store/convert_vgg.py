@@ -19,7 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from any folder
 
-from data import IMAGENET_MEAN, IMAGENET_STD, find_pictures, normalize, prepare_picture  # noqa: E402
+from data import IMAGENET_MEAN, IMAGENET_STD, normalize, prepare_picture  # noqa: E402
+from folders import find_pictures  # noqa: E402
 from network import LossNetwork  # noqa: E402
 from painting.stylizer import usable  # noqa: E402
 from utils import UserError, errors_in_one_line, save_checkpoint  # noqa: E402

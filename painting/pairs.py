@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
-from data import find_measured, find_pictures, is_held_out, is_searched, refuse_within
+from folders import find_measured, find_pictures, is_held_out, is_searched, refuse_within
 from utils import UserError, note
 
 LONGEST_NAME = 180  # bytes of a pair's name: file systems take 255, and a file in the making has a longer one

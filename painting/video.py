@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import NotFinite, PictureError, find_pictures, is_picture, is_searched, prepare_picture
+from data import NotFinite, PictureError, is_picture, prepare_picture
+from folders import find_pictures, is_searched
 from painting.control import check_styles, combine
 from painting.pairs import check_outputs
 from painting.smoothing import Blender, Motion, MotionTracker, on_grid

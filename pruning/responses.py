@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import FailedPictures, find_measured, normalize
+from data import normalize
+from folders import FailedPictures, find_measured
 from loss import L0_EPS, channel_norm, l0_norm
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, conv_layers, pad_to_stride
 from painting.pairs import choose_pairs

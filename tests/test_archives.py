@@ -10,28 +10,21 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import (
-    read_metrics,
-    refused,
-    small_network,
-    user_error,
-    words,
-    write_model,
-    write_noise,
-    write_picture,
-)
+from helpers import read_metrics, refused, small_network, user_error, words, write_model, write_noise, write_picture
+from PIL import Image
 
 import archives
-import data
-from data import find_pictures, is_searched, load_picture, look_through, open_folder, split_holdout
+from data import load_picture
+from folders import find_pictures, is_searched, open_folder
 from main import main
 from train import train
-from training.sampling import CropConfig, PictureCache, TrainingPictures, training_batches
+from training.sampling import CropConfig, PictureCache, TrainingPictures
 from weights import load_network
 
-CROP = CropConfig(imsize=20, cropsize=16, centered=False, max_pixels=10**8)
+MANY = 10**8
 
 
 def make_photos(folder: Path, count: int = 6) -> Path:
@@ -58,9 +51,9 @@ def pack(folder: Path, archive: Path, method: int = zipfile.ZIP_STORED, force_zi
     return archive
 
 
-def picture_bytes(seed: int = 0, kind: str = "PNG") -> bytes:
+def picture_bytes(seed: int = 0) -> bytes:
     buffer = io.BytesIO()
-    data.to_pil(torch.rand(3, 16, 20, generator=torch.Generator().manual_seed(seed))).save(buffer, kind)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -86,29 +79,14 @@ def photos(tmp_path) -> Path:
 
 @pytest.mark.parametrize("method, force_zip64", [(zipfile.ZIP_STORED, True), (zipfile.ZIP_DEFLATED, False)])
 def test_an_archive_holds_what_its_folder_holds(photos, tmp_path, method, force_zip64, capsys):
+    """Also a large TIFF, whose directory of tags is at its end."""
+    write_noise(photos / "large.tif", (300, 200), 5)
     archive = pack(photos, tmp_path / "PHOTOS.Zip", method, force_zip64)
-    contents, desired = look_through(archive, "--content_dir"), look_through(photos, "--content_dir")
-    assert below(contents.pictures, archive) == below(desired.pictures, photos)
-    assert len(contents.pictures) == 8 and contents.describe_left_out() == "other files: 1"
-    for path, unpacked in zip(contents.pictures, desired.pictures):
+    paths, desired = find_pictures(archive, "--content_dir"), find_pictures(photos, "--content_dir")
+    assert below(paths, archive) == below(desired, photos) and len(paths) == 9
+    for path, unpacked in zip(paths, desired):
         assert load_picture(path).tobytes() == load_picture(unpacked).tobytes()
-    find_pictures(archive, "--content_dir")
     assert f"--content_dir {archive}: left out: other files: 1 (notes.txt)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("workers, method", [(0, zipfile.ZIP_DEFLATED), (2, zipfile.ZIP_STORED)])
-def test_training_batches_are_those_of_the_folder(photos, tmp_path, workers, method):
-    def batches(folder: Path, workers: int) -> list:
-        paths = open_folder(folder, "--content_dir", CROP.max_pixels)[0]
-        learned, held_out = split_holdout(paths, 0.4)
-        assert held_out
-        pictures = TrainingPictures(learned, paths, CROP, seed=3)
-        return list(training_batches(pictures, range(4, 20), 4, workers, pin_memory=False))
-
-    actual, desired = batches(pack(photos, tmp_path / "photos.zip", method), workers), batches(photos, 0)
-    assert len(actual) == len(desired) == 4
-    for (*pictures, failures), (*others, _) in zip(actual, desired):
-        assert failures == [] and all(torch.equal(picture, other) for picture, other in zip(pictures, others))
 
 
 def test_test_mode_paints_and_names_the_same(photos, tmp_path, monkeypatch):
@@ -209,16 +187,16 @@ def test_large_archives_are_opened_once_and_not_sent_to_workers(tmp_path, monkey
             file.writestr(f"train2014/COCO_train2014_{number:012d}.jpg", b"x")
     opened = []
     monkeypatch.setattr(archives, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
-    paths = look_through(tmp_path / "train2014.zip", "--content_dir").pictures
-    assert len(paths) == count and archives.find(paths[-1])[1].file_size == 1
-    assert len(opened) == 1
-    assert len(pickle.dumps(TrainingPictures(paths, paths[:1], CROP, seed=0))) < 150 * count  # the paths
+    paths = find_pictures(tmp_path / "train2014.zip", "--content_dir")
+    assert len(paths) == count and archives.find(paths[-1])[1].file_size == 1 and len(opened) == 1
+    pictures = TrainingPictures(paths, paths[:1], CropConfig(20, 16, False, MANY), seed=0)
+    assert len(pickle.dumps(pictures)) < 150 * count  # the paths
 
 
 # ------------------------------------------------------------------------------------------------- names
 
 
-def test_what_is_hidden_or_added_by_macos_or_a_link_is_left_out(tmp_path):
+def test_what_is_hidden_or_added_by_macos_or_a_link_is_left_out(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
         for name in ("a.png", "/b.png", "./c.png", "in//d.png", ".hidden.png", ".git/e.png", "in/.f/g.png", "../h.png",
                      "__MACOSX/._a.png", "in/__MACOSX/i.png", "j.png/"):
@@ -226,10 +204,9 @@ def test_what_is_hidden_or_added_by_macos_or_a_link_is_left_out(tmp_path):
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
         file.writestr(link, "a.png")
-    contents = look_through(tmp_path / "photos.zip", "--content_dir")
-    assert below(contents.pictures, tmp_path / "photos.zip") == ["a.png", "b.png", "c.png", "in/d.png"]
-    assert contents.left_out == {}
-    assert all(load_picture(path).size == (20, 16) for path in contents.pictures)
+    paths = find_pictures(tmp_path / "photos.zip", "--content_dir")
+    assert below(paths, tmp_path / "photos.zip") == ["a.png", "b.png", "c.png", "in/d.png"]
+    assert all(load_picture(path).size == (20, 16) for path in paths) and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("placeholder, stored, desired", [
@@ -277,7 +254,7 @@ def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, how, said
     spoil(archive, contents["p4"], how)
     message = refused(archive / "p4.png")
     assert message.startswith(f"{archive}/p4.png: ") and said in message
-    paths, failed = open_folder(archive, "--content_dir", CROP.max_pixels)
+    paths, failed = open_folder(archive, "--content_dir", MANY)
     assert len(paths) == 11 and archive / "p4.png" not in paths and failed.total == 12
     assert f"skipped {message}" in capsys.readouterr().err
 
@@ -288,15 +265,7 @@ def test_empty_and_broken_members_are_bad_pictures(tmp_path):
     assert "not a readable picture" in refused(archive / "text.png")
     assert "not a readable picture" in refused(archive / "half.png")
     assert "no such file" in refused(archive / "other.png")
-    assert "3 of 3 pictures" in user_error(open_folder, archive, "--style_dir", CROP.max_pixels)
-
-
-def test_metadata_costs_no_picture_of_an_archive(tmp_path):
-    """A second attempt reads the content once more, see `metadata.mended`."""
-    picture = picture_bytes()
-    broken_text = b"\0\0\0\4zTXtxxxx" + b"\0" * 4
-    archive = write_archive(tmp_path / "a.zip", a=picture[:33] + broken_text + picture[33:], b=picture)
-    assert load_picture(archive / "a.png").tobytes() == load_picture(archive / "b.png").tobytes()
+    assert "3 of 3 pictures" in user_error(open_folder, archive, "--style_dir", MANY)
 
 
 def test_what_is_no_whole_archive_is_refused_at_once(photos, tmp_path):
@@ -304,17 +273,17 @@ def test_what_is_no_whole_archive_is_refused_at_once(photos, tmp_path):
     cut = [whole[: int(share * len(whole))] for share in (0.99, 0.5, 0.01)]
     for content in (*cut, b"", b"no archive", b"\x1f\x8b" + bytes(100)):
         (tmp_path / "photos.zip").write_bytes(content)
-        message = user_error(look_through, tmp_path / "photos.zip", "--content_dir")
+        message = user_error(find_pictures, tmp_path / "photos.zip", "--content_dir")
         assert message.startswith(f"--content_dir {tmp_path / 'photos.zip'}: not a whole .zip archive")
     (tmp_path / "photos.tar").write_bytes(b"no archive that is read")
-    assert "no such folder or .zip archive" in user_error(look_through, tmp_path / "photos.tar", "--content_dir")
+    assert "no such folder or .zip archive" in user_error(find_pictures, tmp_path / "photos.tar", "--content_dir")
 
 
 def test_an_archive_without_pictures_is_refused(tmp_path):
-    assert "it is empty" in user_error(look_through, write_archive(tmp_path / "photos.zip"), "--content_dir")
+    assert "it is empty" in user_error(find_pictures, write_archive(tmp_path / "photos.zip"), "--content_dir")
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
         file.writestr("notes.txt", "of the photographs")
-    assert "other files: 1 (notes.txt)" in user_error(look_through, tmp_path / "photos.zip", "--content_dir")
+    assert "other files: 1 (notes.txt)" in user_error(find_pictures, tmp_path / "photos.zip", "--content_dir")
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -328,7 +297,7 @@ def test_cache_knows_a_member_by_its_place_and_content(tmp_path, monkeypatch):
     write_archive(archive, a=picture_bytes(3), b=picture_bytes(2), c=picture_bytes(4))
     (tmp_path / "link.zip").symlink_to("photos.zip")
     with monkeypatch.context() as patch:
-        patch.setattr("training.sampling.load_resized", None)  # nothing is decoded again
+        patch.setattr("training.sampling.load_picture", None)  # nothing is decoded again
         for path in (archive, tmp_path / "link.zip"):
             assert cache.open(path / "b.png", 16).tobytes() == first["b"]
     assert cache.open(archive / "a.png", 16).tobytes() not in first.values()

@@ -15,7 +15,7 @@ from helpers import CONTENT_DIR, ROOT, STYLE_DIR, read_pixels, refusal, small_ne
 from PIL import Image
 
 import main as command_line
-from data import find_pictures, split_holdout
+from folders import find_pictures, split_holdout
 from main import main
 from network import bottleneck_conv, count_parameters
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE
@@ -217,8 +217,8 @@ def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert refusal(capsys, "--mode", "test") == (
-        "error: the environment has WORLD_SIZE=2 and RANK=1, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT, which "
-        "torchrun sets, too; for one process: unset WORLD_SIZE RANK; for several: start with torchrun")
+        "error: the environment says that this is process 1 of 2, but has no LOCAL_RANK, MASTER_ADDR, MASTER_PORT, "
+        "which torchrun sets, too; for one process: unset WORLD_SIZE RANK; for several: start with torchrun")
 
 
 # ---------------------------------------------------------------------------------------------- consoles

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from helpers import user_error
 from PIL import Image
 
-from data import find_pictures, normalize, pil_to_tensor, prepare_picture
+from data import normalize, pil_to_tensor, prepare_picture
+from folders import find_pictures
 from network import LossNetwork
 from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, load_vgg
 

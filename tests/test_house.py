@@ -8,9 +8,9 @@ from helpers import ROOT
 
 # Lowest first; a module of one row may not import another of the same.
 ROWS = (
-    ("utils", "metadata", "archives", "loss"),
+    ("utils", "archives", "loss"),
     ("network", "data", "painting.apart"),
-    ("weights",),
+    ("weights", "folders"),
     ("settings",),
     # The wings, each module above those that it uses.
     ("training.run_folder", "training.muon", "training.sampling", "training.compaction", "training.dead_units",

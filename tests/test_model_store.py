@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import ROOT, read_pixels, words
 
-from data import find_pictures, normalize, prepare_picture
+from data import normalize, prepare_picture
+from folders import find_pictures
 from main import main
 from network import LossNetwork
 from weights import BUNDLED_VGG19, COMPACT_MODEL, conv_indices, load_network, load_vgg

@@ -182,7 +182,7 @@ EXPORTING = (
     ("export", EXPORT + "x.onnx --int8 --style_dir {tmp}", "--int8: content_dir is needed"),
     ("export", EXPORT + "x.onnx --int8 --style_dir {tmp} --content_dir {tmp} --holdout 0", "--int8 with holdout 0"),
     ("export", EXPORT + "x.onnx --style_dir {tmp}", "--style_dir: only a page has styles"),
-    ("export", EXPORT + "model.pth/x.safetensors", "a file is in the way"),
+    ("export", EXPORT + "model.pth/x.safetensors", "a folder is needed"),
     ("export", "--save_path {tmp}/x.safetensors --load_path {tmp}/none.pth", "{tmp}/none.pth: no such file"),
 )
 

@@ -1,10 +1,9 @@
-"""Files that survive a kill, the checkpoints of a run, metrics, device, seed, signals, the wandb key."""
+"""Files that survive a kill, the checkpoints of a run, metrics, device, memory, signals, the wandb key, processes."""
 
 import contextlib
 import errno
 import io
 import os
-import random
 import resource
 import shutil
 import signal
@@ -34,12 +33,10 @@ from utils import (
     free_memory,
     load_checkpoint,
     make_folder,
-    random_state,
     replacing,
     resolve_device,
-    restore_random_state,
     save_checkpoint,
-    seed_everything,
+    usable_cores,
     write_atomically,
     write_text_atomically,
 )
@@ -48,12 +45,15 @@ from utils import (
 
 
 def test_written_file_holds_what_was_written(tmp_path):
-    write_atomically(tmp_path / "new.bin", lambda file: file.write(b"first"))
-    write_atomically(tmp_path / "new.bin", lambda file: file.write(b"second"))
-    assert (tmp_path / "new.bin").read_bytes() == b"second"
-    write_text_atomically(tmp_path / "text.txt", "grün\n")
-    assert (tmp_path / "text.txt").read_bytes() == "grün\n".encode()
-    assert sorted(os.listdir(tmp_path)) == ["new.bin", "text.txt"]
+    path = tmp_path / "file.bin"
+    write_atomically(path, lambda file: file.write(b"first"))
+    with replacing(path) as file:
+        file.write(b"second")
+        file.flush()
+        assert path.read_bytes() == b"first"  # whole while the new one is written
+    assert path.read_bytes() == b"second"
+    write_text_atomically(path, "grün\n")
+    assert path.read_bytes() == "grün\n".encode() and os.listdir(tmp_path) == ["file.bin"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad"), KeyboardInterrupt()])
@@ -71,16 +71,6 @@ def test_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error, ol
         write_atomically(path, write)
     assert os.listdir(tmp_path) == ([] if old is None else ["file.bin"])
     assert old is None or path.read_bytes() == old
-
-
-def test_old_file_is_whole_while_the_new_one_is_written(tmp_path):
-    path = tmp_path / "file.bin"
-    path.write_bytes(b"old")
-    with replacing(path) as file:
-        file.write(b"new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
 
 
 WRITERS = {
@@ -193,12 +183,10 @@ def test_load_checkpoint_names_its_flag(tmp_path):
 
 def test_make_folder(tmp_path):
     assert make_folder(tmp_path / "a" / "b", "--save_path") == tmp_path / "a" / "b"
-    assert (tmp_path / "a" / "b").is_dir()
     make_folder(tmp_path / "a" / "b", "--save_path")  # again is fine
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        message = user_error(make_folder, path, "--save_path")
-        assert "--save_path" in message and str(path) in message
+        assert f"--save_path {path}: a folder is needed, and cannot be made (" in user_error(make_folder, path, "--save_path")
 
 
 # -------------------------------------------------------------------------------------------- checkpoints
@@ -273,7 +261,7 @@ def test_truncating_without_a_file_makes_none(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------- device, seed
+# ------------------------------------------------------------------------------------------------- device
 
 
 def pretend_gpus(monkeypatch, count: int) -> list[int]:
@@ -301,20 +289,14 @@ def test_gpu_that_is_not_there_is_refused(monkeypatch, gpus, asked):
     assert f"gpu_no {asked}" in message and "-1" in message
 
 
-def test_autocast_dtype():
-    assert autocast_dtype("off", CPU) is None
-    assert autocast_dtype("bf16", CPU) == torch.bfloat16
-
-
-@pytest.mark.parametrize("amx, avx512_bf16, vendor, desired", [
-    (True, False, "GenuineIntel", torch.bfloat16), (False, True, "AuthenticAMD", torch.bfloat16),
-    (False, True, "GenuineIntel", None), (False, False, "AuthenticAMD", None), (False, True, None, None),
+@pytest.mark.parametrize("flags, vendor, desired", [
+    ("sse2 amx_tile", "GenuineIntel", torch.bfloat16), ("avx512_bf16", "AuthenticAMD", torch.bfloat16),
+    ("avx512_bf16", "GenuineIntel", None), ("sse2", "AuthenticAMD", None), (None, None, None),
 ])
-def test_auto_takes_bfloat16_where_the_cpu_is_faster_in_it(monkeypatch, amx, avx512_bf16, vendor, desired):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr("utils._cpu_says", {"vendor_id": vendor}.get)
+def test_auto_takes_bfloat16_where_the_cpu_is_faster_in_it(monkeypatch, flags, vendor, desired):
+    monkeypatch.setattr("utils._cpu_says", {"flags": flags, "vendor_id": vendor}.get)
     assert autocast_dtype("auto", CPU) == desired
+    assert autocast_dtype("off", CPU) is None and autocast_dtype("bf16", CPU) == torch.bfloat16
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
@@ -322,25 +304,6 @@ def test_auto_takes_bfloat16_where_the_gpu_has_units_for_it(monkeypatch, capabil
     desired = torch.bfloat16 if capability[0] >= 8 else None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert autocast_dtype("auto", torch.device("cuda", 0)) == desired
-
-
-@pytest.mark.parametrize("seed", [0, 7, 2**40])
-def test_seed_everything(seed):
-    drawn = []
-    for each in (seed, seed + 1, seed):
-        seed_everything(each)
-        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
-    assert drawn[0] == drawn[2]
-    assert all(first != second for first, second in zip(drawn[0], drawn[1]))
-
-
-def test_random_state_round_trip(tmp_path):
-    """Through a checkpoint file, as a resumed run does it."""
-    save_checkpoint(random_state(), tmp_path / "state.pth")
-    desired = torch.rand(5)
-    torch.rand(100)
-    restore_random_state(load_checkpoint(tmp_path / "state.pth"))
-    assert_close(torch.rand(5), desired, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -357,17 +320,29 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("kind", GROUPS)
-def test_a_job_has_the_memory_that_its_control_group_leaves(monkeypatch, kind):
-    """Of systemd, SLURM or a container; files in memory make way."""
-
+def pretend_files(monkeypatch, files: dict[str, str]) -> None:
     def read_text(path):
-        if str(path) in GROUPS[kind]:
-            return GROUPS[kind][str(path)]
+        if str(path) in files:
+            return files[str(path)]
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("utils.Path.read_text", read_text)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_job_has_the_memory_that_its_control_group_leaves(monkeypatch, kind):
+    """Of systemd, SLURM or a container; files in memory make way."""
+    pretend_files(monkeypatch, GROUPS[kind])
     assert free_memory(CPU) == 2600
+
+
+@pytest.mark.parametrize("quotas, desired", [({OWN: "max 100000"}, 6), ({OWN: "250000 100000"}, 2),
+                                             ({OWN: "max 100000", "/sys/fs/cgroup": "50000 100000"}, 1)])
+def test_a_job_has_the_cores_that_its_control_group_leaves(monkeypatch, quotas, desired):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(6)))
+    pretend_files(monkeypatch, {"/proc/self/cgroup": GROUPS["version 2"]["/proc/self/cgroup"]} | {
+        f"{folder}/cpu.max": quota + "\n" for folder, quota in quotas.items()})
+    assert usable_cores() == desired
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
@@ -442,41 +417,24 @@ def test_wandb_key_in_netrc(home, monkeypatch, name, host, variables, desired):
 # ------------------------------------------------------------------------------------------ processes
 
 
-@pytest.fixture
-def processes(monkeypatch):
-    """Sets what torchrun would set, and only that."""
-    def environment(**given: str) -> None:
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-
-    return environment
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-def test_one_process_and_those_of_torchrun_pass(processes):
-    processes()
-    check_processes()
-    processes(WORLD_SIZE="1", RANK="0")
-    check_processes()
-    processes(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29500")
-    check_processes()
-
-
-@pytest.mark.parametrize("given, found, unset", [
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2", "unset WORLD_SIZE;"),
-    ({"RANK": "1"}, "RANK=1", "unset RANK;"),
-    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2", "unset WORLD_SIZE RANK;"),
-    ({"WORLD_SIZE": "", "RANK": "0"}, "WORLD_SIZE=", "unset WORLD_SIZE RANK;"),
-    ({"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "10.0.0.1"}, "WORLD_SIZE=4 and RANK=3",
-     "unset WORLD_SIZE RANK;"),
+@pytest.mark.parametrize("given, is_refused", [
+    ({}, False), ({"WORLD_SIZE": "1", "RANK": "0"}, False), ({"WORLD_SIZE": "", "RANK": ""}, False), (TORCHRUN, False),
+    ({"WORLD_SIZE": "2"}, True), ({"RANK": "1"}, True), ({"WORLD_SIZE": "2", "RANK": "0"}, True),
+    ({"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "10.0.0.1"}, True),
 ])
-def test_left_over_variables_of_torchrun_are_refused(processes, given, found, unset):
-    processes(**given)
+def test_left_over_variables_of_torchrun_are_refused(monkeypatch, given, is_refused):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    if not is_refused:
+        check_processes()
+        return
     message = user_error(check_processes)
-    assert f"the environment has {found}, but not " in message and unset in message
-    assert all((name in message.split("but not")[1].split("which")[0]) == (name not in given)
-               for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    assert f"has no {', '.join(name for name in TORCHRUN if name not in given)}, which torchrun sets" in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

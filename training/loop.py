@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import Tensor
 
-from data import FailedPictures
+from folders import FailedPictures
 from training.run_folder import CheckpointFolder, MetricFile, WandbRun
 from training.sampling import PicturesByPosition, count_failures, shard_positions, training_batches
 from utils import (
@@ -26,8 +26,6 @@ from utils import (
     process_count,
     process_rank,
     progress_bar,
-    random_state,
-    restore_random_state,
     worker_count,
 )
 
@@ -207,7 +205,6 @@ class Run:
         self.trainer.restore(checkpoint)
         self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
         self.sums.restore(checkpoint["metric_sums"])
-        restore_random_state(checkpoint["random_state"])
 
     def loop(self) -> int:
         """The iterations that are left. Returns the exit code: 0, or 128 + the signal that stopped it."""
@@ -318,7 +315,6 @@ class Run:
             "iteration": self.iteration,
             f"{self.mode}_config": settings,
             **state,
-            "random_state": random_state(),
             "metric_sums": metric_sums,
             "samples_seen": self.samples_seen,
             "processes": process_count(),

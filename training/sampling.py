@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import archives
-from data import MAX_PIXELS, FailedPictures, PictureError, load_resized
+from data import MAX_PIXELS, PictureError, load_picture
+from folders import FailedPictures
 from utils import UserError, note, write_atomically
 
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
@@ -46,7 +47,7 @@ class CropConfig:
 
 
 class PictureCache:
-    """Resized pictures on disk, decoded once: `load_resized` of the same pixels, without the decoding.
+    """Resized pictures on disk, decoded once: `load_picture` of the same pixels, without the decoding.
 
     One uncompressed .npy file a picture and size, (H, W, 3), uint8, of which a crop reads only its rows. A
     file's name tells the picture's path, and the size and time of its last change, so that a changed
@@ -62,12 +63,12 @@ class PictureCache:
     def open(self, path: Path, size: int) -> np.ndarray:
         """The picture at `path` with its shorter side at `size`: (H, W, 3), uint8, mapped from its file.
 
-        Raises PictureError as `load_resized` does.
+        Raises PictureError as `load_picture` does.
         """
         file = self.file_of(path, size)
         with suppress(OSError, ValueError, EOFError):  # not there yet; or cut short, by a crash of the machine say
             return np.load(file, mmap_mode="r", allow_pickle=False)
-        picture = np.asarray(load_resized(path, size, self.max_pixels))
+        picture = np.asarray(load_picture(path, size, max_pixels=self.max_pixels))
         if not self.is_full:
             self._write(picture, file)
         return picture
@@ -160,7 +161,7 @@ class PicturesByPosition(Dataset):
         return torch.from_numpy(np.ascontiguousarray(crop))
 
     def _decode(self, path: Path, size: int):
-        return load_resized(path, size, self.crop.max_pixels)
+        return load_picture(path, size, max_pixels=self.crop.max_pixels)
 
 
 class TrainingPictures(PicturesByPosition):

@@ -25,8 +25,9 @@ from helpers import (
 from PIL import Image
 from torch.testing import assert_close
 
-from data import denormalize, is_held_out, normalize, prepare_picture
+from data import denormalize, normalize, prepare_picture
 from evaluate import TestConfig
+from folders import is_held_out
 from main import main
 from network import NetworkConfig, build_from_vgg
 from painting.pairs import choose_pairs, note_learned_from

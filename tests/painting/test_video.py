@@ -27,8 +27,9 @@ from helpers import (
 )
 from PIL import Image
 
-from data import denormalize, is_searched, to_pil
+from data import denormalize, to_pil
 from evaluate import TestConfig
+from folders import is_searched
 from main import main
 from painting import video
 from painting.smoothing import Blender, MotionTracker, on_grid

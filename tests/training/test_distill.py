@@ -23,8 +23,9 @@ from helpers import (
 from torch.testing import assert_close
 
 import distill as distill_module
-from data import find_pictures, normalize, prepare_picture, split_holdout
+from data import normalize, prepare_picture
 from distill import DistillConfig, Distiller, NormalizedLayers, distill, folded_weights, paint, rate_share
+from folders import find_pictures, split_holdout
 from main import main
 from network import adain, channel_statistics
 from train import TrainConfig, build_trainer

@@ -31,7 +31,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 from helpers import CPU, make_trainer, random_batch, small_network
-from data import FailedPictures
+from folders import FailedPictures
 from utils import process_count, process_group, process_rank
 
 def step(settings):

@@ -27,7 +27,8 @@ from helpers import (
 from PIL import Image
 from torch.testing import assert_close
 
-from data import FailedPictures, PictureError, find_pictures
+from data import PictureError
+from folders import FailedPictures, find_pictures
 from train import train
 from training import sampling
 from training.sampling import (
@@ -39,7 +40,7 @@ from training.sampling import (
     shard_positions,
     training_batches,
 )
-from utils import usable_cores, worker_count
+from utils import worker_count
 
 MANY = 10**9
 
@@ -239,7 +240,7 @@ def test_cached_crops_are_the_same_pixels(tmp_path):
 def test_cached_picture_is_not_decoded_again(tmp_path, monkeypatch):
     pictures = cached_pictures(tmp_path, PictureCache(tmp_path / "cache"))
     desired = [pictures[position] for position in range(15)]  # every picture is in it now
-    monkeypatch.setattr(sampling, "load_resized", None)  # what cannot be called
+    monkeypatch.setattr(sampling, "load_picture", None)  # what cannot be called
     again = TrainingPictures(*pictures.folders, pictures.crop, pictures.seed, PictureCache(tmp_path / "cache"))
     for position in range(15):
         assert all(torch.equal(*pair) for pair in zip(again[position][:2], desired[position][:2]))
@@ -429,13 +430,8 @@ def test_a_small_dev_shm_is_enough(small, tmp_path):
 def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):
     assert worker_count(0) == 0 and worker_count(5) == 5
     for cores, desired in ((1, 1), (6, 6), (64, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, cores=cores: set(range(cores)))
-        monkeypatch.setattr("utils.Path.read_text", lambda _self: "max 100000\n")
+        monkeypatch.setattr("utils.usable_cores", lambda cores=cores: cores)
         assert worker_count(None) == desired
-    monkeypatch.setattr("utils.Path.read_text", lambda _self: "250000 100000\n")
-    assert usable_cores() == 2
-    monkeypatch.setattr("utils.Path.read_text", lambda _self: "50000 100000\n")
-    assert usable_cores() == 1
 
 
 def test_a_skipped_picture_is_said_by_the_process_that_met_it(monkeypatch, capsys):

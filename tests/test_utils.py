@@ -186,7 +186,8 @@ def test_make_folder(tmp_path):
     make_folder(tmp_path / "a" / "b", "--save_path")  # again is fine
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"--save_path {path}: a folder is needed, and cannot be made (" in user_error(make_folder, path, "--save_path")
+        message = user_error(make_folder, path, "--save_path")
+        assert f"--save_path {path}: a folder is needed, and cannot be made (" in message
 
 
 # -------------------------------------------------------------------------------------------- checkpoints

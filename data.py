@@ -94,20 +94,18 @@ def picture_size(path: Path) -> tuple[int, int] | None:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture, told by what Pillow makes of its header, whatever its name. Raises OSError or
-    ValueError where it cannot be opened."""
-    with archives.open_file(path) as file:
+    """Whether a file is a picture, told by what Pillow makes of its header, whatever its name; False where it cannot be
+    read."""
+    with suppress(Exception), archives.open_file(path) as file:  # whatever Pillow's plugins raise
         head = file.read(64)
         if HEIC.match(head):  # which Pillow tells only with pillow-heif
             return True
         if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", head):  # text, but no Netpbm; asking Pillow takes far longer
             return False
         file.seek(0)
-        try:
-            with _lifted_limits(), Image.open(file) as image:
-                return image.format not in NOT_DECODED
-        except Exception:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
-            return False
+        with _lifted_limits(), Image.open(file) as image:
+            return image.format not in NOT_DECODED
+    return False
 
 
 def _load(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> Image.Image:

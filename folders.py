@@ -4,7 +4,6 @@ import hashlib
 import os
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,18 +40,17 @@ def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[P
         files = _files_below(folder, flag)
     else:
         raise UserError(f"{flag} {folder}: no such folder or .zip archive")
-    others = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
+    unknown = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
-        reasons = {path: reason for path, reason in zip(others, pool.map(_reason_to_leave_out, others)) if reason}
-    pictures = sorted(path for path in files if path not in reasons)
-    counts = ", ".join(f"{reason}: {count}" for reason, count in Counter(reasons.values()).items())
-    names = [path.name for path in reasons]
-    left_out = f"{counts} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        others = [path for path, is_one in zip(unknown, pool.map(is_picture, unknown)) if not is_one]
+    pictures = sorted({*files} - {*others})
+    named = ", ".join([path.name for path in others[:3]] + ["..."] * (len(others) > 3))
+    left_out = f"other files: {len(others)} ({named})"
     if not pictures:
-        raise UserError(f"{flag} {folder}: no picture in it; {left_out if names else 'it is empty'}")
+        raise UserError(f"{flag} {folder}: no picture in it; {left_out if others else 'it is empty'}")
     if output is not None:
         refuse_within(output, folder, flag, pictures)
-    if names:
+    if others:
         note(f"{flag} {folder}: left out: {left_out}")
     return pictures
 
@@ -75,13 +73,6 @@ def _files_below(folder: Path, flag: str) -> list[Path]:
                                                  if not name.startswith("."))]
         files += [Path(here, name) for name in names if not name.startswith(".")]
     return files
-
-
-def _reason_to_leave_out(path: Path) -> str | None:
-    try:
-        return None if is_picture(path) else "other files"
-    except (OSError, ValueError):  # a broken link, a pipe, an empty file
-        return "unreadable files"
 
 
 def refuse_within(output: Path, folder: Path, flag: str, pictures: Iterable[Path]) -> None:

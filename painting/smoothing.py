@@ -6,8 +6,10 @@ is evened out by blending each painted frame with the one before, carried along 
 unpainted frames agree that the flow is right.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 # Mean difference in the 5 x 5 pixels around, of 255, between a frame and the one before carried along: up to the first
@@ -29,21 +31,22 @@ class Motion:
     followed: np.ndarray | None = None  # (H, W, 1), float32, from 0, new, to 1, surely the same
 
 
-def on_grid(pixels: np.ndarray, motion: Motion, stride: int) -> np.ndarray:
-    """A frame, (H, W, 3), continued by reflection so that the network's grid lies where `motion` has it.
-
-    Returns (H + stride, W + stride, 3), with the frame at `motion.shift`.
-    """
-    rows, columns = motion.shift
-    return np.pad(pixels, ((rows, stride - rows), (columns, stride - columns), (0, 0)), mode="reflect")
+def paint_on_grid(
+    pixels: np.ndarray, motion: Motion, stride: int, paint: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """A frame, (H, W, 3), uint8, painted where `motion` has the network's grid of `stride` pixels: `paint` gets it
+    continued by reflection, (H + stride, W + stride, 3). Returns the same shape."""
+    (height, width), (top, left) = pixels.shape[:2], motion.shift
+    grown = np.pad(pixels, ((top, stride - top), (left, stride - left), (0, 0)), mode="reflect")
+    return paint(grown)[top : top + height, left : left + width]
 
 
 class MotionTracker:
     """Follows the motion in unpainted frames, given in turn."""
 
-    def __init__(self, cv2, stride: int) -> None:
-        """cv2: the module; stride: side of the grid that the network works on, pixels."""
-        self._cv2, self._stride = cv2, stride
+    def __init__(self, stride: int) -> None:
+        """stride: side of the grid that the network works on, pixels."""
+        self._stride = stride
         cv2.setNumThreads(1)  # reading, painting and writing share the cores already
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._before = self._grey_before = self._places = None
@@ -52,7 +55,7 @@ class MotionTracker:
 
     def follow(self, pixels: np.ndarray) -> Motion:
         """pixels: (H, W, 3), uint8, always of one size. Returns how they came from those of the call before."""
-        grey = self._cv2.cvtColor(pixels, self._cv2.COLOR_RGB2GRAY)
+        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         source = followed = None
         if self._before is not None and min(grey.shape) >= _LEAST_SIDE:
             source, followed = self._compare(pixels, grey)
@@ -63,7 +66,7 @@ class MotionTracker:
 
     def _compare(self, pixels: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
         """`Motion.source` and `Motion.followed`; None and None after a cut."""
-        cv2, (height, width) = self._cv2, grey.shape
+        height, width = grey.shape
         if self._places is None:
             self._places = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
         flow = self._flow.calc(grey, self._grey_before, None)  # (H, W, 2): to where each pixel was
@@ -86,17 +89,17 @@ class MotionTracker:
 class Blender:
     """Blends painted frames, given in turn, with those before them."""
 
-    def __init__(self, cv2, share: float) -> None:
+    def __init__(self, share: float) -> None:
         """share: of the frame before, from 0 to below 1, where it could be followed."""
-        self._cv2, self._share = cv2, share
+        self._share = share
         self._before = None  # (H, W, 3), float32: rounded ones would never come to rest
 
     def blend(self, painted: np.ndarray, motion: Motion) -> np.ndarray:
         """painted: (H, W, 3), uint8. Returns the same."""
         blended = painted.astype(np.float32)
         if motion.source is not None:
-            carried = self._cv2.remap(self._before, motion.source, None, self._cv2.INTER_CUBIC,
-                                      borderMode=self._cv2.BORDER_REPLICATE)
+            carried = cv2.remap(self._before, motion.source, None, cv2.INTER_CUBIC,
+                                      borderMode=cv2.BORDER_REPLICATE)
             blended += self._share * motion.followed * np.clip(carried - blended, -_LARGEST, _LARGEST)
         self._before = np.clip(blended, 0.0, 255.0)
         return np.rint(self._before).astype(np.uint8)

@@ -14,7 +14,6 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 PRESERVED = ("luma", "histogram")
 GREY = 2  # levels, of 255, that the channels of a grey picture may differ by
 ASPECT = 0.01  # relative difference in height that a mask may have, scaled to the content's width; or one pixel
-CHUNK = 2**20  # pixels that colour statistics are summed up over at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +83,12 @@ def combine(
 def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
     """Raises UserError where so many styles cannot be made one by these weights or this mask."""
     if mask is not None and (styles != 2 or weights is not None):
-        got = "style_weights, too" if weights is not None else f"{styles} style{'s' * (styles != 1)}"
+        got = "style_weights, too" if weights is not None else f"{styles} style(s)"
         raise UserError(f"mask: got {got}; two styles are needed, for its white and its black")
     if weights is not None:
         named = f"style_weights {' '.join(f'{weight:g}' for weight in weights)}"
         if len(weights) != styles:
-            raise UserError(f"{named}: {len(weights)} for {styles} style{'s' * (styles != 1)}; one each is needed")
+            raise UserError(f"{named}: {len(weights)} for {styles} style(s); one each is needed")
         if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
             raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
     elif mask is None and styles != 1:
@@ -127,22 +126,16 @@ def match_colors(style: Tensor, content: Tensor) -> Tensor:
     x -> A (x - mean of style) + mean of content, A = S_content^(1/2) S_style^(-1/2) (the second of the two choices of
     Gatys et al., arXiv 1606.05897). Where the style's colours do not vary, neither do the result's.
     """
-    (style_mean, style_covariance), (content_mean, content_covariance) = map(_color_moments, (style, content))
+    moments = []
+    for picture in (style, content):
+        colours = picture.flatten(2)[0].double()  # (3, H * W)
+        moments += [colours.mean(1, keepdim=True), torch.cov(colours, correction=0)]
+    style_mean, style_covariance, content_mean, content_covariance = moments
     values, vectors = torch.linalg.eigh(style_covariance)
     # Less than a level of 255 is noise: stretched, it would be what one sees.
     inverse = torch.where(values > 1.0, values.clamp(min=1.0).rsqrt(), 0.0)
     to_white = vectors * inverse @ vectors.T
     values, vectors = torch.linalg.eigh(content_covariance)
     matrix = vectors * values.clamp(min=0.0).sqrt() @ vectors.T @ to_white
-    matched = torch.empty(style.shape, dtype=torch.uint8, device=style.device)
-    for there, here in zip(*(picture.flatten(2)[0].split(CHUNK, dim=1) for picture in (matched, style))):
-        there.copy_((matrix @ (here.double() - style_mean) + content_mean).round().clamp(0.0, 255.0))
-    return matched
-
-
-def _color_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, (3, 1), and covariance, (3, 3), of the colours of a picture, float64."""
-    colours = pixels.flatten(2)[0]  # (3, N)
-    mean = sum(part.double().sum(1, keepdim=True) for part in colours.split(CHUNK, dim=1)) / colours.shape[1]
-    covariance = sum(part @ part.T for part in (part.double() - mean for part in colours.split(CHUNK, dim=1)))
-    return mean, covariance / colours.shape[1]
+    matched = matrix @ (style.flatten(2)[0].double() - style_mean) + content_mean
+    return matched.round().clamp(0.0, 255.0).byte().reshape(style.shape)

@@ -49,7 +49,7 @@ class MotionTracker:
         self._stride = stride
         cv2.setNumThreads(1)  # reading, painting and writing share the cores already
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        self._before = self._grey_before = self._places = None
+        self._before = self._grey_before = None
         self._moved = np.zeros(2)  # rows and columns that the picture moved since the cut
         self._grid = np.zeros(2)  # and that the grid did, whole pixels
 
@@ -67,10 +67,8 @@ class MotionTracker:
     def _compare(self, pixels: np.ndarray, grey: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
         """`Motion.source` and `Motion.followed`; None and None after a cut."""
         height, width = grey.shape
-        if self._places is None:
-            self._places = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
         flow = self._flow.calc(grey, self._grey_before, None)  # (H, W, 2): to where each pixel was
-        source = self._places + flow
+        source = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32) + flow
         carried = cv2.remap(self._before, source, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         error = cv2.blur(np.maximum.reduce(cv2.split(cv2.absdiff(carried, pixels))), (5, 5))  # (H, W)
         within = cv2.inRange(source, (0, 0), (width - 1, height - 1))

@@ -10,16 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import (
-    PictureError,
-    denormalize,
-    from_pil,
-    normalize,
-    picture_size,
-    pixels_to_pil,
-    prepare_picture,
-    to_pil,
-)
+from data import PictureError, denormalize, from_pil, normalize, picture_size, pixels_to_pil, prepare_picture, to_pil
 from network import UPSAMPLINGS, StyleTransferNetwork, adain
 from painting.control import (
     PRESERVED,
@@ -55,8 +46,7 @@ def open_model(
 
 
 class UnusablePicture(UserError):
-    """A picture that cannot be read, or that there is too little memory for; the message names its argument and path.
-    """
+    """A picture that cannot be read, or that the memory is too small for; the message names its argument and path."""
 
 
 @contextmanager
@@ -66,14 +56,13 @@ def usable(path: Path, name: str):
     try:
         yield
     except (PictureError, MemoryError, RuntimeError) as error:
-        message = str(error)
         if lacks_memory(error) or isinstance(error.__cause__, MemoryError):
-            size = "it is" if picture_size(path) is None else "{} x {} pixels are".format(*picture_size(path))
-            message = (f"{path}: {size} too much for the memory; a smaller imsize or cropsize, or a smaller copy of "
-                       "it, helps")
+            width, height = picture_size(path) or "??"
+            error = (f"{path}: {width} x {height} pixels are too much for the memory; a smaller imsize or cropsize, or "
+                     "a smaller copy of it, helps")
         elif not isinstance(error, PictureError):
             raise
-        raise UnusablePicture(f"{name} {message}") from error
+        raise UnusablePicture(f"{name} {error}") from None
 
 
 def load_input(path: Path, config, name: str, least_side: int = 1) -> Tensor:
@@ -131,10 +120,9 @@ class Stylizer:
     ) -> Tensor:
         """content: (B, 3, H, W), uint8, any size and device, or what `open` made of it, which is encoded only once.
 
-        strength: from 0, the decoder's copy of the content, to 1, the full style. keeps_colors: see
-        `control.keep_colors`.
-        Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device. Raises UserError for a mask of
-        another aspect.
+        strength: from 0, the decoder's copy of the content, to 1, the full style. keeps_colors: as
+        `control.keep_colors` does. Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
+        Raises UserError for a mask of another aspect.
         """
         content = self.open(content)
         painted = torch.empty(content.pixels.shape, dtype=next(self.network.parameters()).dtype, device=self.device)
@@ -158,14 +146,13 @@ class Stylizer:
         self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
         preserve_color: str | None = None, style_size: int | None = None,
     ) -> Image.Image:
-        """Returns the painted picture, of exactly the content's size.
+        """The painted picture, of exactly the content's size.
 
         content: a picture (see the class). style: a picture, or as `encode_style` gives it; a list of them with
-        style_weights, see `control.mix`, or of two with mask.
-        strength: see `paint`. mask: a picture of the content's aspect, white where the first style is painted, black
-        where the second is. preserve_color: luma paints the lightness alone, see `control.keep_colors`, histogram in
-        styles that have the content's colours first, see `control.match_colors`. style_size: what the shorter sides of
-        the styles are resized to, pixels: the scale of their strokes.
+        style_weights, see `control.mix`, or of two with mask. strength: see `paint`. mask: a picture of the content's
+        aspect, white where the first style is painted, black where the second is. preserve_color: luma, see
+        `control.keep_colors`, or histogram, see `control.match_colors`. style_size: what the shorter sides of the
+        styles are resized to, pixels: the scale of their strokes.
         Raises UserError when a picture cannot be used or is not painted with finite values, or when the settings do not
         fit each other.
         """
@@ -267,9 +254,8 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:
-    """What matrix units of the device compute in, finely enough for pictures: float16 on GPUs of compute capability 7.0
-    or newer. Other GPUs have none; those of CPUs compute in bfloat16, and a decoder in it changes pictures of the
-    models in model-store by up to 18 of 255, in float16 by up to 2."""
+    """float16 on GPUs that are fast in it, of compute capability 7.0 or newer. CPUs are fast in bfloat16 alone, which
+    changes pictures of the models in model-store by up to 18 of 255."""
     is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     return torch.float16 if is_fast else None
 
@@ -281,18 +267,15 @@ def decode_in_half(stylizer: Stylizer, name: str) -> None:
     The encoder and the statistics stay in float32: AdaIN divides by the content's deviation, which makes an encoder's
     rounding in channels that hardly respond as large as what the style's channels do.
     """
-    dtype = half_dtype(stylizer.device)
+    dtype, decoder, pictures = half_dtype(stylizer.device), stylizer.network.decoder, []
     if dtype is None:
         return
     content, style = (prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE))
-    content, code = stylizer.open(content), stylizer.encode_style(style)
-    decoder = stylizer.network.decoder
-    in_float32, in_half = decoder.forward, torch.autocast(stylizer.device.type, dtype)(decoder.forward)
-    pictures = []
-    for decoder.forward in (in_float32, in_half):
-        pictures.append((denormalize(stylizer.paint(content, code)) * 255.0).round())
-    change = (pictures[0] - pictures[1]).abs().max().item()
-    if not change <= MOST_CHANGE:  # or it is not a number
+    in_float32 = decoder.forward
+    for decoder.forward in (in_float32, torch.autocast(stylizer.device.type, dtype)(in_float32)):
+        pictures.append(np.asarray(stylizer.stylize(content, style), int))
+    change = np.abs(pictures[0] - pictures[1]).max()
+    if change > MOST_CHANGE:
         decoder.forward = in_float32
         note(f"--amp auto: {name} stays in float32: in {str(dtype).removeprefix('torch.')} a picture changes by "
-             f"{change:g} of 255")
+             f"{change} of 255")

@@ -7,6 +7,7 @@ positions share, the mean and the standard deviation of the bottleneck, is merge
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +77,6 @@ class TiledPicture:
         rows, columns = (self._spans(places, tile) for places in self.grid)
         self.tiles = [(row, column) for row in rows for column in columns]
         self.kept = None  # (B, C, *grid) once every tile has been encoded
-        self._statistics = None
 
     def _spans(self, places: int, tile: int | None) -> list[range]:
         """The places of one side in as few spans as tiles without their halos allow, as equal as can be."""
@@ -88,25 +88,21 @@ class TiledPicture:
     def statistics(self, weights: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
         """Mean and unbiased standard deviation of every channel over all positions, (B, C, 1, 1) each, float32, summed
         up in float64. With weights, (1, 1, *grid) each: over the positions as each of these weighs them."""
-        if weights:
-            return self._measured(weights)
-        if self._statistics is None:
-            parameter = next(self.network.parameters())
-            self._statistics = self._measured([torch.ones(1, 1, *self.grid, device=parameter.device)])
-        return self._statistics
+        return self._measured(weights) if weights else self._plain
+
+    @cached_property
+    def _plain(self) -> list[tuple[Tensor, Tensor]]:
+        return self._measured([torch.ones(1, 1, *self.grid, device=next(self.network.parameters()).device)])
 
     @torch.inference_mode()
     def _measured(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        moments = [Moments() for _ in weights]
-        kept = self.kept
-        with self._bar("encode") as bar:
-            for rows, columns in self.tiles:
-                feature = self.feature(rows, columns)
-                for each, weight in zip(moments, weights):
-                    each.add(feature, cut(weight, rows, columns))
-                if self.kept is None:
-                    kept = self._keep(feature, rows, columns, kept)
-                bar.update()
+        moments, kept = [Moments() for _ in weights], self.kept
+        for rows, columns in self._progress("encode"):
+            feature = self.feature(rows, columns)
+            for each, weight in zip(moments, weights):
+                each.add(feature, cut(weight, rows, columns))
+            if self.kept is None:
+                kept = self._keep(feature, rows, columns, kept)
         self.kept = kept
         return [tuple(statistic.to(feature.dtype) for statistic in each.result()) for each in moments]
 
@@ -126,14 +122,12 @@ class TiledPicture:
 
         align: from content features, with the rows and columns of `grid` that they are from, to those to decode.
         """
-        with self._bar("paint") as bar:
-            for tile in self.tiles:
-                read = self._widened(tile, self.halos[1])
-                decoded = self.network.decoder(align(self.feature(*read), *read))
-                shown = self._pixels_of(tile)
-                yield *shown, cut(decoded, *_within(shown, self._pixels_of(read)))
-                del decoded
-                bar.update()
+        for tile in self._progress("paint"):
+            read = self._widened(tile, self.halos[1])
+            decoded = self.network.decoder(align(self.feature(*read), *read))
+            shown = self._pixels_of(tile)
+            yield *shown, cut(decoded, *_within(shown, self._pixels_of(read)))
+            del decoded
 
     def feature(self, rows: range, columns: range) -> Tensor:
         """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""
@@ -154,9 +148,10 @@ class TiledPicture:
         return [range(span.start * self.stride, min(span.stop * self.stride, side))
                 for span, side in zip(spans, self.pixels.shape[2:])]
 
-    def _bar(self, description: str):
-        """A progress bar, shown where there is something to wait for."""
-        return progress_bar(len(self.tiles), description, "tile", hidden=len(self.tiles) == 1, leave=False)
+    def _progress(self, description: str) -> Iterator[tuple[range, range]]:
+        """The tiles, with a progress bar where there is something to wait for."""
+        return progress_bar(len(self.tiles), description, "tile", hidden=len(self.tiles) == 1, leave=False,
+                            iterable=self.tiles)
 
 
 def _within(spans: Sequence[range], read: Sequence[range]) -> list[range]:

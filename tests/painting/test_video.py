@@ -359,7 +359,7 @@ def no_video(folder: Path, clip: Path) -> dict[str, dict]:
         "more than --max_pixels": {"max_pixels": 1000},
         "a video takes one; --style_weights mixes styles": {"style": [picture, picture]},
         "clip.mp4: a video takes one": {"content": [clip, clip]},
-        "1 for 2 styles": {"style": [picture, picture], "style_weights": 1},
+        "1 for 2 style(s)": {"style": [picture, picture], "style_weights": 1},
         "--mask: it is of pictures": {"mask": picture, "style": picture},
         "--preserve_color histogram": {"preserve_color": "histogram"},
         "--tile 8": {"tile": 8},

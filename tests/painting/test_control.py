@@ -124,7 +124,7 @@ def test_weights_on_the_grid_are_means_of_the_mask(codes):
 def test_masks_that_do_not_fit_are_refused(stylizer, tmp_path):
     line = user_error(stylizer.stylize, CONTENT, STYLES, mask=np.zeros((75, 56), np.uint8))
     assert "mask: 56 x 75 pixels" in line and "75 x 56" in line
-    assert "mask: got 1 style(s);" in user_error(stylizer.stylize, CONTENT, STYLES[0], mask=np.zeros((56, 75), np.uint8))
+    assert "mask: got 1 style(s);" in user_error(stylizer.stylize, CONTENT, STYLES[0], mask=CONTENT)
     assert "mask: got 3 style(s)" in user_error(stylizer.stylize, CONTENT, [*STYLES, STYLES[0]], mask=CONTENT)
     assert "style_weights, too" in user_error(stylizer.stylize, CONTENT, STYLES, mask=CONTENT, style_weights=(1, 1))
     assert "missing.png" in user_error(stylizer.stylize, CONTENT, STYLES, mask=tmp_path / "missing.png")

@@ -3,15 +3,12 @@ survive a kill."""
 
 import io
 import os
-import pickle
-import resource
 import secrets
 import signal
 import sys
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -100,12 +97,11 @@ def is_first_process() -> bool:
 def check_processes() -> None:
     """Raises UserError where a scheduler or a notebook has left WORLD_SIZE or RANK behind: the process would wait for
     others that nobody started, or write nothing, without a word."""
-    missing = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-               if name not in os.environ]
+    missing = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing and (process_count() > 1 or process_rank() > 0):
         raise UserError(f"the environment says that this is process {process_rank()} of {process_count()}, but has no "
-                        f"{', '.join(missing)}, which torchrun sets, too; for one process: unset WORLD_SIZE RANK; for "
-                        "several: start with torchrun")
+                        f"{', '.join(sorted(missing))}, which torchrun sets, too; for one process: unset WORLD_SIZE "
+                        "RANK; for several: start with torchrun")
 
 
 @contextmanager
@@ -124,25 +120,17 @@ def process_group(device: torch.device, patience: timedelta | None = None):
     # restarts is the same for all only on one machine.
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes,
-                                   timeout=patience)
-    ends_here = True
-    try:
-        yield
-    except UserError:
-        ends_here = False  # but with the process: it says why before the others see that it has gone
-        raise
-    finally:
-        if ends_here:
-            distributed.destroy_process_group()
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=patience)
+    # After an error the group ends with the process, which says why before the others see that it has gone.
+    yield
+    distributed.destroy_process_group()
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """The rows of all processes, (n * processes, ...), in the order of their numbers. rows: (n, ...).
 
-    DistributedDataParallel averages gradients over the processes. A loss of the gathered rows is one number
-    that each process differentiates by its own rows only, so their gradient is scaled up to make the
-    average a sum.
+    A loss of them is one number, which each process differentiates by its own rows alone: their gradient is scaled up,
+    so that the average that DistributedDataParallel takes over the processes becomes a sum.
     """
     processes = process_count()
     if processes == 1:
@@ -160,15 +148,6 @@ def average_over_processes(values: Tensor) -> Tensor:
     values = values.clone()
     distributed.all_reduce(values)
     return values / process_count()
-
-
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is set in any process; each must call this."""
-    if process_count() == 1:
-        return flag
-    shared = torch.tensor(int(flag))
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-    return bool(shared)
 
 
 def share(items: list) -> list:
@@ -194,32 +173,24 @@ def gather(value) -> list:
 
 
 def resolve_device(gpu_no: int | None) -> torch.device:
-    """The device of `--gpu_no`: None picks GPU 0 when there is one, else the CPU; -1 is the CPU.
+    """The device of `--gpu_no`: -1 is the CPU; None is a GPU where there is one, for each process of torchrun another.
 
-    A GPU becomes torch's current one, so that nothing is put on another. Raises UserError when a GPU is asked for that
-    is not there.
+    A GPU becomes torch's current one, so that nothing is put on another. Raises UserError when it is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu_no is None and count and process_count() > 1:
-        gpu_no = int(os.environ["LOCAL_RANK"])  # torchrun: one GPU a process
     if gpu_no is None:
-        gpu_no = 0 if count else -1
+        gpu_no = (int(os.environ["LOCAL_RANK"]) if process_count() > 1 else 0) if count else -1
+    if not -1 <= gpu_no < count:
+        raise UserError(f"gpu_no {gpu_no}: this machine has {count} usable CUDA GPU(s), counted from 0; -1 is the CPU")
     if gpu_no == -1:
         return torch.device("cpu")
-    if gpu_no < -1:
-        raise UserError(f"gpu_no {gpu_no}: expected -1 for the CPU, or the number of a GPU")
-    if gpu_no >= count:
-        raise UserError(f"gpu_no {gpu_no}: this machine has {count} usable CUDA GPU(s); use -1 for the CPU")
     torch.cuda.set_device(gpu_no)
     return torch.device("cuda", gpu_no)
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether float32 convolutions on a GPU may round their inputs to TF32's 10 bits; matrix products never may.
-
-    Training allows it: its mixed precision rounds more. The losses' Gram matrices and correlations are matrix products
-    and stay in full float32, as pictures and measurements do; torch alone would round convolutions everywhere.
-    """
+    """Whether float32 convolutions on a GPU may round their inputs to TF32's 10 bits, as training does, whose mixed
+    precision rounds more. Matrix products never may: they are the losses' Gram matrices and correlations."""
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -230,11 +201,10 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    used = psutil.Process().memory_info()
-    left = [psutil.virtual_memory().available]
-    for limit, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
-        most = resource.getrlimit(limit)[0]
-        if most != resource.RLIM_INFINITY:
+    process, left = psutil.Process(), [psutil.virtual_memory().available]
+    used = process.memory_info()
+    for limit, taken in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+        if (most := process.rlimit(limit)[0]) != psutil.RLIM_INFINITY:
             left.append(most - taken)
     # Version 2 and 1: the limit, what is taken, and the part of it that files take, which makes way.
     for limit, taken, files in (("memory.max", "memory.current", "file"),
@@ -275,27 +245,23 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The data type of mixed precision for `--amp`, or None for float32 throughout.
 
     `auto` is bfloat16 where it is faster than float32: on GPUs of compute capability 8.0 or newer, and on CPUs with AMX
-    or, from AMD, with AVX512-BF16. Intel's CPUs with AVX512-BF16 and without AMX take longer in it (see
-    docs/performance.md), CPUs with neither 10 to 60 times as long.
+    or, from AMD, with AVX512-BF16. Others take longer in it, up to 60 times (see docs/performance.md).
     """
-    if amp == "off":
-        return None
-    if amp == "bf16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    has = (_cpu_says("flags") or "").split()
-    is_fast = "amx_tile" in has or "avx512_bf16" in has and _cpu_says("vendor_id") == "AuthenticAMD"
+    if amp == "auto" and device.type == "cuda":
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif amp == "auto":
+        instructions = _cpu_says("flags").split()
+        is_fast = ("amx_tile" in instructions
+                   or "avx512_bf16" in instructions and _cpu_says("vendor_id") == "AuthenticAMD")
+    else:
+        is_fast = amp == "bf16"
     return torch.bfloat16 if is_fast else None
 
 
-def _cpu_says(name: str) -> str | None:
-    """A line of Linux's /proc/cpuinfo, of the first core; None where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
+def _cpu_says(name: str) -> str:
+    """What a line of Linux's /proc/cpuinfo says of the first core; empty where there is no such line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def describe_device(device: torch.device) -> str:
@@ -338,11 +304,6 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
-
-    @property
-    def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, as a shell reports them."""
-        return 128 + self.signal_number
 
     @contextmanager
     def while_waiting(self):
@@ -423,7 +384,7 @@ def replacing(path: Path, durable: bool = False):
         raise
 
 
-def write_atomically(path: Path, write, durable: bool = False) -> None:
+def write_atomically(path: Path, write: Callable, durable: bool = False) -> None:
     """Put what `write(file)` writes into `path`, see `replacing`.
 
     `write` gets memory, not the file: libraries do not pass on why a disk took no more of theirs.
@@ -474,11 +435,9 @@ def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever the zip reader, the unpickler or a tensor's constructor met
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error) and "GLOBAL" in str(error):
-            reason = ("the file carries pickled code or objects other than tensors and plain types; it was refused and "
-                      "nothing in it was run")
-        else:
-            reason = f"{'a damaged' if zipfile.is_zipfile(path) else 'not a'} model file ({type(error).__name__})"
+        reason = f"no model file, or a damaged one ({type(error).__name__})"
+        if "Unsupported" in str(error) and "GLOBAL" in str(error):
+            reason = "carries pickled code or objects other than tensors and plain types; nothing in it was run"
         raise UserError(f"{flag} {path}: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, a dictionary is needed")

@@ -36,7 +36,7 @@ COMMAND_LINE = (
     ("test", TEST + "--cropsize large", "--cropsize: got large"),
     ("test", TEST + "--amp bf16", "--amp: invalid choice: 'bf16'"),
     ("test", TEST + "--gpu_no 99", "--gpu_no 99: this machine has"),
-    ("test", TEST + "--gpu_no -2", "--gpu_no -2: expected -1 for the CPU"),
+    ("test", TEST + "--gpu_no -2", ("--gpu_no -2: this machine has", "-1 is the CPU")),
     ("test", TEST + "--backbone vgg16", "--backbone vgg16"),
     ("test", TEST + "--max_pixels 100", ("--style {tmp}/b.png", "--max_pixels 100")),
     ("test", TEST + "--content {tmp}/content", "--save_path {tmp}/out.png: one file cannot hold"),

@@ -17,9 +17,9 @@ from utils import (
     StopRequest,
     StopWhileWaiting,
     UserError,
-    any_process,
     average_over_processes,
     catch_stop_signals,
+    gather,
     is_first_process,
     note,
     note_of_process,
@@ -259,7 +259,7 @@ class Run:
                 # Asking the others costs a round trip, so at the speed of a GPU not at every iteration.
                 may_stop = (process_count() == 1 or device.type == "cpu" or is_due
                             or self.iteration % STOP_INTERVAL == 0)
-                stopping = may_stop and any_process(bool(stop))
+                stopping = may_stop and any(gather(bool(stop)))
                 if device.type == "cpu" or is_due or stopping or time.perf_counter() - shown > 1.0:
                     self.sums.raise_if_bad()
                     shown = time.perf_counter()
@@ -272,7 +272,7 @@ class Run:
             if not is_due:
                 self.save()
         note(f"stopped after iteration {self.iteration}, saved{self._how_to_go_on()}")
-        return stop.exit_code if stop else 0  # 0 where another process was told to stop
+        return 128 + stop.signal_number if stop else 0  # as a shell has it; 0 where another process was told to stop
 
     def _next_batch(self, batches: Iterator[tuple], stop: StopRequest) -> list[Tensor] | None:
         """The pictures of the next batch, on the device; None where a stop signal ended the wait for them."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from painting.pairs import (
     Pictures,
     check_outputs,
     choose_pairs,
+    distinct,
     find_inputs,
     find_painted,
     note_learned_from,
@@ -165,34 +165,34 @@ class TestConfig:
         return not self.names_a_folder and self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, a strength given twice, flags that exclude each other, or a save_path
-        that looks like a picture file of a kind that is not written."""
+        """Raises UserError for an empty path, flags that exclude each other, or a save_path that looks like a picture
+        file of a kind that is not written."""
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
                 raise UserError(f"{flag} is empty; leave it out for the default")
-        for strength, times in Counter(self.style_strength).items():
-            if times > 1:
-                raise UserError(f"style_strength {_words(strength)}: given {times} times, once is enough")
-        measures = self.metrics is not None
-        for refused, message in (
-            ({"content", "content_dir"} <= changed(self), "content and --content_dir mean the same: give one of them"),
-            ({"style", "style_dir"} <= changed(self), "style and --style_dir mean the same: give one of them"),
-            (self.combines_styles and measures,
-             f"{'mask' if self.mask else 'style_weights'}: --metrics compares with one style picture; leave one out"),
-            (self.mask is not None and self.cropsize is not None,
-             "mask: --cropsize cuts the content alone; cut both beforehand"),
-            (self.skip_existing and measures, "skip_existing: --metrics measures what is painted now; leave one out"),
-            (self.painted and not measures,
-             "painted: what others painted is measured only; --metrics is needed, too"),
-            # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
-            (not self.writes_a_file and not self.names_a_folder and not makes_video(self)
-             and re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix),
-             f"save_path {self.save_path}: no picture format that can be written ({' '.join(OUTPUT_FORMATS)}); for a "
-             "folder of this name, end it with /"),
-        ):
-            if refused:
+        strengths, measures = [_words(strength) for strength in self.style_strength], self.metrics is not None
+        # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
+        has_format = re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix) and not makes_video(self)
+        for message, is_wrong in {
+            "content and --content_dir mean the same: give one of them": {"content", "content_dir"} <= changed(self),
+            "style and --style_dir mean the same: give one of them": {"style", "style_dir"} <= changed(self),
+            f"style_strength {' '.join(strengths)}: one is given twice": len(set(strengths)) < len(strengths),
+            f"{'mask' if self.mask else 'style_weights'}: --metrics compares with one style picture; leave one out":
+                self.combines_styles and measures,
+            "mask: --cropsize cuts the content alone; cut both beforehand": self.mask and self.cropsize,
+            "skip_existing: --metrics measures what is painted now; leave one out": self.skip_existing and measures,
+            "painted: what others painted is measured only; --metrics is needed, too": self.painted and not measures,
+            f"save_path {self.save_path}: no picture format that can be written ({' '.join(OUTPUT_FORMATS)}); for a "
+            "folder of this name, end it with /": has_format and not self.writes_a_file and not self.names_a_folder,
+        }.items():
+            if is_wrong:
                 raise UserError(message)
+
+
+def _words(strength: float) -> str:
+    """As short as tells it from any other: 0, 0.25, 1."""
+    return repr(float(strength)).removesuffix(".0")
 
 
 # ------------------------------------------------------------------------------------------------- models
@@ -241,36 +241,33 @@ def test(given: dict) -> int:
     pictures, or parts of a video, could not be used."""
     config = TestConfig(**given)
     config.check()
-    if makes_video(config):
-        return _stylise_video(config) if is_first_process() else 0  # one file, one process
-    unused = dict.fromkeys(("frame_rate", "temporal_smoothing"), "on pictures")
-    if not config.measures_losses:
-        # A file of weights may be the encoder of a decoder.pth.
-        flags = ("style_loss", "vgg_weights") if config.vgg_weights in VGG_SOURCES else ("style_loss",)
-        unused |= dict.fromkeys(flags, "without --metrics content or style")
-    _note_unused(config, unused)
+    is_video = makes_video(config)
+    if is_video and not is_first_process():
+        return 0  # one file, one process
+    target = check_video(config) if is_video else None
+    _note_unused(config, is_video)
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
+    if is_video:
+        return stylize_video(config, _open_models(config, device)[0].stylizer, target)
     with process_group(torch.device("cpu"), PATIENCE):  # what the processes tell each other lies in the CPU's memory
         return _stylise(config, device)
 
 
-def _note_unused(config: TestConfig, unused: dict[str, str]) -> None:
-    """Say which of these flags are given, and where each has no effect."""
+def _note_unused(config: TestConfig, is_video: bool) -> None:
+    """Say which flags are given without an effect."""
+    unused = dict.fromkeys(("frame_rate", "temporal_smoothing"), "on pictures")
+    if is_video:
+        of_pictures = ["holdout", "pairs", "skip_existing", "seed", "style_loss"]
+        if not is_searched(config.input("content")[0][0]):
+            of_pictures.append("frame_rate")  # it is of a folder of frames
+        unused = dict.fromkeys(of_pictures, "on a video")
+    elif not config.measures_losses:
+        unused["style_loss"] = "without --metrics content or style"
+        if config.vgg_weights in VGG_SOURCES:  # a file of weights may be the encoder of a decoder.pth
+            unused["vgg_weights"] = unused["style_loss"]
     for flag in sorted(changed(config) & unused.keys()):
         note(f"--{flag} has no effect {unused[flag]}")
-
-
-def _stylise_video(config: TestConfig) -> int:
-    target = check_video(config)
-    unused = ["holdout", "pairs", "skip_existing", "seed", "style_loss"]
-    if not is_searched(config.input("content")[0][0]):
-        unused.append("frame_rate")  # it is of a folder of frames
-    _note_unused(config, dict.fromkeys(unused, "on a video"))
-    device = resolve_device(config.gpu_no)
-    allow_tf32(False)
-    (model,) = _open_models(config, device)
-    return stylize_video(config, model.stylizer, target)
 
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
@@ -284,7 +281,8 @@ def _stylise(config: TestConfig, device: torch.device) -> int:
             note_learned_from(model.name, model.checkpoint, measured)
     outcome = PairPainter(config, plan, models, meter).run()
     if not outcome.values:
-        raise UserError(_why_nothing(plan, outcome))
+        first = next(iter(outcome.unusable.values()))
+        raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {first}")
     if is_first_process():
         _report(config, plan, outcome, models, meter)
     return 1 if outcome.unusable else 0
@@ -298,14 +296,13 @@ def _make_plan(config: TestConfig) -> Plan:
         check_styles(len(styles.paths), config.style_weights, config.mask)
         styles = styles.combined()
     pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
-    others = [find_painted(each, pairs, contents, styles) for each in config.painted or ()]
+    others = {each.partition("=")[0]: find_painted(each, pairs, contents, styles) for each in config.painted or ()}
     names = model_names(config.load_path)
     columns = [name if len(config.style_strength) == 1 else f"{name} at {_words(strength)}"
                for name, strength in product(names, config.style_strength)]
-    for other in others:
-        if other.name.casefold() in map(str.casefold, columns):
-            raise UserError(f"painted {other.name}={other.folder}: another row has this name; choose another")
-        columns.append(other.name)
+    columns += others
+    if distinct(columns) != columns or len(others) < len(config.painted or ()):
+        raise UserError(f"painted {' '.join(config.painted)}: another row has this name; choose another")
     sheets = []
     if len(columns) > 1 or config.pairs is not None and not config.is_single:
         sheets.append(comparison_sheet(pairs, columns))
@@ -341,26 +338,11 @@ def _check_outputs(config: TestConfig, plan: Plan) -> None:
     written = [*chain.from_iterable(plan.files.values()), *(plan.folder / sheet.name for sheet in plan.sheets)]
     written += [plan.folder / METRICS_NAME] * bool(config.measured)
     read = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
-    read += [("--painted", path) for other in plan.others for path in other.files.values()]
+    read += [("--painted", path) for files in plan.others.values() for path in files.values()]
     read += [(f"--{flag}", Path(getattr(config, flag))) for flag in ("mask", "vgg_weights")
              if getattr(config, flag) not in (None, *VGG_SOURCES)]
     folders = set() if config.writes_a_file else {path.parent for path in written}
-    check_outputs(written, folders, (plan.contents, plan.styles), read, config.output)
-
-
-def _words(strength: float) -> str:
-    """As short as tells it from any other: 0, 0.25, 1."""
-    return repr(float(strength)).removesuffix(".0")
-
-
-def _why_nothing(plan: Plan, outcome: Outcome) -> str:
-    """Why nothing could be painted."""
-    for pictures, numbers in zip((plan.contents, plan.styles), map(set, zip(*plan.pairs))):
-        reasons = [reason for (flag, _), reason in outcome.unusable.items() if flag == pictures.flag]
-        if len(reasons) == len(numbers):
-            return (f"{pictures.flag} {' '.join(pictures.named)}: none of {len(reasons)} pictures can be used "
-                    f"({reasons[0]})")
-    return f"none of {len(plan.pairs)} pairs can be painted (the first: {next(iter(outcome.unusable.values()))})"
+    check_outputs(written, folders, (plan.contents, plan.styles), read)
 
 
 # ------------------------------------------------------------------------------------------------- report
@@ -373,7 +355,9 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Model
     pictures = sum(len(plan.files[pair]) for pair in done) - outcome.kept
     wrote = [f"{pictures} pictures" if pictures != 1 else plan.files[done[0]][0].name]
     wrote[0] += f" ({outcome.kept} were there already)" if outcome.kept else ""
-    wrote += [sheet.name for sheet in plan.sheets if sheet.save(plan.folder, outcome.shown)]
+    for sheet in plan.sheets:
+        sheet.save(plan.folder, outcome.shown)
+        wrote.append(sheet.name)
     if meter is not None:
         values = torch.stack([outcome.values[pair] for pair in done]).numpy()
         measurement = Measurement(values, done, plan.columns, meter.metrics)
@@ -391,9 +375,20 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Model
 def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[Model], meter: Meter) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
     packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
-    painters = [_describe(model) | {"style_strength": strength}
-                for model, strength in product(models, config.style_strength)]
-    painters += [{"painted": str(other.folder)} for other in plan.others]
+    painters = [
+        {
+            "file": str(model.file),
+            "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
+            "backbone": model.stylizer.network.config.backbone,
+            "bottleneck_channels": model.stylizer.network.config.bottleneck_width,
+            "parameters": count_parameters(model.stylizer.network),
+            "iteration": model.checkpoint.get("iteration"),
+            "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
+            "style_strength": strength,
+        }
+        for model, strength in product(models, config.style_strength)
+    ]
+    painters += [{"painted": each.partition("=")[2]} for each in config.painted or ()]
     return {
         "models": [
             each | {
@@ -414,18 +409,4 @@ def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: l
         "vgg_weights_of_losses": meter.vgg_origin,
         "device": describe_device(meter.device),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-    }
-
-
-def _describe(model: Model) -> dict:
-    """Plain values for `metrics.json`."""
-    network = model.stylizer.network
-    return {
-        "file": str(model.file),
-        "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
-        "backbone": network.config.backbone,
-        "bottleneck_channels": network.config.bottleneck_width,
-        "parameters": count_parameters(network),
-        "iteration": model.checkpoint.get("iteration"),
-        "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
     }

@@ -40,8 +40,7 @@ class MaskedStyle:
     def regions(self, size: tuple[int, int], stride: int) -> tuple[list[Style], list[Tensor]]:
         """The styles with their weights at every bottleneck position of a content picture of `size`, (height, width):
         (1, 1, h, w), 0..1, together 1, each the mean of the mask over the position's pixels. A style alone, without
-        weights, where the other is nowhere. Raises UserError for a mask of another aspect."""
-        check_mask(self.mask, size)
+        weights, where the other is nowhere."""
         mask = self.mask if self.mask.size == size[::-1] else self.mask.resize(size[::-1], Image.Resampling.BILINEAR)
         weights = np.asarray(mask.reduce(stride), np.float32) / 255.0
         # At least 2 x 2 positions, as `network.pad_to_stride`.
@@ -52,10 +51,13 @@ class MaskedStyle:
         return [self.white, self.black], [weights, 1.0 - weights]
 
 
-def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
-    """Raises UserError for a mask of another aspect than a content picture of `size`, (height, width)."""
-    height, width = size
-    if abs(mask.height * width / mask.width - height) > max(1.0, ASPECT * height):
+def check_content(pixels: Tensor, preserve_color: str | None, mask: Image.Image | None) -> None:
+    """Raises UserError for a content picture, (1, 3, H, W), uint8, that has no colours to preserve, or another aspect
+    than the mask."""
+    if preserve_color is not None and int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY:
+        raise UserError(f"preserve_color {preserve_color}: the content picture is grey; one with colours is needed")
+    height, width = pixels.shape[2:]
+    if mask is not None and abs(mask.height * width / mask.width - height) > max(1.0, ASPECT * height):
         raise UserError(f"mask: {mask.width} x {mask.height} pixels, the content picture has {width} x {height}; "
                         "the same aspect is needed")
 
@@ -96,12 +98,6 @@ def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ colours
-
-
-def check_colors(pixels: Tensor, preserved: str) -> None:
-    """Raises UserError where a content picture, (1, 3, H, W), uint8, has no colours to preserve."""
-    if int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY:
-        raise UserError(f"preserve_color {preserved}: the content picture is grey; one with colours is needed")
 
 
 def keep_colors(content: Tensor, painted: Tensor) -> Tensor:

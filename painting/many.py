@@ -21,9 +21,9 @@ from data import (
     save_picture,
     to_pil,
 )
-from painting.control import MaskedStyle, Style, check_colors, check_mask, combine, match_colors
-from painting.pairs import PaintedFolder, Pair, Pictures
-from painting.quality import MIN_SIDE, MeasuredContent, Meter
+from painting.control import MaskedStyle, Style, check_content, combine, match_colors
+from painting.pairs import Pair, Pictures
+from painting.quality import MIN_SIDE, Meter
 from painting.sheets import Key, Sheet, side_by_side
 from painting.stylizer import Stylizer, UnusablePicture, load_input, usable
 from painting.tiling import TiledPicture
@@ -50,7 +50,7 @@ class Plan:
     styles: Pictures
     pairs: list[Pair]
     columns: list[str]  # the names of a pair's pictures: of each model at each strength, then of `others`
-    others: list[PaintedFolder]  # pictures of the same pairs, to be measured, too
+    others: dict[str, dict[Pair, Path]]  # by a name: pictures of the same pairs, to be measured, too
     mask: Image.Image | None  # L
     folder: Path
     files: dict[Pair, list[Path]]  # to write, of each model at each strength
@@ -67,20 +67,14 @@ class Outcome:
     shown: dict[Key, Image.Image] = field(default_factory=dict)  # small copies for the sheets
 
 
-@dataclass(frozen=True)
-class _Content:
-    """A content picture, decoded, and on its way through each model's network."""
-
-    picture: Tensor  # (1, 3, H, W), uint8
-    alpha: Image.Image | None  # L: how opaque it is
-    opened: list[TiledPicture]
+Content = tuple[Tensor, Image.Image | None, list[TiledPicture]]  # pixels, alpha, and its way through each network
 
 
 @dataclass(frozen=True)
 class _Style:
     """A style, encoded."""
 
-    pictures: list[Tensor]  # (1, 3, H, W), uint8, each; none where no content needs them any more
+    pictures: list[Tensor]  # (1, 3, H, W), uint8, each
     codes: list[Style | MaskedStyle]  # for every model; none where each content colours the pictures first
     measured: list  # what the meter takes of it
 
@@ -144,31 +138,26 @@ class PairPainter:
         config = replace(self.config, imsize=self.config.style_size or self.config.imsize)
         return [self._load(path, config, self.plan.styles) for path in self.plan.styles.groups[number]]
 
-    def _load_content(self, number: int) -> _Content:
+    def _load_content(self, number: int) -> Content:
         """Raises UnusablePicture or PictureError, also where the picture is grey or has another aspect than the mask.
         """
         config, (path,) = self.config, self.plan.contents.groups[number]
         picture = self._load(path, config, self.plan.contents)
         try:
-            if config.preserve_color is not None:
-                check_colors(picture, config.preserve_color)
-            if self.plan.mask is not None:
-                check_mask(self.plan.mask, tuple(picture.shape[2:]))
+            check_content(picture, config.preserve_color, self.plan.mask)
         except UserError as error:
             raise PictureError(f"{path}: {error}") from error
         alpha = load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
-        return _Content(picture, alpha, [model.stylizer.open(picture) for model in self.models])
+        return picture, alpha, [model.stylizer.open(picture) for model in self.models]
 
     def _load(self, path: Path, config, pictures: Pictures) -> Tensor:
         return load_input(path, config, pictures.flag, MIN_SIDE if self.meter else 1)
 
     def _encode_style(self, number: int, pictures: list[Tensor]) -> None:
         self._show(("style", number), side_by_side([pixels_to_pil(each) for each in pictures]))
+        codes = [] if self.config.preserve_color == "histogram" else self._codes(pictures)
         measured = self.meter.open_style(pictures[0]) if self.meter else []
-        if self.config.preserve_color == "histogram":
-            self.encoded[number] = _Style(pictures, [], measured)
-        else:
-            self.encoded[number] = _Style([], self._codes(pictures), measured)
+        self.encoded[number] = _Style(pictures if not codes else [], codes, measured)
 
     def _codes(self, pictures: list[Tensor]) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
@@ -177,37 +166,43 @@ class PairPainter:
 
     # ------------------------------------------------------------------------------------------ outputs
 
-    def _paint_content(self, number: int, content: _Content) -> None:
+    def _paint_content(self, number: int, content: Content) -> None:
         """Paint all pairs of a content."""
-        self._show(("content", number), pixels_to_pil(content.picture))
-        measured = self.meter.open_content(content.picture) if self.meter else None
+        self._show(("content", number), pixels_to_pil(content[0]))
+        measured = self.meter.open_content(content[0]) if self.meter else None
         for pair in self.pairs[number]:
             if pair[1] in self.encoded:
-                self.outcome.values[pair] = self._paint_pair(pair, content, self.encoded[pair[1]], measured)
+                style = self.encoded[pair[1]]
+                outputs = self._paint_pair(pair, content, style)
+                self.outcome.values[pair] = \
+                    self.meter.measure(measured, style.measured, outputs).cpu() if self.meter else None
 
-    def _paint_pair(
-        self, pair: Pair, content: _Content, style: _Style, measured: MeasuredContent | None
-    ) -> Tensor | None:
-        """Paint the pictures of a pair that are not there yet, and have them written. Returns what the meter
-        measured."""
-        codes = style.codes or self._codes([match_colors(each, content.picture) for each in style.pictures])
-        painters = product(range(len(self.models)), self.config.style_strength)
+    def _paint_pair(self, pair: Pair, content: Content, style: _Style) -> list[Tensor]:
+        """Paint the pictures of a pair that are not there yet, and have them written. Returns what is to be measured,
+        that of others, too."""
+        picture, alpha, opened = content
+        codes = style.codes or self._codes([match_colors(each, picture) for each in style.pictures])
         outputs = []
-        for column, ((model, strength), path) in enumerate(zip(painters, self.plan.files[pair])):
-            picture = read_written(path) if self.config.skip_existing else None
-            if picture is None:
-                picture, output = self._paint(self.models[model], content.opened[model], codes[model], strength)
+        painters = product(zip(self.models, opened, codes), self.config.style_strength)
+        for column, ((inputs, strength), path) in enumerate(zip(painters, self.plan.files[pair])):
+            painted = read_written(path) if self.config.skip_existing else None
+            if painted is None:
+                painted, output = self._paint(*inputs, strength)
                 outputs.append(output)
-                self._write(picture, path, content.alpha)
+                self._write(painted, path, alpha)
             else:
                 self.outcome.kept += 1
-            self._show((*pair, column), picture)
+            self._show((*pair, column), painted)
             self.bar.update()
-        for column, other in enumerate(self.plan.others, len(outputs)):
-            picture = self._painted_by_other(other, pair, content.picture)
-            self._show((*pair, column), pixels_to_pil(picture))
-            outputs.append(normalize(picture.to(self.meter.device)))
-        return self.meter.measure(measured, style.measured, outputs).cpu() if self.meter else None
+        for column, (name, files) in enumerate(self.plan.others.items(), len(outputs)):
+            other = load_input(files[pair], replace(self.config, imsize=None, cropsize=None), "painted")
+            if other.shape != picture.shape:
+                raise UserError(f"painted {name}: {files[pair]} has {other.shape[3]} x {other.shape[2]} pixels, its "
+                                f"content as it is painted {picture.shape[3]} x {picture.shape[2]} (--imsize, "
+                                "--cropsize); the same size is needed")
+            self._show((*pair, column), pixels_to_pil(other))
+            outputs.append(normalize(other.to(self.meter.device)))
+        return outputs
 
     def _paint(
         self, model: Model, content: TiledPicture, style: Style | MaskedStyle, strength: float
@@ -221,16 +216,6 @@ class PairPainter:
             return to_pil(denormalize(output)), output
         except NotFinite as error:
             raise UserError(f"load_path {model.file}: {error}") from error
-
-    def _painted_by_other(self, other: PaintedFolder, pair: Pair, content: Tensor) -> Tensor:
-        """The picture of a pair, (1, 3, H, W), uint8. Raises UserError where it is not of the content's size."""
-        flag, path = f"painted {other.name}={other.folder}", other.files[pair]
-        picture = load_input(path, replace(self.config, imsize=None, cropsize=None), flag)
-        if picture.shape != content.shape:
-            (height, width), (rows, columns) = picture.shape[2:], content.shape[2:]
-            raise UserError(f"{flag}: {path} has {width} x {height} pixels, its content as it is painted {columns} x "
-                            f"{rows} (--imsize, --cropsize); the same size is needed")
-        return picture
 
     def _write(self, picture: Image.Image, path: Path, alpha: Image.Image | None) -> None:
         """Have a picture written; waits while as many others as there are threads still are. Raises UserError, also for

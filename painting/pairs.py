@@ -24,7 +24,6 @@ class Pictures:
     """The contents or the styles, and a file-name part for each."""
 
     flag: str  # that named them
-    named: tuple[str, ...]  # as the command line names them
     groups: list[tuple[Path, ...]]  # the pictures of each: one, or all that together make one style
     names: list[str]
     folders: dict[Path, list[Path]]  # those of `named` that are folders or archives, with what was found there
@@ -56,7 +55,7 @@ def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
         folders[each] = find_measured(each, f"--{flag}", holdout)
         for path in folders[each]:
             stems.setdefault(path, "-".join(path.relative_to(each).with_suffix("").parts))
-    return Pictures(flag, tuple(named), [(path,) for path in stems], distinct([*stems.values()]), folders)
+    return Pictures(flag, [(path,) for path in stems], distinct([*stems.values()]), folders)
 
 
 def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
@@ -124,40 +123,25 @@ def output_names(
 
 
 def check_outputs(
-    files: Iterable[Path], folders: Iterable[Path], pictures: Sequence[Pictures], others: Iterable[tuple[str, Path]],
-    save_path: Path,
+    files: Iterable[Path], folders: Iterable[Path], pictures: Sequence[Pictures], others: Iterable[tuple[str, Path]]
 ) -> None:
     """Raises UserError where a file to write is one that is read, or a folder to write to belongs to one that is
-    searched for pictures: the next call would paint what this one wrote.
-
-    others: further files that are read, each with the flag that it is of.
-    """
+    searched for pictures: the next call would paint what this one wrote. others: further files that are read, each
+    with the flag that it is of."""
     inputs = [*((f"--{each.flag}", path) for each in pictures for path in each.paths), *others]
     read = {os.path.realpath(path): f"{flag} {path}" for flag, path in inputs}
     for file in files:
         if os.path.realpath(file) in read:
-            raise UserError(f"save_path {save_path}: {file} would overwrite {read[os.path.realpath(file)]}; name "
-                            "another")
+            raise UserError(f"save_path: {file} would overwrite {read[os.path.realpath(file)]}; name another")
     for folder in folders:
         for each in pictures:
             for root, found in each.folders.items():
                 refuse_within(folder, root, f"--{each.flag}", found)
 
 
-# --------------------------------------------------------------------------------------- painted by others
-
-
-@dataclass(frozen=True)
-class PaintedFolder:
-    """Pictures that another program painted, one of each pair."""
-
-    name: str
-    folder: Path
-    files: dict[Pair, Path]
-
-
-def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: Pictures) -> PaintedFolder:
-    """The pictures of the pairs in a folder, named as test mode names them or CONTENT__STYLE, with any suffix.
+def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: Pictures) -> dict[Pair, Path]:
+    """The pictures that another program painted of the pairs: named as test mode names them or CONTENT__STYLE, with any
+    suffix.
 
     given: NAME=FOLDER. Raises UserError where that is something else, or where not exactly one picture is of a pair.
     """
@@ -174,4 +158,4 @@ def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: 
             raise UserError(f"painted {given}: {len(found)} pictures are called {' or '.join(names)}; one is needed, "
                             "with any suffix")
         files[content, style] = found[0]
-    return PaintedFolder(name, Path(folder), files)
+    return files

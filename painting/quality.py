@@ -34,8 +34,7 @@ FLAT, LIVE = 1.5, 6.0  # of 255: standard deviations of luma, below which a tile
 # ------------------------------------------------------------------------------------------------ metrics
 
 
-# SSIM, and the t quantile below, are our own: scikit-image or kornia, and scipy, would be large dependencies in the
-# place of a few lines each, which the tests hold to those libraries' values.
+# SSIM, and the t quantile below, are our own: the libraries that have them are large, for a few lines each.
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
     """Structural similarity of the luma (Wang et al., IEEE Transactions on Image Processing 13(4), 2004, eq. 13).
@@ -62,18 +61,16 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     return similarity.mean(dim=(1, 2, 3))
 
 
-def load_stlpips(trunk: str = "alex") -> nn.Module:
-    """ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686) with the weights its package carries.
-
-    trunk: "alex" or "vgg". The network takes two pictures, (B, 3, H, W), RGB, -1..1, and gives (B, 1, 1, 1), 0
-    for equal ones. Raises UserError when the package, or one that it imports, is not installed.
-    """
+def load_stlpips() -> nn.Module:
+    """ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686) with the weights its package carries: from two pictures,
+    (B, 3, H, W), RGB, -1..1, to (B, 1, 1, 1), 0 for equal ones. Raises UserError when the package, or one that it
+    imports, is not installed."""
     try:
         from stlpips_pytorch import stlpips
     except ImportError as error:
-        raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install "
-                        "'.[metrics]', or name other metrics") from error
-    return stlpips.LPIPS(net=trunk, variant="shift_tolerant", verbose=False).eval().requires_grad_(False)
+        raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install '.[metrics]', or name other "
+                        "metrics") from error
+    return stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False).eval().requires_grad_(False)
 
 
 def tile_deviations(pixels: Tensor) -> Tensor:
@@ -88,17 +85,8 @@ def tile_deviations(pixels: Tensor) -> Tensor:
 def flat_tiles(painted: Tensor, content: Tensor) -> Tensor:
     """The share of the photograph's tiles with something in them that the painted picture leaves flat; 0 where the
     photograph has no such tile. painted, content: (1, 3, H, W), uint8. Returns a scalar, float64."""
-    live = tile_deviations(content) > LIVE
-    flat = tile_deviations(painted) < FLAT
+    live, flat = tile_deviations(content) > LIVE, tile_deviations(painted) < FLAT
     return (flat & live).sum().double() / live.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class MeasuredContent:
-    """A content picture that outputs are compared with."""
-
-    pixels: Tensor  # (1, 3, H, W), uint8
-    features: list[Tensor]  # the loss network's deepest alone, (1, C, h, w); empty without loss metrics
 
 
 class Meter:
@@ -113,9 +101,7 @@ class Meter:
         device: torch.device,
     ) -> None:
         """metrics: of METRICS; the others as in training. Raises UserError when weights or a package cannot be had."""
-        self.metrics = metrics
-        self.style_kind = style_kind
-        self.device = device
+        self.metrics, self.style_kind, self.device = metrics, style_kind, device
         self.loss_network = self.vgg_origin = self.stlpips = None
         if "stlpips" in metrics:
             self.stlpips = load_stlpips().to(device)
@@ -125,48 +111,43 @@ class Meter:
             self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def open_content(self, picture: Tensor) -> MeasuredContent:
-        """picture: (1, 3, H, W), uint8, sides of MIN_SIDE or more."""
+    def open_content(self, picture: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What `measure` takes of a content picture, (1, 3, H, W), uint8, sides of MIN_SIDE or more: itself, on the
+        device, and the loss network's deepest feature; none without loss metrics."""
         picture = picture.to(self.device)
-        features = [] if self.loss_network is None else self.loss_network(normalize(picture))[-1:]
-        return MeasuredContent(picture, features)
+        return picture, [] if self.loss_network is None else self.loss_network(normalize(picture))[-1:]
 
     @torch.inference_mode()
     def open_style(self, picture: Tensor) -> list[tuple[Tensor, ...]]:
-        """What `measure` takes of a style picture, (1, 3, H, W), uint8, sides of MIN_SIDE or more: the statistics of
-        the loss network's features; nothing without loss metrics."""
+        """What `measure` takes of a style picture, as in `open_content`: the statistics of the loss network's features;
+        none without loss metrics."""
         if self.loss_network is None:
             return []
         return style_statistics(self.loss_network(normalize(picture.to(self.device))), self.style_kind)
 
     @torch.inference_mode()
-    def measure(self, content: MeasuredContent, style: list[tuple[Tensor, ...]], outputs: list[Tensor]) -> Tensor:
+    def measure(
+        self, content: tuple[Tensor, list[Tensor]], style: list[tuple[Tensor, ...]], outputs: list[Tensor]
+    ) -> Tensor:
         """content, style: of `open_content` and `open_style`; outputs of one or more models for this pair:
         (1, 3, H, W), ImageNet-normalised. Returns (len(outputs), len(metrics)), float64.
 
-        The losses see the output as in training, not clipped to the range of a picture, nor rounded; what is given as a
-        picture file was both. The other metrics compare the picture as it is written, clipped and with 8 bits, with the
-        content picture.
+        The losses see the output as in training, neither clipped nor rounded. The other metrics compare the picture as
+        it is written, clipped and with 8 bits, with the content picture.
         """
-        rows = []
-        for output in outputs:
-            features = self.loss_network(output) if self.loss_network is not None else None
-            written = (denormalize(output) * 255.0).round()
-            row = []
-            for metric in self.metrics:
-                match metric:
-                    case "content":
-                        row.append(content_loss(features, content.features))
-                    case "style":
-                        row.append(style_distance(style_statistics(features, self.style_kind), style))
-                    case "ssim":
-                        row.append(ssim(written / 255.0, content.pixels / 255.0)[0])
-                    case "stlpips":
-                        row.append(self.stlpips(written / 127.5 - 1, content.pixels / 127.5 - 1).squeeze())
-                    case "flat":
-                        row.append(flat_tiles(written.byte(), content.pixels))
-            rows.append(torch.stack([value.double() for value in row]))
-        return torch.stack(rows)
+        return torch.stack([self._measure_one(*content, style, output) for output in outputs])
+
+    def _measure_one(self, pixels: Tensor, content_feature: list, style: list, output: Tensor) -> Tensor:
+        features = None if self.loss_network is None else self.loss_network(output)
+        written = (denormalize(output) * 255.0).round()
+        ways = {
+            "content": lambda: content_loss(features, content_feature),
+            "style": lambda: style_distance(style_statistics(features, self.style_kind), style),
+            "ssim": lambda: ssim(written / 255.0, pixels / 255.0)[0],
+            "stlpips": lambda: self.stlpips(written / 127.5 - 1, pixels / 127.5 - 1).squeeze(),
+            "flat": lambda: flat_tiles(written.byte(), pixels),
+        }
+        return torch.stack([ways[metric]().double() for metric in self.metrics])
 
 
 # ---------------------------------------------------------------------------------------------- intervals
@@ -185,11 +166,10 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[float, float]:
     """The mean over pairs, and half of its 95% interval; infinite for a single pair.
 
-    values: (n,); pairs: the content and the style picture of each, by number. Pairs that share a picture are
-    not independent, so the variance is that of Cameron, Gelbach & Miller (Journal of Business & Economic
-    Statistics 29(2), 2011): by content + by style - by pair, each that of cluster sums. Where every picture
-    is in one pair, all three are s^2 / n, and this is the common t interval. A kind with one picture
-    counts as given: the interval then says nothing about other pictures of that kind.
+    values: (n,); pairs: the content and the style picture of each, by number. Pairs that share a picture are not
+    independent, so the variance is that of Cameron, Gelbach & Miller (Journal of Business & Economic Statistics 29(2),
+    2011): by content + by style - by pair, each that of cluster sums. Where every picture is in one pair, this is the
+    common t interval. A kind with one picture counts as given: the interval says nothing about others of that kind.
     """
     clusters = [[content for content, _ in pairs], [style for _, style in pairs], list(range(len(pairs)))]
     mean = float(np.mean(values))
@@ -203,10 +183,8 @@ def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[f
 def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
     """Variance of the mean when the residuals of one cluster go together; 0 for a single cluster."""
     count = len(set(numbers))
-    if count == 1:
-        return 0.0
     sums = np.bincount(np.unique(numbers, return_inverse=True)[1], weights=residuals)
-    return count / (count - 1) * float((sums**2).sum()) / len(residuals) ** 2
+    return count / (count - 1) * float((sums**2).sum()) / len(residuals) ** 2 if count > 1 else 0.0
 
 
 # ----------------------------------------------------------------------------------------------- summary
@@ -239,15 +217,14 @@ class Measurement:
     def table(self, width: int = 20) -> str:
         """Models down, metrics across in columns of `width`; below, each further model's difference from the first.
         A metric that is none of METRICS stands under its own name."""
-        rows = [(name, self.summary(model)) for model, name in enumerate(self.names)]
-        rows += [(f"{name} - {self.names[0]}", self.summary(model, minus=0))
-                 for model, name in enumerate(self.names) if model]
-        named = max(len(name) for name, _ in rows) + 2
+        rows = {name: self.summary(model) for model, name in enumerate(self.names)}
+        rows |= {f"{name} - {self.names[0]}": self.summary(model, minus=0)
+                 for model, name in enumerate(self.names) if model}
+        named = max(map(len, rows)) + 2
         lines = [" " * named + "".join(f"{METRICS.get(metric, metric):>{width}}" for metric in self.metrics)]
-        for name, summaries in rows:
-            shown = (show_summary(summaries[metric]) for metric in self.metrics)
-            lines.append(f"{name:{named}}" + "".join(f"{each:>{width}}" for each in shown))
-        contents, styles = (len({pair[kind] for pair in self.pairs}) for kind in range(2))
+        lines += [f"{name:{named}}" + "".join(f"{show_summary(each):>{width}}" for each in summaries.values())
+                  for name, summaries in rows.items()]
+        contents, styles = (len(set(numbers)) for numbers in zip(*self.pairs))
         lines.append(f"{len(self.pairs)} pairs of {contents} content and {styles} style pictures; ± is the {INTERVAL}")
         return "\n".join(lines)
 

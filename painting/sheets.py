@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from data import save_picture
-from utils import note
 
 CELL = 256  # pixels: side of a picture in a sheet
-SHEET_SIDE = 8192  # pixels: no sheet is larger; its cells shrink instead
-SMALLEST_CELL = 16
+SHEET_SIDE = 8192  # pixels: instead of a larger sheet cells shrink, to LEAST_CELL at least
+LEAST_CELL = 16
 TITLE_HEIGHT = 32  # pixels
 COMPARED_ROWS = 16  # pairs in comparison.png at most
 CONTACT_SHEET = "contact_sheet.png"
@@ -35,46 +35,34 @@ class Sheet:
     @property
     def cell(self) -> int:
         """The side of a cell, pixels."""
-        return min(CELL, SHEET_SIDE // max(len(self.rows) + bool(self.titles), len(self.rows[0])))
+        fitting = SHEET_SIDE // max(len(self.rows) + bool(self.titles), len(self.rows[0]))
+        return max(LEAST_CELL, min(CELL, fitting))
 
-    def save(self, folder: Path, pictures: dict[Key, Image.Image]) -> bool:
-        """Write the sheet into the folder, without the rows and columns that no output has come for. Returns whether
-        there is one: too many pictures do not fit."""
-        if self.cell < SMALLEST_CELL:
-            note(f"no {self.name}: more than {SHEET_SIDE // SMALLEST_CELL - 1} pictures on a side do not fit")
-            return False
-
+    def save(self, folder: Path, pictures: dict[Key, Image.Image]) -> None:
+        """Write the sheet into the folder, without the rows and columns that no output has come for."""
         def is_shown(keys) -> bool:
             outputs = [key for key in keys if key is not None and len(key) == 3]
             return not outputs or any(key in pictures for key in outputs)
 
         columns = [column for column, keys in enumerate(zip(*self.rows)) if is_shown(keys)]
         cells = [self._cell(pictures.get(row[column])) for row in self.rows if is_shown(row) for column in columns]
-        sheet = Image.fromarray(make_grid(cells, nrow=len(columns), padding=0).permute(1, 2, 0).numpy())
-        if self.titles:
-            sheet = self._with_titles(sheet, [self.titles[column] for column in columns])
+        grid = Image.fromarray(make_grid(cells, nrow=len(columns), padding=0).permute(1, 2, 0).numpy())
+        top = TITLE_HEIGHT if self.titles else 0
+        sheet = Image.new("RGB", (grid.width, top + grid.height), "white")
+        sheet.paste(grid, (0, top))
+        for place, column in enumerate(columns if self.titles else ()):
+            title = self.titles[column][-self.cell // 9 :]  # what fits, in letters of 9 pixels
+            ImageDraw.Draw(sheet).text(((place + 0.5) * self.cell, TITLE_HEIGHT / 2), title, fill="black",
+                                       font=ImageFont.load_default(TITLE_HEIGHT // 2), anchor="mm")
         save_picture(sheet, folder / self.name)
-        return True
 
-    def _cell(self, picture: Image.Image | None):
+    def _cell(self, picture: Image.Image | None) -> Tensor:
         """A picture in the middle of a white square, (3, side, side), uint8."""
         cell = Image.new("RGB", (self.cell, self.cell), "white")
         if picture is not None:
             picture.thumbnail((self.cell - max(2, self.cell // 32),) * 2)
             cell.paste(picture, ((self.cell - picture.width) // 2, (self.cell - picture.height) // 2))
         return pil_to_tensor(cell)
-
-    def _with_titles(self, sheet: Image.Image, titles: list[str]) -> Image.Image:
-        """The sheet with a title in the middle over each column, its beginning cut off where it is too long."""
-        titled = Image.new("RGB", (sheet.width, TITLE_HEIGHT + sheet.height), "white")
-        titled.paste(sheet, (0, TITLE_HEIGHT))
-        font = ImageFont.load_default(TITLE_HEIGHT // 2)
-        for column, title in enumerate(titles):
-            while font.getlength(title) > self.cell - 4 and len(title) > 2:
-                title = f"…{title[2:]}"
-            middle = ((column + 0.5) * self.cell, TITLE_HEIGHT / 2)
-            ImageDraw.Draw(titled).text(middle, title, fill="black", font=font, anchor="mm")
-        return titled
 
 
 def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> Sheet:
@@ -99,5 +87,5 @@ def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> Sheet:
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     """Pictures in a row, all as high as the lowest."""
     height = min(picture.height for picture in pictures)
-    row = [picture.resize((max(1, round(picture.width * height / picture.height)), height)) for picture in pictures]
-    return Image.fromarray(np.hstack([np.asarray(picture) for picture in row]))
+    return Image.fromarray(np.hstack([picture.resize((max(1, picture.width * height // picture.height), height))
+                                      for picture in pictures]))

@@ -16,7 +16,7 @@ from painting.control import (
     PRESERVED,
     MaskedStyle,
     Style,
-    check_colors,
+    check_content,
     check_styles,
     combine,
     keep_colors,
@@ -122,7 +122,6 @@ class Stylizer:
 
         strength: from 0, the decoder's copy of the content, to 1, the full style. keeps_colors: as
         `control.keep_colors` does. Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
-        Raises UserError for a mask of another aspect.
         """
         content = self.open(content)
         painted = torch.empty(content.pixels.shape, dtype=next(self.network.parameters()).dtype, device=self.device)
@@ -159,13 +158,13 @@ class Stylizer:
         if preserve_color not in (None, *PRESERVED):
             raise UserError(f"preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
         content = self.open(content)
-        if preserve_color is not None:
-            check_colors(content.pixels, preserve_color)
         styles = style if isinstance(style, (list, tuple)) else [style]
         check_styles(len(styles), style_weights, mask)
         colors_of = content.pixels if preserve_color == "histogram" else None
+        mask = None if mask is None else open_mask(mask)
+        check_content(content.pixels, preserve_color, mask)
         code = combine([self._style(each, style_size, colors_of) for each in styles], style_weights,
-                       None if mask is None else open_mask(mask))
+                       mask)
         return self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
 
     def open(self, picture, name: str = "content") -> TiledPicture:

@@ -360,7 +360,7 @@ def check_video(config) -> Path:
                         "whose name ends with /")
     read = [(f"--{content_flag}", content), *((f"--{style_flag}", Path(style)) for style in styles),
             ("--load_path", Path(config.load_path[0]))]
-    check_outputs([target], (), (), read, target)
+    check_outputs([target], (), (), read)
     return target
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_a_bad_picture_of_a_list_is_skipped_and_a_list_of_bad_ones_refused(flags
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 2 * 256)  # no empty row
     line = refusal(capsys, *words(flags | single | {"content": [bad, tmp_path / "none.png"],
                                                     "save_path": tmp_path / "no"}))
-    assert f"--content {bad} {tmp_path / 'none.png'}: none of 2 pictures can be used" in line
+    assert f"none of 2 pairs can be painted: --content {bad}: not a readable picture" in line
     assert not (tmp_path / "no").exists()
 
 
@@ -132,7 +133,8 @@ def test_each_picture_is_decoded_and_encoded_once(flags, tmp_path, monkeypatch, 
     """By the model, and where losses are measured by the loss network, too."""
     (tmp_path / "contents" / "z.jpg").write_text("no picture")
     decoded, encoded, measured = Counter(), Counter(), Counter()
-    prepare, encode, features = stylize.prepare_picture, network.StyleTransferNetwork.encode, network.LossNetwork.forward
+    prepare, encode = stylize.prepare_picture, network.StyleTransferNetwork.encode
+    features = network.LossNetwork.forward
 
     def count_decoding(path, *more):
         decoded[path.name] += 1
@@ -190,20 +192,17 @@ def test_contents_are_not_held_in_memory(flags, tmp_path, monkeypatch):
     for number in range(30):
         write_noise(tmp_path / "contents" / f"m{number}.png", (8, 8), number)
     monkeypatch.setattr(many, "usable_cores", lambda: 2)
-    alive, most = [0], [0]
+    alive, most, load = weakref.WeakSet(), [], many.load_input
 
-    class Counted(many._Content):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            alive[0] += 1
-            most[0] = max(most[0], alive[0])
+    def count(path, *more):
+        picture = load(path, *more)
+        alive.add(picture)
+        most.append(len(alive))
+        return picture
 
-        def __del__(self):
-            alive[0] -= 1
-
-    monkeypatch.setattr(many, "_Content", Counted)
+    monkeypatch.setattr(many, "load_input", count)
     assert main(words(flags)) == 0
-    assert alive[0] == 0 and 2 <= most[0] <= 6
+    assert not alive and 2 <= max(most) <= 6
 
 
 # ---------------------------------------------------------------------------------------- what is there already

@@ -295,7 +295,7 @@ def test_comparison_shows_the_right_pictures_in_the_right_cells(tmp_path):
     colors = {("content", content): (content * 20, 0, 0) for content in range(8)}
     colors |= {("style", style): (0, style * 20, 0) for style in range(5)}
     colors |= {(*pair, model): (pair[0] * 20, pair[1] * 20, 100 + model) for pair in pairs for model in range(2)}
-    assert sheet.save(tmp_path, {key: Image.new("RGB", (300, 200), color) for key, color in colors.items()})
+    sheet.save(tmp_path, {key: Image.new("RGB", (300, 200), color) for key, color in colors.items()})
     picture = Image.open(tmp_path / "comparison.png").convert("RGB")
     assert picture.size == (4 * 256, 32 + 16 * 256)
     for row in range(16):
@@ -461,7 +461,7 @@ def test_pictures_of_others_that_do_not_fit_are_named(folders, tmp_path, capsys)
     assert "2 pictures are called c1_s0 or c1__s0; one is needed" in line(f"a={others}")
     (others / "c1__s0.jpg").unlink()
     write_picture(others / "c1_s0.png", (36, 40))
-    assert f"--painted a={others}: {others / 'c1_s0.png'} has 36 x 40 pixels, its content" in line(f"a={others}")
+    assert f"--painted a: {others / 'c1_s0.png'} has 36 x 40 pixels, its content" in line(f"a={others}")
 
 
 def test_pictures_that_a_model_has_learned_from_are_counted(tmp_path, capsys):

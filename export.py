@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from data import MAX_PIXELS, normalize
-from exporting.formats import (
-    CONTENT_SIZES,
-    FORMATS,
-    ONNX,
-    STYLE_SIZES,
-    check_files,
-    make_files,
-    need_packages,
-    open_painter,
-)
+from exporting.formats import FORMATS, ONNX, check_files, make_files, need_packages, open_painter
 from exporting.graphs import fill_up
-from exporting.integers import INTEGER_MULTIPLE, quantize_files
+from exporting.integers import fill_for_integers, quantize_files
 from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
 from folders import find_split
 from painting.pairs import choose_pairs
@@ -113,9 +104,8 @@ def load_pairs(config: ExportConfig) -> tuple[Pairs, Pairs, list[tuple[int, int]
     loaded = []
     for paths, count in zip(zip(*splits), (CALIBRATION_PAIRS, config.pairs)):  # learned from, then held out
         numbers = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
-        pictures = [{number: load_input(paths[kind][number], config, name, MIN_SIDE)
-                     for number in {pair[kind] for pair in numbers}} for kind, name in enumerate(names)]
-        loaded.append([(pictures[0][content], pictures[1][style]) for content, style in numbers])
+        loaded.append([tuple(load_input(paths[kind][pair[kind]], config, name, MIN_SIDE)
+                             for kind, name in enumerate(names)) for pair in numbers])
     return *loaded, numbers
 
 
@@ -176,9 +166,8 @@ def export(given: dict) -> int:
         network = fill_up(network, CHANNEL_MULTIPLE)
     files = make_files(network, checkpoint, path / f"page{ONNX}" if config.is_page else path,
                        split=config.split or config.is_page)
-    difference = check_files(files, network)
-    print(f"{'in float32 ' if config.int8 else ''}at {len(CONTENT_SIZES)} content and {len(STYLE_SIZES)} style sizes "
-          f"at most {difference:.1g} of 1 from PyTorch's pictures")
+    print(f"{'in float32 ' if config.int8 else ''}at most {check_files(files, network):.1g} of 1 from PyTorch's "
+          "pictures of several sizes")
     if config.is_page:
         page = page_files(network, Path(config.load_path).stem, *files.values(), styles)
         write_page(path, page)
@@ -186,7 +175,7 @@ def export(given: dict) -> int:
              f"it: python exporting/page/serve.py {path}")
         return 0
     if config.int8:
-        filled = make_files(fill_up(network, INTEGER_MULTIPLE), checkpoint, path, config.split)
+        filled = make_files(fill_for_integers(network), checkpoint, path, config.split)
         float_files, files = files, quantize_files(filled, calibration)
         check_files(files, network, INT8_TOLERANCE)
         compare(float_files, files, held_out, numbers, meter)

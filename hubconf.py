@@ -14,21 +14,15 @@ with _module.apart():
     from weights import MODEL_STORE
 
 
-def compact(**settings) -> Stylizer:
-    """Narrow in every layer. settings: see `Stylizer`."""
-    return Stylizer(MODEL_STORE / "compact.pth", **settings)
+def _entry(name: str, about: str):
+    def load(**settings) -> Stylizer:
+        return Stylizer(MODEL_STORE / f"{name}.pth", **settings)
+
+    load.__doc__ = f"{about} settings: see `Stylizer`."
+    return load
 
 
-def tiny(**settings) -> Stylizer:
-    """Narrower still. settings: see `Stylizer`."""
-    return Stylizer(MODEL_STORE / "tiny.pth", **settings)
-
-
-def baseline(**settings) -> Stylizer:
-    """Full width. settings: see `Stylizer`."""
-    return Stylizer(MODEL_STORE / "baseline.pth", **settings)
-
-
-def ch_xor_pruned(**settings) -> Stylizer:
-    """Full width, without the bottleneck channels that are off for every picture. settings: see `Stylizer`."""
-    return Stylizer(MODEL_STORE / "ch_xor_pruned.pth", **settings)
+compact = _entry("compact", "Narrow in every layer.")
+tiny = _entry("tiny", "Narrower still.")
+baseline = _entry("baseline", "Full width.")
+ch_xor_pruned = _entry("ch_xor_pruned", "Full width, without the bottleneck channels that are off for every picture.")

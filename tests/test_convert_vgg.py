@@ -14,7 +14,7 @@ from PIL import Image
 from data import normalize, pil_to_tensor, prepare_picture
 from folders import find_pictures
 from network import LossNetwork
-from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, load_vgg
+from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, for_normalised_rgb, load_vgg
 
 PHOTOGRAPH = MODEL_STORE.parent / "imgs" / "content" / "parrot.jpg"
 
@@ -99,7 +99,8 @@ def test_first_conv_takes_normalised_rgb_for_caffes_input():
     """One white pixel's worth of each colour, by hand: a filter that reads blue reads 255 - 103.939 of it."""
     weight, bias = torch.zeros(1, 3, 3, 3), torch.zeros(1)
     weight[0, 0, 1, 1] = 2.0  # blue is first in BGR
-    weight, bias = convert_vgg.for_normalised_rgb(weight, bias)
+    weight, bias = for_normalised_rgb(weight, bias, 255 * torch.eye(3).flip(0),
+                                      -torch.tensor(convert_vgg.CAFFE_MEAN_BGR))
     white = normalize(torch.full((1, 3, 3, 3), 255, dtype=torch.uint8))
     actual = F.conv2d(white, weight, bias).item()
     assert actual == pytest.approx(2.0 * (255 - 103.939), rel=1e-5)

@@ -52,13 +52,9 @@ def test_a_cut_leaves_the_output(name, convs):
     torch.testing.assert_close(actual, desired, rtol=1e-9, atol=1e-9 * desired.abs().max().item())
 
 
-def test_channels_that_are_read_elsewhere_are_not_cut():
+def test_channels_that_are_read_elsewhere_and_the_last_one_are_not_cut():
     model = torchvision.models.resnet18(num_classes=5).eval()
     with pytest.raises(ValueError, match="layer2.1.conv1 is not the only layer that reads these channels"):
         any_network.cut(model, {"layer2.1.conv1": torch.arange(128) < 2}, torch.zeros(1, 3, 32, 32))
-
-
-def test_a_convolution_keeps_a_channel():
-    model = torchvision.models.resnet18(num_classes=5).eval()
     small = any_network.cut(model, {"layer1.0.conv2": torch.ones(64, dtype=torch.bool)}, torch.zeros(1, 3, 32, 32))
-    assert small.layer1[0].conv1.out_channels == small.layer1[0].conv2.in_channels == 1
+    assert small.layer1[0].conv1.out_channels == small.layer1[0].conv2.in_channels == 1  # a convolution keeps one

@@ -46,7 +46,7 @@ def layers(reference) -> dict[str, torch.Tensor]:
 
 
 REFERENCE_LOSSES = {
-    "content": lambda f: content_loss([f["feature"]], [f["target"]]),
+    "content": lambda f: content_loss([f["feature2"], f["feature"]], [f["target2"], f["target"]]),  # the deepest alone
     "style_two_layers": lambda f: style_loss([f["feature"], f["feature2"]], [f["target"], f["target2"]]),
     "uncorrelation": lambda f: uncorrelation_loss(f["feature"]),
     "channel": lambda f: channel_loss(channel_norm(f["feature"])),
@@ -68,12 +68,6 @@ def test_reference_values(layers, reference, name):
 # ----------------------------------------------------------------------------------------- content, style
 
 
-def test_content_loss_takes_the_deepest_tap_only():
-    deep, target = torch.tensor([1.0, 5.0]).reshape(1, 1, 1, 2), torch.tensor([0.0, 2.0]).reshape(1, 1, 1, 2)
-    actual = content_loss([torch.full((1, 3, 4, 4), 100.0), deep], [torch.zeros(1, 3, 4, 4), target])
-    assert_close(actual, torch.tensor(5.0))  # (1^2 + 3^2) / 2
-
-
 def test_meanstd_by_hand():
     """Means 2 and 0, unbiased deviations 2 and 0: (4 + 4) for one layer; of two layers, one alike, 8 / 2 / 2."""
     feature = torch.tensor([0.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
@@ -92,15 +86,6 @@ def test_style_gram_against_explicit_sum(layers):
     desired = desired / 2 / 2
     actual = style_loss([layers["feature"], layers["feature2"]], [layers["target"], layers["target2"]], "gram")
     assert_close(actual, torch.tensor(desired, dtype=torch.float32), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["meanstd", "gram"])
-def test_style_loss_takes_pictures_of_different_sizes(kind):
-    """A feature repeated side by side has the same mean and Gram matrix, and nearly the same deviation."""
-    feature = wave((2, 3, 8, 8), 0.37, 3.0)
-    actual = style_loss([torch.cat([feature, feature], dim=3)], [feature], kind)
-    assert_close(actual, torch.tensor(0.0), rtol=0, atol=1e-3)
-    assert style_loss([2 * feature], [feature], kind) > 0.1
 
 
 # ------------------------------------------------------------------------------------------ uncorrelation
@@ -137,15 +122,6 @@ def test_uncorrelation_of_two_constant_channels_with_rounded_mean():
     assert_close(uncorrelation_loss(feature), torch.tensor(0.0), rtol=0, atol=1e-4)
 
 
-def test_uncorrelation_against_numpy(layers):
-    feature = layers["target2"]
-    desired = 0.0
-    for picture in feature.double().numpy():
-        rho = np.corrcoef(picture.reshape(len(picture), -1))
-        desired += np.abs(rho[~np.eye(len(rho), dtype=bool)]).mean()
-    assert_close(uncorrelation_loss(feature).item(), desired, rtol=1e-4, atol=0)
-
-
 # ------------------------------------------------------------------------------------------ channel, xor
 
 
@@ -162,15 +138,6 @@ def test_channel_loss_gradient_is_exact_up_to_large_norms():
     exact = norms.double()
     desired = L0_EPS / (exact + L0_EPS) ** 2 / norms.numel()
     assert_close(norm.grad.double(), desired, rtol=1e-5, atol=0)
-
-
-def test_channel_loss_gradient_reaches_the_feature():
-    """d l0 / d f = eps / (norm + eps)^2 * f / norm."""
-    feature = torch.tensor([300.0, 400.0, 0.06, 0.08]).reshape(1, 2, 1, 2).requires_grad_()  # norms 500 and 0.1
-    channel_loss(channel_norm(feature)).backward()
-    slopes = [0.5 * L0_EPS / (norm + L0_EPS) ** 2 for norm in (500.0, 0.1)]
-    desired = torch.tensor([0.6 * slopes[0], 0.8 * slopes[0], 0.6 * slopes[1], 0.8 * slopes[1]]).reshape(1, 2, 1, 2)
-    assert_close(feature.grad, desired, rtol=1e-5, atol=0)
 
 
 def explicit_xor(norm: torch.Tensor, eps: float) -> torch.Tensor:
@@ -191,12 +158,9 @@ def random_norms(pictures: int, seed: int) -> torch.Tensor:
 
 XOR_CASES = {
     "two pictures": (random_norms(2, 0), 1.0),
-    "odd number": (random_norms(5, 1), 1.0),
-    "published epsilon": (random_norms(6, 2), L0_EPS),
+    "odd number": (random_norms(5, 1), L0_EPS),
     "some off": (random_norms(6, 3) * (random_norms(6, 4) > 2), 0.1),
-    "off with published epsilon": (random_norms(6, 3) * (random_norms(6, 4) > 2), L0_EPS),
     "ties": (random_norms(6, 5).round(), 1.0),
-    "all alike": (torch.full((4, 3), 2.5), 1.0),
     "saturated": (100.0 + 9900.0 * random_norms(5, 6) / 4, L0_EPS),
     "saturated ties": (torch.tensor([[1e4, 0.0, 1e4], [1e4, 0.0, 900.0], [1e4, 1e4, 900.0], [1e4, 3.0, 1e4]]), L0_EPS),
 }
@@ -226,12 +190,6 @@ def test_equal_norms_have_no_gradient_at_all():
     assert_close(loss, torch.tensor(0.0), rtol=0, atol=1e-6)
 
 
-def test_xor_by_hand():
-    """Three pictures, one channel on for one of them: 2 of 3 pairs differ; the second channel is alike."""
-    norm = torch.tensor([[1e9, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    assert_close(xor_loss(norm), torch.tensor((2 / 3 + 0) / 2), rtol=1e-5, atol=0)
-
-
 def test_channels_that_are_off_stay_off():
     feature = wave((2, 4, 3, 3), 0.37, 3.0)
     feature[:, 1] = 0
@@ -248,8 +206,7 @@ def test_moved_by_hand():
     assert torch.equal(moved(image, torch.tensor([0, 0])), image)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (128, 40)])
-@pytest.mark.parametrize("move", [(0, 1), (7, 0), (7, 7)])
+@pytest.mark.parametrize("size, move", [((16, 16), (7, 7)), ((128, 40), (7, 0)), ((128, 40), (0, 1))])
 def test_shift_loss_of_paint_that_follows_is_zero(size, move):
     """Whatever the border shows, where the two pictures differ."""
     rows, columns = move
@@ -281,11 +238,6 @@ def test_distillation_errors_by_hand():
     assert [each.item() for each in actual] == [9.0, 0.25]
 
 
-def test_nonzero_channels_counts_per_picture():
-    norm = torch.tensor([[1e-30, 0.0, 2.0], [0.0, 0.0, 1.0]])
-    assert_close(nonzero_channels(norm), torch.tensor(1.5))
-
-
 # -------------------------------------------------------------------------------- gradients, mixed precision
 
 
@@ -303,32 +255,25 @@ ALL_LOSSES = {
 }
 
 
+KINDS = {"dead": ((slice(None), 1, 0.0),), "dead for one picture": ((0, 1, 0.0),), "constant": ((slice(None), 2, 0.7),),
+         "dead and constant": ((slice(None), 1, 0.0), (slice(None), 2, 0.7), (1, 3, 0.0)),
+         "all dead": ((slice(None), slice(None), 0.0),), "all constant": ((slice(None), slice(None), 0.7),)}
+
+
 def feature_with(kind: str) -> torch.Tensor:
     feature = wave((3, 4, 6, 6), 0.37, 3.0)
-    if kind == "dead":
-        feature[:, 1] = 0
-    elif kind == "dead for one picture":
-        feature[0, 1] = 0
-    elif kind == "constant":
-        feature[:, 2] = 0.7
-    elif kind == "dead and constant":
-        feature[:, 1], feature[:, 2], feature[1, 3] = 0, 0.7, 0
-    elif kind == "all dead":
-        feature[:] = 0
-    elif kind == "all constant":
-        feature[:] = 0.7
+    for pictures, channels, value in KINDS[kind]:
+        feature[pictures, channels] = value
     return feature
 
 
-@pytest.mark.parametrize("kind", ["dead", "dead for one picture", "constant", "dead and constant", "all dead",
-                                  "all constant"])
 @pytest.mark.parametrize("name", ALL_LOSSES)
-def test_value_and_gradient_are_finite(name, kind):
-    feature = feature_with(kind).requires_grad_()
-    loss = ALL_LOSSES[name](feature)
-    loss.backward()
-    assert loss.isfinite()
-    assert feature.grad.isfinite().all()
+def test_value_and_gradient_are_finite(name):
+    for kind in KINDS:
+        feature = feature_with(kind).requires_grad_()
+        loss = ALL_LOSSES[name](feature)
+        loss.backward()
+        assert loss.isfinite() and feature.grad.isfinite().all(), kind
 
 
 @pytest.mark.parametrize("name", ALL_LOSSES)

@@ -17,7 +17,6 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import network as network_module
 import weights as weights_module
 from data import normalize
 from network import (
@@ -84,54 +83,28 @@ def assert_matches(output: torch.Tensor, desired: dict) -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_state_dict_keys_in_order(networks, backbone):
-    assert list(networks[backbone].state_dict()) == REFERENCE["network"][f"keys_{backbone}"]
-
-
-@pytest.mark.parametrize(("backbone", "desired"), [("vgg19", 7010947), ("vgg16", REFERENCE["parameters_vgg16"])])
-def test_parameter_counts(networks, backbone, desired):
-    assert count_parameters(networks[backbone]) == desired
+@torch.inference_mode()
+def test_reference(networks, images, backbone):
+    """Keys, encoder, pictures at three strengths, and the picture of a pruned network."""
+    network, desired = networks[backbone], REFERENCE["network"][backbone]
+    assert list(network.state_dict()) == REFERENCE["network"][f"keys_{backbone}"]
+    assert count_parameters(network) == {"vgg19": 7010947, "vgg16": REFERENCE["parameters_vgg16"]}[backbone]
+    feature = network.encoder(images[backbone][0])
+    assert list(feature.shape) == desired["encoder"]["shape"] and feature.min() >= 0
+    assert_close(feature.mean().item(), desired["encoder"]["mean"], rtol=0, atol=2e-3)
+    assert_close(feature.std().item(), desired["encoder"]["std"], rtol=0, atol=2e-3)
+    for strength in (1.0, 0.5, 0.0):
+        output = network(*images[backbone], strength)
+        assert list(output.shape) == desired[f"strength_{strength}"]["shape"]
+        assert_matches(output, desired[f"strength_{strength}"])
+    cut = cut_bottleneck(network, range(0, 100, 2))
+    assert count_parameters(cut) == desired["pruned_even_channels_below_100"]["params"]
+    assert_matches(cut(*images[backbone]), desired["pruned_even_channels_below_100"])
 
 
 @pytest.mark.parametrize(("pruned", "desired"), REFERENCE["parameters_after_pruning_the_bottleneck_vgg19"].items())
 def test_parameter_counts_after_pruning(networks, pruned, desired):
-    cut = cut_bottleneck(networks["vgg19"], range(int(pruned)))
-    assert count_parameters(cut) == desired
-    with torch.device("meta"):
-        widths = (*networks["vgg19"].config.encoder_widths[:-1], 512 - int(pruned))
-        by_config = StyleTransferNetwork(replace(networks["vgg19"].config, encoder_widths=widths))
-    assert count_parameters(by_config) == desired
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-@torch.inference_mode()
-def test_encoder_reference(networks, images, backbone):
-    desired = REFERENCE["network"][backbone]["encoder"]
-    actual = networks[backbone].encoder(images[backbone][0])
-    assert list(actual.shape) == desired["shape"]
-    assert_close(actual.mean().item(), desired["mean"], rtol=0, atol=2e-3)
-    assert_close(actual.std().item(), desired["std"], rtol=0, atol=2e-3)
-    assert actual.min() >= 0
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@torch.inference_mode()
-def test_output_reference(networks, images, backbone, strength):
-    desired = REFERENCE["network"][backbone][f"strength_{strength}"]
-    content, style = images[backbone]
-    actual = networks[backbone](content, style, strength)
-    assert list(actual.shape) == desired["shape"]
-    assert_matches(actual, desired)
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-@torch.inference_mode()
-def test_pruned_reference(networks, images, backbone):
-    desired = REFERENCE["network"][backbone]["pruned_even_channels_below_100"]
-    cut = cut_bottleneck(networks[backbone], range(0, 100, 2))
-    assert count_parameters(cut) == desired["params"]
-    assert_matches(cut(*images[backbone]), desired)
+    assert count_parameters(cut_bottleneck(networks["vgg19"], range(int(pruned)))) == desired
 
 
 # ------------------------------------------------------------------------------------------------- adain
@@ -155,28 +128,10 @@ def test_adain_by_hand(strength, desired):
     assert_close(adain(content, mean, std, strength), torch.tensor(desired).reshape(1, 1, 1, 3))
 
 
-def test_adain_gives_each_channel_the_statistics_of_the_style():
-    content, style = random_feature((2, 3, 5, 4), 0).double(), 3 * random_feature((2, 3, 6, 6), 1).double()
-    desired = channel_statistics(style)
-    actual = channel_statistics(adain(content, *desired))
-    assert_close(actual, desired, rtol=1e-4, atol=0)  # the epsilon beside the deviation
-    assert actual[0].dtype == torch.float64
-
-
-def test_adain_of_bfloat16_is_computed_in_float32():
-    content, style = random_feature((1, 3, 5, 4), 0).bfloat16(), random_feature((1, 3, 6, 6), 1).bfloat16()
-    actual = adain(content, *channel_statistics(style))
-    assert actual.dtype == torch.float32
-    assert_close(actual, adain(content.float(), *channel_statistics(style.float())), rtol=0, atol=0)
-
-
 # ----------------------------------------------------------------------------------------------- upsampling
 
 
-@pytest.mark.parametrize("size, memory_format", [
-    ((1, 1), torch.contiguous_format), ((1, 4), torch.channels_last), ((2, 3), torch.contiguous_format),
-    ((5, 8), torch.channels_last),
-])
+@pytest.mark.parametrize("size, memory_format", [((1, 1), torch.contiguous_format), ((5, 8), torch.channels_last)])
 def test_upsampled_conv_is_upsampling_padding_and_conv(size, memory_format):
     """Output and every gradient, at the borders too, in float64."""
     generator = torch.Generator().manual_seed(size[1])
@@ -206,42 +161,11 @@ def test_decoder_is_its_layers(backbone, upsampling):
     assert_close(network.decoder.features(feature)[-1], desired, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_decoder_fuses_upsamplings_but_in_bfloat16_on_a_cpu(amp, monkeypatch):
-    """A transposed convolution is slower there than the layers one by one."""
-    fused = []
-    monkeypatch.setattr(network_module, "upsampled_conv",
-                        lambda *inputs, **named: fused.append(1) or upsampled_conv(*inputs, **named))
-    decoder = small_network().decoder
-    feature = torch.randn(1, 6, 3, 5, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        outputs = [decoder(feature), decoder.features(feature)[-1]]
-    assert len(fused) == (0 if amp else 6)
-    assert torch.equal(*outputs)
-
-
-@torch.inference_mode()
-def test_bilinear_decoder_paints_a_ramp_without_steps():
-    """Nearest upsampling turns a slow change into steps as wide as the stride; bilinear does not."""
-    network = small_network(width=12).double()
-    ramp = torch.linspace(0.0, 1.0, 24, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 12, 24, 8)
-    steps = {}
-    for upsampling in ("nearest", "bilinear"):
-        network.use(upsampling)
-        rows = network.decoder(ramp)[0, :, 32:-32, 32]  # (3, 128), away from the border
-        steps[upsampling] = rows.diff(n=2).abs().max() / (rows.max() - rows.min())
-        again = StyleTransferNetwork(network.config).double()
-        again.load_state_dict(network.state_dict())
-        assert torch.equal(again.decoder(ramp), network.decoder(ramp))
-    assert steps["nearest"] > 5 * steps["bilinear"], steps
-
-
 # ------------------------------------------------------------------------------------------------ any size
 
 
 @pytest.mark.parametrize("backbone, size, style_size", [
-    ("vgg19", (1, 1), (16, 24)), ("vgg19", (1, 40), (5, 7)), ("vgg19", (17, 16), (1, 1)), ("vgg19", (24, 32), (37, 61)),
-    ("vgg16", (1, 1), (9, 3)), ("vgg16", (37, 61), (4, 4)),
+    ("vgg19", (1, 40), (5, 7)), ("vgg19", (17, 16), (1, 1)), ("vgg16", (1, 1), (9, 3)), ("vgg16", (37, 61), (4, 4)),
 ])
 @torch.inference_mode()
 def test_pictures_of_any_size(backbone, size, style_size):
@@ -266,14 +190,8 @@ def test_pictures_of_any_size(backbone, size, style_size):
 # -------------------------------------------------------------------------------------------------- config
 
 
-@pytest.mark.parametrize(("backbone", "stride", "bottleneck"), [("vgg19", 8, 512), ("vgg16", 4, 256)])
-def test_full_config(backbone, stride, bottleneck):
-    config = NetworkConfig.full(backbone, "avg")
-    assert (config.pooling, config.stride, config.bottleneck_width) == ("avg", stride, bottleneck)
-    assert config.decoder_widths == (*reversed(config.encoder_widths[:-1]), 3)
-
-
 def test_config_round_trip():
+    assert (NetworkConfig.full("vgg19").stride, NetworkConfig.full("vgg16").stride) == (8, 4)
     config = NetworkConfig("vgg16", "avg", (1, 2, 3, 4, 5, 6, 7), (9, 8, 7, 6, 5, 4, 3), "bilinear", "reflect")
     values = json.loads(json.dumps(config.to_dict()))
     assert NetworkConfig.from_dict(values) == config
@@ -329,26 +247,6 @@ def test_blur_pool_by_hand():
     assert_close(BlurPool2d(2)(feature.mT), desired.mT)
 
 
-def test_blur_pool_leaves_out_what_the_smaller_grid_cannot_hold():
-    """A pattern of two pixels, which max pooling takes for light, is grey wherever it begins; a constant stays."""
-    pattern = torch.tensor([1.0, 0.0]).repeat(1, 1, 8, 4)
-    for moved in (pattern, pattern.roll(1, 3)):
-        assert_close(BlurPool2d(1)(moved)[..., 1:-1], torch.full((1, 1, 4, 2), 0.5))
-    assert_close(BlurPool2d(1)(torch.full((1, 1, 2, 2), 0.7)), torch.full((1, 1, 1, 1), 0.7))
-
-
-def test_features_follow_a_moved_picture_better_behind_blur_pooling():
-    """Of a picture moved by 4 pixels, half a bottleneck position, they lie between those of its neighbours."""
-    picture = nn.functional.interpolate(random_feature((1, 3, 40, 40), 3), scale_factor=4, mode="bicubic")
-    errors = {}
-    for pooling in POOLINGS:
-        encoder = small_network(pooling=pooling, width=12).encoder
-        still, moved = encoder(picture[..., :-8])[..., 2:-2], encoder(picture[..., 4:-4])[..., 2:-2]
-        between = (still[..., 1:] + still[..., :-1]) / 2
-        errors[pooling] = ((moved[..., :-1] - between).square().mean() / moved.var()).item()
-    assert errors["blur"] < 0.7 * errors["avg"] < 0.7 * errors["max"], errors
-
-
 # --------------------------------------------------------------------------------------------- model files
 
 
@@ -381,8 +279,7 @@ def test_checkpoint_round_trip(tmp_path, backbone, pooling, dtype):
     assert checkpoint["iteration"] == 7
 
 
-@pytest.mark.parametrize("backbone, pooling, cut", [("vgg19", "max", []), ("vgg16", "avg", []),
-                                                    ("vgg19", "avg", [1, 4])])
+@pytest.mark.parametrize("backbone, pooling, cut", [("vgg16", "max", []), ("vgg19", "avg", [1, 4])])
 def test_file_of_the_original_implementation(tmp_path, backbone, pooling, cut):
     """It holds only state_dict, pruned or not; that the encoder was trained with average pooling is for the caller to
     say."""
@@ -390,14 +287,6 @@ def test_file_of_the_original_implementation(tmp_path, backbone, pooling, cut):
     torch.save({"state_dict": OrderedDict(desired.state_dict())}, tmp_path / "original.pth")
     actual, _ = load_network(tmp_path / "original.pth", swap_max_pool=pooling == "avg")
     assert_same_network(actual, desired)
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_full_file_of_the_original_implementation(tmp_path, networks, backbone):
-    torch.save({"state_dict": networks[backbone].state_dict()}, tmp_path / "original.pth")
-    actual, _ = load_network(tmp_path / "original.pth")
-    assert actual.config == NetworkConfig.full(backbone)
-    assert_same_tensors(actual.state_dict(), networks[backbone].state_dict())
 
 
 def test_swap_max_pool_against_the_file_is_refused(tmp_path):
@@ -447,13 +336,10 @@ def test_damaged_tensors_are_refused(tmp_path, named, with_config):
 @pytest.mark.parametrize(
     "config",
     [
-        None, [], "vgg19", {}, {"backbone": "vgg19"},
-        {**small_config().to_dict(), "backbone": "alexnet"},
+        None, [], {}, {"backbone": "vgg19"},
         {**small_config().to_dict(), "backbone": ["vgg19"]},
         {**small_config().to_dict(), "encoder_widths": 7},
-        {**small_config().to_dict(), "encoder_widths": [6] * 3},
         {**small_config().to_dict(), "encoder_widths": ["6"] * 9},
-        {**small_config().to_dict(), "decoder_widths": None},
         {**small_config().to_dict(), "encoder_widths": [6] * 8 + [7]},  # not what the tensors say
         {**small_config().to_dict(), "depth": 5},  # a property of a version to come
     ],
@@ -464,15 +350,7 @@ def test_damaged_configuration_is_refused(tmp_path, config):
     assert str(path) in user_error(load_network, path)
 
 
-def save_pickle(content, path):
-    path.write_bytes(pickle.dumps(content))
-
-
-def save_legacy(content, path):
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.parametrize("save", [torch.save, save_legacy, save_pickle])
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, save):
     touched, path = tmp_path / "touched", tmp_path / "model.pth"
     save({**model_checkpoint(small_network()), "payload": Payload(touched)}, path)
@@ -486,7 +364,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, save):
 def test_other_and_cut_files_are_refused(tmp_path):
     path = tmp_path / "model.pth"
     assert "no such file" in user_error(load_network, path)
-    for content in ([1, 2], torch.zeros(3), "weights", 5):
+    for content in ([1, 2], torch.zeros(3)):
         torch.save(content, path)
         assert str(path) in user_error(load_network, path)
     torch.save(model_checkpoint(small_network()), path)
@@ -496,6 +374,9 @@ def test_other_and_cut_files_are_refused(tmp_path):
     for content in (*(whole[: int(share * len(whole))] for share in (0.0, 0.1, 0.5, 0.9, 0.999)), *others):
         path.write_bytes(content)
         assert str(path) in user_error(load_network, path)
+        for name in ("vgg.pth", "vgg.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            assert f"vgg_weights {tmp_path / name}" in user_error(load_vgg, "vgg19", str(tmp_path / name))
 
 
 # --------------------------------------------------------------------------------------------- VGG weights
@@ -531,10 +412,10 @@ def test_random_vgg_is_seeded_and_keeps_responses_of_order_one(random_vgg, backb
         assert 0.3 < feature.square().mean().sqrt() < 3
 
 
-@pytest.mark.parametrize("suffix, dtype", [(".pth", torch.float32), (".safetensors", torch.float16)])
-def test_vgg_file_cut_after_the_deepest_layer(tmp_path, random_vgg, suffix, dtype):
-    state = {key: tensor.to(dtype) for key, tensor in torchvision_state(random_vgg["vgg19"]).items()}
-    assert "features.19.bias" in state and "features.21.weight" not in state
+@pytest.mark.parametrize("suffix, dtype, more", [(".pth", torch.float32, {"features.21.weight": torch.zeros(4, 4)}),
+                                                 (".safetensors", torch.float16, {})])
+def test_vgg_file_whole_or_cut_after_the_deepest_layer(tmp_path, random_vgg, suffix, dtype, more):
+    state = {key: tensor.to(dtype) for key, tensor in torchvision_state(random_vgg["vgg19"]).items()} | more
     path = tmp_path / f"vgg{suffix}"
     save_as(state, path)
     actual, origin = load_vgg("vgg19", str(path))
@@ -543,14 +424,6 @@ def test_vgg_file_cut_after_the_deepest_layer(tmp_path, random_vgg, suffix, dtyp
     state["features.0.bias"][0] = 1.0
     save_as(state, path)
     assert load_vgg("vgg19", str(path))[1] != origin  # which tells contents apart
-
-
-def test_vgg_file_with_more_layers(tmp_path, random_vgg):
-    """A whole torchvision file has layers that are not needed."""
-    state = torchvision_state(random_vgg["vgg16"])
-    state |= {"features.24.weight": torch.zeros(512, 512, 3, 3), "classifier.0.weight": torch.zeros(4, 4)}
-    torch.save(state, tmp_path / "vgg16.pth")
-    assert_same_tensors(load_vgg("vgg16", str(tmp_path / "vgg16.pth"))[0], random_vgg["vgg16"])
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -572,26 +445,10 @@ def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg, suffix):
         assert "vgg_weights" in message and str(path) in message and key in message
 
 
-@pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
-def test_other_files_are_no_vgg_weights(tmp_path, name):
-    for content in (None, b"", b"some text, no weights\n", b"\xff" * 64):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        message = user_error(load_vgg, "vgg19", str(tmp_path / name))
-        assert "vgg_weights" in message and str(tmp_path / name) in message
-
-
-def test_vgg_file_with_code_is_refused_and_not_run(tmp_path):
-    torch.save({"features.0.weight": Payload(tmp_path / "touched")}, tmp_path / "vgg.pth")
-    assert "code" in user_error(load_vgg, "vgg19", str(tmp_path / "vgg.pth"))
-    assert not (tmp_path / "touched").exists()
-
-
 def test_bundled_weights_are_only_of_vgg19(tmp_path, monkeypatch, random_vgg):
     assert "vgg19" in user_error(load_vgg, "vgg16", "bundled")
     monkeypatch.setattr(weights_module, "BUNDLED_VGG19", tmp_path / "bundled.pth")
-    message = user_error(load_vgg, "vgg19", "bundled")
-    assert str(tmp_path / "bundled.pth") in message and "imagenet" in message and "random" in message
+    assert f"vgg_weights {tmp_path}/bundled.pth: no such file" in user_error(load_vgg, "vgg19", "bundled")
     torch.save(torchvision_state(random_vgg["vgg19"]), tmp_path / "bundled.pth")
     actual, origin = load_vgg("vgg19", "bundled")
     assert_same_tensors(actual, random_vgg["vgg19"])
@@ -620,22 +477,12 @@ def test_imagenet_from_the_cache(hub, random_vgg, backbone):
     message = user_error(load_vgg, backbone, "imagenet")
     for needed in ("vgg_weights imagenet", IMAGENET_FILES[backbone], str(hub), "bundled", "random", "path"):
         assert needed in message
+    (hub / IMAGENET_FILES[backbone]).write_bytes(b"<!DOCTYPE html>")  # what was put there by hand may be anything
+    assert f"vgg_weights imagenet: {hub / IMAGENET_FILES[backbone]}" in user_error(load_vgg, backbone, "imagenet")
     torch.save(torchvision_state(random_vgg[backbone]), hub / IMAGENET_FILES[backbone])
     actual, origin = load_vgg(backbone, "imagenet")
     assert_same_tensors(actual, random_vgg[backbone])
     assert origin.startswith("imagenet")
-
-
-def test_damaged_imagenet_file_in_the_cache_is_refused(hub, tmp_path):
-    """The message of a missing file asks to put one there by hand; what was put there may be anything."""
-    path = hub / IMAGENET_FILES["vgg19"]
-    for content in (b"", b"<!DOCTYPE html>\n<html>404</html>\n", b"PK\x03\x04 cut off"):
-        path.write_bytes(content)
-        message = user_error(load_vgg, "vgg19", "imagenet")
-        assert "vgg_weights imagenet" in message and path.name in message
-    torch.save({"features.0.weight": Payload(tmp_path / "touched")}, path)
-    user_error(load_vgg, "vgg19", "imagenet")
-    assert not (tmp_path / "touched").exists()
 
 
 # -------------------------------------------------------------------------------------------- loss network
@@ -700,21 +547,3 @@ def test_multiply_adds_are_those_that_torch_counts(config):
         network.decoder.layers[0](network.encoder(image))
     assert count_macs(config, 64) == counter.get_total_flops() // 2
     assert count_macs(replace(config, pooling="blur"), 64) == count_macs(config, 64)
-
-
-def vgg19_macs(bottleneck: int) -> int:
-    """Multiply-adds at 512 x 512: 9 * in * out * side^2 for every conv, the encoder twice."""
-    encoder = ((3, 64, 512), (64, 64, 512), (64, 128, 256), (128, 128, 256), (128, 256, 128), (256, 256, 128),
-               (256, 256, 128), (256, 256, 128), (256, bottleneck, 64))
-    decoder = ((bottleneck, 256, 64), (256, 256, 128), (256, 256, 128), (256, 256, 128), (256, 128, 128),
-               (128, 128, 256), (128, 64, 256), (64, 64, 512), (64, 3, 512))
-    convs = (*encoder, *encoder, *decoder)
-    return sum(9 * width_in * width_out * side * side for width_in, width_out, side in convs)
-
-
-def test_pruning_300_channels_saves_few_operations():
-    """By hand, and about 4.5%."""
-    full = NetworkConfig.full()
-    pruned = replace(full, encoder_widths=(*full.encoder_widths[:-1], 212))
-    assert (count_macs(full, 512), count_macs(pruned, 512)) == (vgg19_macs(512), vgg19_macs(212))
-    assert abs(1 - count_macs(pruned, 512) / count_macs(full, 512) - 0.045) < 0.002

@@ -284,7 +284,7 @@ def test_names_of_models_tell_them_apart():
     assert model_names(["runs/a", "store/b.pth"]) == ["a", "b"]
     assert model_names(["runs/a/pruned.pth", "runs/b/pruned.pth"]) == ["a-pruned", "b-pruned"]
     assert model_names(["x/run", "y/../y/RUN.pth"]) == ["x-run", "y-RUN"]
-    assert model_names(["a/x/run", "b/x/run", "c/other"]) == ["a-x-run", "b-x-run", "other"]  # only where it takes them
+    assert model_names(["/a/x/run", "/b/x/run", "/c/d/other"]) == ["a-x-run", "b-x-run", "c-d-other"]
     assert model_names(["x/run", "x/run.pth"]) == ["1-run", "2-run"]
 
 

@@ -13,7 +13,15 @@ from painting.pairs import note_learned_from
 from painting.quality import MIN_SIDE, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
-from pruning.report import MEASURED, build_report, format_table, measure_losses, paint_grid, write_comparison
+from pruning.report import (
+    MEASURED,
+    build_report,
+    column_of,
+    format_table,
+    measure_losses,
+    paint_grid,
+    write_comparison,
+)
 from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
@@ -214,6 +222,7 @@ def prune_model(model: Model, responses: Responses, meter: Meter | None, config:
     report = build_report(model.file, network, cut, cuts, constants, responses, config)
     if meter is not None:
         report |= measure_losses(network, cut, responses, meter, config)
+    report["column"] = column_of(report)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     figures = "l0_map.png, l2_curve.png and prune_grid.png"
     origins = {name: model.checkpoint.get(name) for name in ("iteration", "vgg_weights", "train_config")}

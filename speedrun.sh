@@ -79,9 +79,8 @@ echo "$settings" > "$marks/settings"
 
 main=("$py" main.py)
 pictures=(--content_dir "$content" --style_dir "$style" --holdout "$holdout")
-device=() latency_device=()
+device=()
 [ -z "$GPU" ] || device=(--gpu_no "$GPU")
-case $GPU in "") ;; -1) latency_device=(--device cpu) ;; *) latency_device=(--device cuda) ;; esac
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 failed=0 longest_measurement=-1 measurements_left=8 shares_left=20
 
@@ -198,8 +197,7 @@ for name in baseline uncorrelation ch_xor {baseline,uncorrelation,ch_xor}_pruned
 done
 measure compared "${main[@]}" --mode test --load_path "${models[@]}" "${pictures[@]}" "${device[@]}" --pairs $pairs \
     "${measured[@]}" --metrics content style ssim --vgg_weights "$VGG" --save_path "$out/compared"
-[ "${GPU:-0}" -le 0 ] || export CUDA_VISIBLE_DEVICES=$GPU
-measure latency "$py" benchmarks/stylize.py "${models[@]}" "${latency_device[@]}" "${latency[@]}"
+measure latency "$py" benchmarks/stylize.py "${models[@]}" "${device[@]}" "${latency[@]}"
 measure curves "$py" benchmarks/plot_runs.py --runs "$out"/{baseline,uncorrelation,ch_xor,compact,tiny} --save_path \
     "$out/curves.png"
 echo "$out/report.md has tables, figures, times and commands"

@@ -4,7 +4,8 @@
 
 RUN is the folder of a run of --mode train or distill that was last started for two checks, --every iterations apart,
 ended after --done iterations in all, and took --took seconds, the start included. The files of the checks tell the rate
-between them and what a check costs. Prints the --max_iter with which the run goes on.
+between them and what a check costs. --seconds are left for the run, with --checks checks in them, and --most iterations
+are enough. Prints the --max_iter with which the run goes on.
 """
 
 import argparse
@@ -26,13 +27,9 @@ def iterations_that_fit(run: Path, done: int, every: int, took: float, seconds: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    for name, kind, meaning in (
-        ("done", int, "iterations of the run so far"), ("every", int, "iterations between the last two checks"),
-        ("took", float, "seconds since the run was last started"), ("seconds", float, "seconds that are left for it"),
-        ("checks", int, "checks that will be made in them"), ("most", int, "iterations that are enough"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, required=True, help=meaning)
+    parser.add_argument("run", type=Path)
+    for name, kind in {"done": int, "every": int, "took": float, "seconds": float, "checks": int, "most": int}.items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
     try:
         print(iterations_that_fit(**vars(parser.parse_args())))
     except FileNotFoundError as error:

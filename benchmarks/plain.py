@@ -21,11 +21,7 @@ TAPS = (1, 6, 11, 20)  # relu1_1, relu2_1, relu3_1, relu4_1 of VGG19
 
 def vgg19_features() -> nn.Sequential:
     """VGG19 up to relu4_1, weights unset."""
-    features = torchvision.models.vgg19(weights=None, init_weights=False).features[:21]
-    for layer in features:
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = False
-    return features
+    return torchvision.models.vgg19(weights=None, init_weights=False).features[:21]
 
 
 def plain_decoder() -> nn.Sequential:
@@ -50,23 +46,18 @@ class PlainTrainer:
         """state_dict: of a full StyleTransferNetwork; vgg: from `weights.load_vgg`; weights and
         learning_rates: of the TrainConfig; dtype: of all that is computed."""
         self.encoder, self.decoder, self.vgg = vgg19_features(), plain_decoder(), vgg19_features()
-        for module, prefix in ((self.encoder, "encoder.layers.0."), (self.decoder, "decoder.layers.0.")):
+        self.vgg.load_state_dict(vgg)
+        self.vgg.to(device, dtype).requires_grad_(False)
+        groups = []
+        for part, module in (("encoder", self.encoder), ("decoder", self.decoder)):
+            prefix, rate = f"{part}.layers.0.", learning_rates[part]
             module.load_state_dict({key.removeprefix(prefix): value.clone() for key, value in state_dict.items()
                                     if key.startswith(prefix)})
-        self.vgg.load_state_dict(vgg)
-        for module in (self.encoder, self.decoder, self.vgg):
-            module.to(device, dtype)
-        self.vgg.requires_grad_(False)
-        self.encoder.requires_grad_(learning_rates["encoder"] > 0)
-        self.decoder.requires_grad_(learning_rates["decoder"] > 0)
-        self.optimizer = torch.optim.Adam([
-            {"params": list(module.parameters()), "lr": rate}
-            for module, rate in ((self.encoder, learning_rates["encoder"]), (self.decoder, learning_rates["decoder"]))
-            if rate > 0
-        ])
-        self.weights = weights
-        self.l0_eps = l0_eps
-        self.dtype = dtype
+            module.to(device, dtype).requires_grad_(rate > 0)
+            if rate > 0:
+                groups.append({"params": list(module.parameters()), "lr": rate})
+        self.optimizer = torch.optim.Adam(groups)
+        self.weights, self.l0_eps, self.dtype = weights, l0_eps, dtype
         self.mean, self.std = MEAN.to(device), STD.to(device)
 
     def step(self, content: Tensor, style: Tensor) -> dict[str, float]:

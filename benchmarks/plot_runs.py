@@ -16,15 +16,17 @@ from pruning.plots import new_figure  # noqa: E402
 from utils import UserError, errors_in_one_line, make_folder  # noqa: E402
 from weights import model_names  # noqa: E402
 
-OFF = {"channels_off_for_all": "-", "channels_off_for_some": "--"}  # line styles
-LOSSES = ("content", "style")
+# A panel each: the metrics that it shows, with their line styles, and its title.
+PANELS = (({"channels_off_for_all": "-", "channels_off_for_some": "--"}, "bottleneck channels off in a batch"),
+          ({"content": "-"}, "content loss"), ({"style": "-"}, "style loss"))
+COLUMNS = ("iteration", *(metric for metrics, _ in PANELS for metric in metrics))
 
 
 def read_run(path: str) -> dict[str, list[float]]:
     """The columns of a run's metrics. Raises UserError where the folder holds no training run with a check."""
     try:
         rows = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
-        columns = {name: [row[name] for row in rows] for name in ("iteration", *OFF, *LOSSES)}
+        columns = {name: [row[name] for row in rows] for name in COLUMNS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--runs {path}: no metrics.jsonl of a training run ({error})") from error
     if not rows:
@@ -33,40 +35,28 @@ def read_run(path: str) -> dict[str, list[float]]:
 
 
 def plot(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """A line a run; of channels off, solid: for all pictures of a batch, dashed: for some."""
+    """A colour a run; of channels off, solid: for all pictures of a batch, dashed: for some."""
     figure = new_figure(12, 3.6)
-    panels = figure.subplots(1, 1 + len(LOSSES))
-    for number, (name, run) in enumerate(runs.items()):
-        for metric, style in OFF.items():
-            panels[0].plot(run["iteration"], run[metric], style, color=f"C{number}", linewidth=1,
-                           label=name if style == "-" else None)
-        for axes, metric in zip(panels[1:], LOSSES):
-            axes.plot(run["iteration"], run[metric], color=f"C{number}", linewidth=1)
-    for axes, title in zip(panels, ("channels off", *(f"{metric} loss" for metric in LOSSES))):
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
-        axes.set_ylim(bottom=0)
+    for axes, (metrics, title) in zip(figure.subplots(1, len(PANELS)), PANELS):
+        for number, (name, run) in enumerate(runs.items()):
+            for metric, style in metrics.items():
+                label = f"{name}, for some" if style == "--" else name
+                axes.plot(run["iteration"], run[metric], f"C{number}{style}", linewidth=1, label=label)
+        axes.set(title=title, xlabel="iteration", ylim=(0, None))
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("of the bottleneck's channels, for all (solid)\nand for some (dashed) pictures of a batch",
-                         fontsize=8)
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="folders of training runs")
-    parser.add_argument("--save_path", required=True, help="the picture to write")
-    return parser.parse_args(arguments)
 
 
 @errors_in_one_line
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    path = Path(options.save_path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="folders of training runs")
+    parser.add_argument("--save_path", type=Path, required=True, help="the picture to write")
+    options = parser.parse_args(arguments)
     runs = {name: read_run(run) for name, run in zip(model_names(options.runs), options.runs)}
-    make_folder(path.parent, "--save_path")
-    plot(runs, path)
+    make_folder(options.save_path.parent, "--save_path")
+    plot(runs, options.save_path)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 STAGES = "stages"  # the folder of settings, order (the names), and NAME.done (commit, command), .seconds, .log, .failed
 PUBLISHED = ("baseline", "uncorrelation", "ch_xor")
 TRAININGS = (*PUBLISHED, "compact_student", "compact", "tiny_student", "tiny")
-METRICS = {"content": ("content loss", ".3g"), "style": ("style loss", ".3g"), "ssim": ("SSIM", ".2f")}
+METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM"}
 FIGURES = {"l0_map.png": "which channels (across) are off (black) for which picture (down)",
            "l2_curve.png": "summed response of the channels, weakest first",
            "prune_grid.png": "with more and more of the weakest channels cut"}
@@ -35,11 +35,13 @@ def read_latency(log: Path) -> dict | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of Markdown; empty without rows."""
-    if not rows:
-        return []
-    return ["", *(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows))]
+def table(kind: str, rows: dict[str, dict[str, str]]) -> list[str]:
+    """Lines of Markdown: a row for each name, which is of this kind, with a column for every title; empty without rows.
+    """
+    titles = dict.fromkeys(title for cells in rows.values() for title in cells)
+    lines = [[kind, *titles], ["---"] * (1 + len(titles))]
+    lines += [[name, *(cells.get(title, "") for title in titles)] for name, cells in rows.items()]
+    return ["", *(f"| {' | '.join(line)} |" for line in lines)] if rows else []
 
 
 def duration(seconds: int) -> str:
@@ -52,12 +54,10 @@ def brief(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def with_margin(summary: dict, form: str, sign: str = "") -> str:
+def with_margin(summary: dict) -> str:
     """A mean with half of its interval, where it has one."""
-    mean = format(summary["mean"], sign + form)
-    if summary["interval"] is None:
-        return mean
-    return f"{mean} ± {format(summary['interval'][1] - summary['mean'], form.replace('.3g', '.2g'))}"
+    margin = "" if summary["interval"] is None else f" ± {summary['interval'][1] - summary['mean']:.2g}"
+    return f"{summary['mean']:.3g}{margin}"
 
 
 def figure(out: Path, path: Path, caption: str) -> list[str]:
@@ -85,52 +85,31 @@ def models(out: Path, compared: dict | None, latency: dict | None) -> list[str]:
     """Quality and cost of every network, and its differences from the first."""
     if not compared:
         return []
-    measured = [metric for metric in METRICS if metric in compared["models"][0]["metrics"]]
-    costs = {}  # by the folder's name and size
-    sizes = latency["sizes"] if latency else {}
-    for size, of_models in sizes.items():
-        costs |= {(Path(path).name, size): values for path, values in of_models.items()}
-    first = next(iter(sizes), None)
-    titles = ["network", "iterations", "parameters", *([f"multiply-adds at {first}², 10⁹"] if first else []),
-              *(f"a pair at {size}², ms" for size in sizes), *(METRICS[metric][0] for metric in measured)]
-    rows, differences = [], []
+    rows, differences = {}, {}
     for model in compared["models"]:
-        name = model["name"]
-        cost = [brief(costs[name, first]["multiply_adds"] / 1e9)] if (name, first) in costs else [""] * bool(first)
-        cost += [brief(costs[name, size]["pair_ms"]["median"]) if (name, size) in costs else "" for size in sizes]
-        rows.append([name, str(model["iteration"]), f"{model['parameters']:,}", *cost,
-                     *(with_margin(model["metrics"][metric], METRICS[metric][1]) for metric in measured)])
-        if model["difference_from_first"]:
-            differences.append([f"{name} − {compared['models'][0]['name']}", *[""] * (len(titles) - len(measured) - 1),
-                                *(with_margin(model["difference_from_first"][metric], METRICS[metric][1], "+")
-                                  for metric in measured)])
-    pairs, settings = compared["pairs"], compared["settings"]
-    note = (f"*{len(pairs)} held-out pairs with sides of {settings['cropsize']}; ± is half of the "
-            f"{compared['interval']}. Latency: medians, all networks in turns.*")
-    return ["", "## Networks", *table(titles, rows + differences), "", note,
+        cells = rows[model["name"]] = {"iterations": str(model["iteration"]), "parameters": f"{model['parameters']:,}"}
+        for size, costs in (latency["sizes"] if latency else {}).items():
+            cost = {Path(path).name: each for path, each in costs.items()}.get(model["name"])
+            if cost:
+                cells[f"multiply-adds at {size}², 10⁹"] = brief(cost["multiply_adds"] / 1e9)
+                cells[f"a pair at {size}², ms"] = brief(cost["pair_ms"]["median"])
+        title = f"{model['name']} − {compared['models'][0]['name']}"
+        for of, name, summaries in ((rows, model["name"], model["metrics"]),
+                                    (differences, title, model["difference_from_first"] or {})):
+            for metric, summary in summaries.items():
+                of.setdefault(name, {})[METRICS[metric]] = with_margin(summary)
+    note = (f"*{len(compared['pairs'])} held-out pairs with sides of {compared['settings']['cropsize']}; ± is half of "
+            f"the {compared['interval']}. Latency: medians, all networks in turns.*")
+    return ["", "## Networks", *table("network", rows | differences), "", note,
             *figure(out, out / "compared" / "comparison.png", "Held-out pairs: content, style, and every network")]
 
 
 def channels(out: Path) -> list[str]:
     """What pruning measured and changed."""
     reports = {name: read_json(out / f"{name}_pruned" / "report.json") for name in PUBLISHED}
-    rows = [
-        [name, f"{report['channels_zero_for_all']} of {report['channels_before']}",
-         str(report["channels_zero_for_some"]),
-         *(" to ".join(show(report[f"{key}_{when}"] / unit) for when in ("before", "after")) for key, unit, show in
-           (("parameters", 1, "{:,.0f}".format), ("macs", 1e9, "{:.4g}".format), ("file_bytes", 2**20, "{:.2f}".format),
-            ("latency_ms", 1, brief))),
-         "" if report["max_pixel_difference"] is None else f"{report['max_pixel_difference']:.3g}",
-         f"{report['content_pictures']} + {report['style_pictures']}"]
-        for name, report in reports.items() if report
-    ]
-    if not rows:
-        return []
-    size = next(report["size_of_macs_and_latency"] for report in reports.values() if report)
-    lines = ["", "## Channels that go off", *table(
-        ["network", "off for all pictures", "off for some", "parameters", f"multiply-adds at {size}², 10⁹", "file, MiB",
-         f"a pair at {size}², ms", "largest change of a colour value, of 255", "pictures"], rows)]
-    for name in reports:
+    rows = {name: report.get("column", {}) for name, report in reports.items() if report}
+    lines = ["", "## Channels that go off", *table("network", rows)] if rows else []
+    for name in rows:
         for file, caption in FIGURES.items():
             lines += figure(out, out / f"{name}_pruned" / file, f"{name}: {caption}")
     return lines
@@ -138,21 +117,18 @@ def channels(out: Path) -> list[str]:
 
 def trainings(out: Path) -> list[str]:
     """Where every training stands."""
-    titles = ["training", "iterations", "content loss", "style loss", "channels off for all of a batch", "for some",
-              "loss against the teacher"]
-    rows = []
+    titles = {"content": "content loss", "style": "style loss", "channels_off_for_all": "off for all of a batch",
+              "channels_off_for_some": "off for some", "loss": "loss against the teacher",
+              "held_out_loss": "loss against the teacher"}
+    rows = {}
     for name in TRAININGS:
-        metrics = read_rows(out / name / "metrics.jsonl")
-        if not metrics:
-            continue
-        last = metrics[-1]
-        numbers = [last.get(key) for key in ("content", "style", "channels_off_for_all", "channels_off_for_some")]
-        numbers.append(last.get("held_out_loss", last.get("loss")))
-        rows.append([name, f"{last['iteration']:,}", *("" if value is None else f"{value:.3g}" for value in numbers)])
+        for last in read_rows(out / name / "metrics.jsonl")[-1:]:
+            rows[name] = {"iterations": f"{last['iteration']:,}"}
+            rows[name] |= {title: f"{last[key]:.3g}" for key, title in titles.items() if last.get(key) is not None}
     if not rows:
         return []
-    return ["", "## Trainings", *table(titles, rows), "", "*Means since the check before the last; the loss against "
-            "the teacher is of held-out pictures.*",
+    return ["", "## Trainings", *table("training", rows), "",
+            "*Means since the check before the last; the loss against the teacher is of held-out pictures.*",
             *figure(out, out / "curves.png", "Channels off, content and style loss over the iterations")]
 
 
@@ -170,26 +146,14 @@ def read_stages(out: Path) -> dict[str, dict]:
 
 
 def times(stages: dict[str, dict]) -> list[str]:
-    rows = [[name, duration(stage["seconds"]), stage["state"]] for name, stage in stages.items()]
-    rows.append(["all", duration(sum(stage["seconds"] for stage in stages.values())), ""])
-    return ["", "## Stages", *table(["stage", "time", "state"], rows)]
+    rows = {name: {"time": duration(stage["seconds"]), "state": stage["state"]} for name, stage in stages.items()}
+    rows["all"] = {"time": duration(sum(stage["seconds"] for stage in stages.values()))}
+    return ["", "## Stages", *table("stage", rows)]
 
 
 def commands(stages: dict[str, dict]) -> list[str]:
     lines = [stage["command"] for stage in stages.values() if stage["command"]]
     return ["", "## Commands", "", "```bash", *lines, "```"] if lines else []
-
-
-def write_report(out: Path) -> Path:
-    """Write `report.md` of the run in `out`. Raises OSError when it is no such folder."""
-    compared = read_json(out / "compared" / "metrics.json")
-    latency = read_latency(out / STAGES / "latency.log")
-    stages = read_stages(out)
-    lines = [*heading(out, compared, latency, stages), *models(out, compared, latency), *channels(out),
-             *trainings(out), *times(stages), *commands(stages)]
-    new = out / ".report.md.new"
-    new.write_text("\n".join(lines) + "\n")
-    return new.replace(out / "report.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,7 +162,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: the folder that speedrun.sh wrote to is needed: python benchmarks/report.py runs/speedrun",
               file=sys.stderr)
         return 2
-    write_report(Path(arguments[0]))
+    out = Path(arguments[0])
+    compared = read_json(out / "compared" / "metrics.json")
+    latency = read_latency(out / STAGES / "latency.log")
+    stages = read_stages(out)
+    lines = [*heading(out, compared, latency, stages), *models(out, compared, latency), *channels(out),
+             *trainings(out), *times(stages), *commands(stages)]
+    new = out / ".report.md.new"
+    new.write_text("\n".join(lines) + "\n")
+    new.replace(out / "report.md")
     return 0
 
 

@@ -8,17 +8,16 @@ on the weights. Random pictures, one pair at a time, float32; the models take tu
     python benchmarks/stylize.py model-store/compact.pth --megapixels 4 12 24 100 --runs 3
 
 With --megapixels, large pictures (25 : 16) in a style that is encoded already: in one piece, where the memory is there,
-and in tiles, each in a process of its own. Memory is what that process takes beyond itself, the input and the output.
+and in tiles. Memory is what painting takes beside the network, the input and the output.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from measure import peak_memory, print_json, spread, versions
+from measure import benchmark_parser, peak_memory, show_spread, spread, versions
 
 from network import (
     BACKBONES,
@@ -30,20 +29,18 @@ from network import (
     count_parameters,
 )
 from painting.stylizer import Stylizer
-from painting.tiling import TILES, least_tile, memory_needed
-from utils import UserError, errors_in_one_line, free_memory, resolve_device, time_in_turns
+from painting.tiling import TILES, memory_needed
+from utils import errors_in_one_line, free_memory, resolve_device, time_in_turns
 from weights import load_network
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("models", nargs="+", help="model file, folder of a run or a pruning, full-vgg19 or full-vgg16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU when there is one")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the pictures, pixels")
     parser.add_argument("--megapixels", type=float, nargs="+", help="sizes of large pictures, in place of --sizes")
     parser.add_argument("--tile", type=int, default=TILES[0], help="side of the tiles of large pictures, pixels")
     parser.add_argument("--runs", type=int, default=15, help="timed runs behind each median")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process of one large picture
     return parser.parse_args()
 
 
@@ -63,86 +60,58 @@ def measure(networks: dict[str, StyleTransferNetwork], size: int, runs: int, dev
     single = {name: lambda name=name, net=net: net.decoder(adain(net.encode(content), *codes[name]))
               for name, net in networks.items()}
     times = time_in_turns([*pair.values(), *single.values()], runs, device)
-    results = {}
-    for name, pair_times, single_times in zip(networks, times, times[len(networks) :]):
-        memory = peak_memory(pair[name], device)
-        results[name] = {
-            "pair_ms": spread(pair_times, 1e-3),
-            "content_ms": spread(single_times, 1e-3),
-            "peak_mib": None if memory is None else memory / 2**20,
-            "multiply_adds": count_macs(networks[name].config, size),
-        }
-    return results
+    return {name: {"pair_ms": spread(pair_times, 1e-3), "content_ms": spread(single_times, 1e-3),
+                   "peak_mib": peak_memory(pair[name], device),
+                   "multiply_adds": count_macs(networks[name].config, size)}
+            for name, pair_times, single_times in zip(networks, times, times[len(networks) :])}
 
 
-def measure_large(name: str, megapixels: float, tile: int, runs: int, device: torch.device) -> dict:
-    """Seconds and MiB of one large picture by one model; tile: 0 for one piece. Called in a process of its own."""
-    stylizer = Stylizer(open_network(name), device=device, tile=tile or 2**31)
+def measure_large(
+    network: StyleTransferNetwork, megapixels: float, tile: int | None, runs: int, device: torch.device
+) -> dict | None:
+    """Seconds and MiB of one large picture; tile: None for one piece, for which the memory may not be there (None)."""
+    if tile is None and memory_needed(network.config, megapixels * 1e6) > free_memory(device):
+        return None
     height = round((megapixels * 1e6 * 16 / 25) ** 0.5)
     width = round(megapixels * 1e6 / height)
+    stylizer = Stylizer(network, device=device, tile=tile or 2**31)
     generator = torch.Generator().manual_seed(0)
     content, style = (torch.randint(0, 256, (1, 3, *size), generator=generator, dtype=torch.uint8)
                       for size in ((height, width), (512, 512)))
     code = stylizer.encode_style(style)
     memory = peak_memory(lambda: stylizer.paint_picture(content, code), device)
+    memory -= 4 * height * width / 2**20 * (device.type == "cpu")  # Pillow's picture
     (times,) = time_in_turns([lambda: stylizer.paint_picture(content, code)], runs, device, warmup=0)
-    if memory is not None and device.type == "cpu":
-        memory -= 4 * height * width  # Pillow's picture
-    return {"width": width, "height": height, "seconds": spread(times),
-            "peak_mib": None if memory is None else memory / 2**20}
-
-
-def run_large(arguments: argparse.Namespace, device: torch.device) -> dict:
-    """`measure_large` by model, size and way, each in a process of its own; prints them. None: not enough memory."""
-    results = {}
-    print(f"{'megapixels':>10}  {'model':42}{'tiles':>8}{'seconds':>24}{'MiB':>8}")
-    for megapixels in arguments.megapixels:
-        for name in arguments.models:
-            for tile in (0, arguments.tile):
-                need, free = memory_needed(open_network(name).config, megapixels * 1e6), free_memory(device)
-                result, shown = None, f"{'-':>24}{'-':>8}"
-                if tile or free is None or need < free:
-                    command = [sys.executable, __file__, name, "--alone", "--megapixels", megapixels, "--tile", tile,
-                               "--runs", arguments.runs, "--device", device.type]
-                    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
-                    result = json.loads(done.stdout)
-                    times, memory = result["seconds"], result["peak_mib"]
-                    seconds = f"{times['median']:.1f} ({times['min']:.1f} to {times['max']:.1f})"
-                    shown = f"{seconds:>24}{'unknown' if memory is None else f'{memory:.0f}':>8}"
-                results.setdefault(f"{megapixels:g}", {}).setdefault(name, {})["tiled" if tile else "whole"] = result
-                print(f"{megapixels:>10g}  {name[-42:]:42}{tile or 'none':>8}{shown}", flush=True)
-    return results
+    return {"width": width, "height": height, "seconds": spread(times), "peak_mib": memory}
 
 
 @errors_in_one_line
 def main() -> None:
     arguments = parse_arguments()
-    device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
-    if arguments.alone:
-        print_json(measure_large(*arguments.models, *arguments.megapixels, arguments.tile, arguments.runs, device))
-        return
+    device = resolve_device(arguments.gpu_no)
     networks = {name: open_network(name).to(device, memory_format=torch.channels_last) for name in arguments.models}
-    least = max(least_tile(network.config) for network in networks.values())
-    if arguments.tile < least:
-        raise UserError(f"--tile {arguments.tile}: {least} pixels or more are needed")
     report = versions(device) | {"parameters": {name: count_parameters(net) for name, net in networks.items()},
-                                 "sizes": {}}
+                                 "tile": arguments.tile, "sizes": {}, "megapixels": {}}
     print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; median (least to greatest) of "
           f"{arguments.runs} runs")
     if arguments.megapixels:
-        print_json(report | {"tile": arguments.tile, "megapixels": run_large(arguments, device)})
-        return
-    print(f"{'side':>5}  {'model':42}{'parameters':>11}{'10^9 MAC':>10}{'pair, ms':>28}{'content only, ms':>28}"
-          f"{'MiB':>7}")
-    for size in arguments.sizes:
-        results = report["sizes"][str(size)] = measure(networks, size, arguments.runs, device)
-        for name, each in results.items():
-            times = [f"{t['median']:.1f} ({t['min']:.1f} to {t['max']:.1f})"
-                     for t in (each["pair_ms"], each["content_ms"])]
-            memory = "unknown" if each["peak_mib"] is None else f"{each['peak_mib']:.0f}"
-            print(f"{size:>5}  {name[-42:]:42}{report['parameters'][name]:>11,}{each['multiply_adds'] / 1e9:>10.2f}"
-                  f"{times[0]:>28}{times[1]:>28}{memory:>7}")
-    print_json(report)
+        print(f"{'megapixels':>10}  {'model':42}{'tiles':>8}{'seconds':>24}{'MiB':>8}")
+    else:
+        print(f"{'side':>10}  {'model':42}{'parameters':>11}{'10^9 MAC':>10}{'pair, ms':>28}{'content only, ms':>28}"
+              f"{'MiB':>7}")
+    for megapixels in arguments.megapixels or ():
+        of_size = report["megapixels"][f"{megapixels:g}"] = {name: {} for name in networks}
+        for name, network in networks.items():
+            for way, tile in (("whole", None), ("tiled", arguments.tile)):
+                each = of_size[name][way] = measure_large(network, megapixels, tile, arguments.runs, device)
+                shown = f"{show_spread(each['seconds']):>24}{each['peak_mib']:>8.0f}" if each else f"{'-':>24}{'-':>8}"
+                print(f"{megapixels:>10g}  {name[-42:]:42}{tile or 'none':>8}{shown}", flush=True)
+    for size in () if arguments.megapixels else arguments.sizes:
+        of_size = report["sizes"][str(size)] = measure(networks, size, arguments.runs, device)
+        for name, each in of_size.items():
+            print(f"{size:>10}  {name[-42:]:42}{report['parameters'][name]:>11,}{each['multiply_adds'] / 1e9:>10.2f}"
+                  f"{show_spread(each['pair_ms']):>28}{show_spread(each['content_ms']):>28}{each['peak_mib']:>7.0f}")
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ other frame lies between pixels, two. Last line: JSON.
 """
 
 import argparse
+import json
 import sys
 import time
 from contextlib import redirect_stderr
@@ -18,27 +19,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from measure import print_json, spread, versions
+from measure import benchmark_parser, show_spread, spread, versions
 from PIL import Image
 
-from main import main as run_command
-from utils import UserError, errors_in_one_line, resolve_device
+from evaluate import test
+from utils import errors_in_one_line, resolve_device
 
 ROOT = Path(__file__).parent.parent
 CONTENT, STYLE = ROOT / "imgs" / "content" / "canyon.jpg", ROOT / "imgs" / "style" / "starry_night.jpg"
+STEPS = (2, 1.5)  # motion, pixels a frame, twice of which is a whole number; the first is timed
+SMOOTHING = (0, 0.8)  # values of --temporal_smoothing
 SETTLED = 4  # frames after which shimmer counts
 BORDER = 40
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("models", nargs="+", help="model file, or folder of a run or a pruning")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU when there is one")
     parser.add_argument("--size", type=int, default=512, help="side of the frames, pixels")
     parser.add_argument("--frames", type=int, default=100)
-    parser.add_argument("--steps", type=float, nargs="+", default=[2, 1.5], help="motion, pixels a frame, twice of "
-                        "which is a whole number; the first is timed")
-    parser.add_argument("--smoothing", type=float, nargs="+", default=[0, 0.8], help="values of --temporal_smoothing")
     parser.add_argument("--runs", type=int, default=3, help="timed runs behind each median")
     return parser.parse_args()
 
@@ -78,48 +77,46 @@ def shimmer(path: Path, step: float) -> float:
                           for one, other in zip(frames[SETTLED:], frames[SETTLED + apart :])]))
 
 
-def paint(clip: Path, target: Path, model: str, smoothing: float, device: str | None) -> float:
-    """Seconds that the command took, without Python's start."""
-    flags = ["--gpu_no", "-1"] if device == "cpu" else []
-    start, said = time.perf_counter(), StringIO()
-    with redirect_stderr(said):
-        code = run_command(["--mode", "test", "--load_path", model, "--content", str(clip), "--style", str(STYLE),
-                            "--temporal_smoothing", str(smoothing), "--save_path", str(target), *flags])
-    if code:
-        raise UserError(said.getvalue().strip().splitlines()[-1].removeprefix("error: "))
+def paint(clip: Path, target: Path, model: str, smoothing: float, gpu_no: int | None) -> float:
+    """Seconds that test mode takes."""
+    start = time.perf_counter()
+    with redirect_stderr(StringIO()):
+        test({"load_path": (model,), "content": (str(clip),), "style": (str(STYLE),), "temporal_smoothing": smoothing,
+              "save_path": str(target), "gpu_no": gpu_no})
     return time.perf_counter() - start
+
+
+def measure(arguments: argparse.Namespace, clips: dict[float, Path], model: str, smoothing: float) -> dict:
+    """Frames a second of the first clip, shimmer of all. clips: by their motion, in pixels a frame."""
+    target = clips[STEPS[0]].with_name("painted.mkv")
+    shimmers, rates = {}, []
+    for step in reversed(STEPS):  # also warms up for the first, which is timed
+        paint(clips[step], target, model, smoothing, arguments.gpu_no)
+        shimmers[f"{step:g}"] = shimmer(target, step)
+    for _ in range(arguments.runs):
+        rates.append(arguments.frames / paint(clips[STEPS[0]], target, model, smoothing, arguments.gpu_no))
+    return {"model": model, "smoothing": smoothing, "frames_per_second": spread(rates), "shimmer": shimmers}
 
 
 @errors_in_one_line
 def main() -> None:
     arguments = parse_arguments()
-    device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
-    report = versions(device) | {"results": []}
+    report = versions(resolve_device(arguments.gpu_no)) | {"results": []}
     print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; {arguments.frames} frames of "
           f"{arguments.size} x {arguments.size} pixels; median (least to greatest) of {arguments.runs} runs")
     print(f"{'model':32}{'smoothing':>10}{'frames a second':>26}"
-          + "".join(f"{f'shimmer at {step:g}':>18}" for step in arguments.steps))
+          + "".join(f"{f'shimmer at {step:g}':>18}" for step in STEPS))
     with TemporaryDirectory() as folder:
-        clips = {step: Path(folder) / f"{step:g}.mp4" for step in arguments.steps}
+        clips = {step: Path(folder) / f"{step:g}.mp4" for step in STEPS}
         for step, clip in clips.items():
             write_clip(clip, arguments.size, arguments.frames, step)
-        target = Path(folder) / "painted.mkv"
         for model in arguments.models:
-            for smoothing in arguments.smoothing:
-                shimmers = {}
-                for step, clip in reversed(clips.items()):  # also warms up for the first, which is timed
-                    paint(clip, target, model, smoothing, arguments.device)
-                    shimmers[f"{step:g}"] = shimmer(target, step)
-                rates = [arguments.frames / paint(clips[arguments.steps[0]], target, model, smoothing,
-                                                  arguments.device) for _ in range(arguments.runs)]
-                result = {"model": model, "smoothing": smoothing, "frames_per_second": spread(rates),
-                          "shimmer": shimmers}
+            for smoothing in SMOOTHING:
+                result = measure(arguments, clips, model, smoothing)
                 report["results"].append(result)
-                rate = result["frames_per_second"]
-                speed = f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})"
-                print(f"{model[-32:]:32}{smoothing:>10g}{speed:>26}"
-                      + "".join(f"{shimmers[f'{step:g}']:>18.2f}" for step in arguments.steps), flush=True)
-    print_json(report)
+                print(f"{model[-32:]:32}{smoothing:>10g}{show_spread(result['frames_per_second']):>26}"
+                      + "".join(f"{result['shimmer'][f'{step:g}']:>18.2f}" for step in STEPS), flush=True)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

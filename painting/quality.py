@@ -192,10 +192,11 @@ def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured. values: (pairs, models, metrics); pairs: content and style picture of each, by number."""
+    """What was measured. values: (pairs, models, metrics); pairs: content and style picture of each, by number or path.
+    """
 
     values: np.ndarray
-    pairs: list[tuple[int, int]]
+    pairs: list[tuple]
     names: list[str]  # of the models
     metrics: tuple[str, ...]
 

@@ -185,15 +185,14 @@ def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype) -> int:
 
 def format_table(reports: dict[str, dict]) -> str:
     """The reports of one or more networks, by name, as Markdown: a column a network."""
-    columns = {name: _column(report) for name, report in reports.items()}
-    titles = dict.fromkeys(title for column in columns.values() for title in column)
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
-    lines += [[title, *(column.get(title, "") for column in columns.values())] for title in titles]
+    titles = dict.fromkeys(title for report in reports.values() for title in report["column"])
+    lines = [["", *reports], ["---"] * (1 + len(reports))]
+    lines += [[title, *(report["column"].get(title, "") for report in reports.values())] for title in titles]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _column(report: dict) -> dict[str, str]:
-    """What the table says of a network, by the title of the row."""
+def column_of(report: dict) -> dict[str, str]:
+    """What the table says of a network, by the title of the row: the report's "column"."""
     size = f"{report['size_of_macs_and_latency']}²"
 
     def change(key: str, unit: float, form: str, values: dict = report) -> str:

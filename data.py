@@ -132,18 +132,13 @@ def _reading(path: Path):
     try:
         with _lifted_limits():
             yield
-    except FileNotFoundError as error:
-        raise PictureError(f"{path}: no such file") from error
-    except PermissionError as error:
-        raise PictureError(f"{path}: no permission to read it") from error
-    except MemoryError as error:
-        raise PictureError(f"{path}: not enough memory for it is free") from error
-    except PictureError as error:
-        raise PictureError(f"{path}: {error}") from error
     except Exception as error:
-        reason = ("of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError)
-                  else " ".join(f"{type(error).__name__}: {error}".split()))
-        raise PictureError(f"{path}: not a readable picture ({reason})") from error
+        reasons = {
+            FileNotFoundError: "no such file", PermissionError: "no permission to read it", PictureError: error,
+            MemoryError: "not enough memory for it is free",
+            UnidentifiedImageError: "not a readable picture (of no kind that Pillow knows)"}
+        other = f"not a readable picture ({type(error).__name__}: {' '.join(str(error).split())})"
+        raise PictureError(f"{path}: {reasons.get(type(error), other)}") from error
 
 
 # Below real paintings, for which --max_pixels stands in, and below the size of real files' texts and profiles.
@@ -249,13 +244,12 @@ def _mended_png(content: bytes, kept: tuple[bytes, ...]) -> bytes:
 
 def _mended_jpeg(content: bytes) -> bytes:
     """With those segments of applications that say how to show the pixels, where they are whole."""
-    least = {b"Exif\0": 8, b"ICC_PROFILE\0": 15, b"JFIF\0": 14, b"Adobe": 12}  # bytes
     parts, place = [content[:2]], 2
     while content[place + 1] != 0xDA:  # here the pixels begin
         marker, length = struct.unpack_from(">xBH", content, place)
         segment = content[place : place + 2 + length]
-        is_whole = any(segment[4:].startswith(name) and length - 2 >= most for name, most in least.items())
-        if is_whole or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+        is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        if not is_metadata or re.match(rb"(?s).{4}(Exif\0.{3}|ICC_PROFILE\0.{3}|Adobe.{7})", segment):
             parts.append(segment)
         place += len(segment)
     return b"".join(parts) + content[place:]
@@ -265,10 +259,10 @@ def _mended_jpeg(content: bytes) -> bytes:
 
 TURNS = {number: Image.Transpose[name] for number, name in enumerate((
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
+FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 SRGB = ImageCms.createProfile("sRGB")
 # 16 x 16 x 16 colours, greys among them, by which a profile is tried.
 COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64).transpose(1, 2, 0).astype(np.uint8))
-_FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 
 
 def _shown(image: Image.Image) -> Image.Image:
@@ -291,7 +285,7 @@ def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode.startswith("I"):  # 16-bit grey
         values, key = np.asarray(image), image.info.get("transparency")
         alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
-        return Image.fromarray(_FROM_16_BITS[values.clip(0, 65535)]), alpha
+        return Image.fromarray(FROM_16_BITS[values.clip(0, 65535)]), alpha
     alpha, grey = None, image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         image = image.convert("LA" if grey else "RGBA")

@@ -1,10 +1,8 @@
 """Files that survive a kill, the checkpoints of a run, metrics, device, memory, signals, the wandb key, processes."""
 
-import contextlib
 import errno
 import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -56,20 +54,15 @@ def test_written_file_holds_what_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad"), KeyboardInterrupt()])
-@pytest.mark.parametrize("old", [b"old", None])
-def test_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error, old):
+def test_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "file.bin"
-    if old is not None:
-        path.write_bytes(old)
-
-    def write(file):
-        file.write(b"half of the n")
-        raise error
-
-    with pytest.raises(type(error)):
-        write_atomically(path, write)
-    assert os.listdir(tmp_path) == ([] if old is None else ["file.bin"])
-    assert old is None or path.read_bytes() == old
+    for before in ([], ["file.bin"]):
+        with pytest.raises(type(error)), replacing(path) as file:
+            file.write(b"half of the n")
+            raise error
+        assert os.listdir(tmp_path) == before
+        path.write_bytes(b"old")
+    assert path.read_bytes() == b"old"
 
 
 WRITERS = {
@@ -90,22 +83,10 @@ def write_stream(path: Path) -> None:
         file.write(b"x" * 30_000)
 
 
-def said_of(kind: str, path: Path) -> str:
-    """What is said where a file of this kind cannot be written: by an error, as `main` words it, or on stderr."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            WRITERS[kind](path)
-    except UserError as error:
-        return str(error)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    return stderr.getvalue().strip()
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_what_the_disk_refuses_is_said_with_the_reason(tmp_path, monkeypatch, kind, number):
-    """Whichever call meets it, opening, writing or renaming; nothing is left behind."""
+def test_what_the_disk_refuses_is_said_with_the_reason(tmp_path, monkeypatch, capsys, kind, number):
+    """By an error, as `main` words it, or on stderr, whichever call meets it; nothing is left behind."""
     real = open
 
     class Refusing(io.FileIO):
@@ -117,29 +98,21 @@ def test_what_the_disk_refuses_is_said_with_the_reason(tmp_path, monkeypatch, ki
             return real(path, mode, *more, **named)
         if number in (errno.EROFS, errno.EACCES):
             raise OSError(number, os.strerror(number))
-        return io.BufferedWriter(Refusing(path, mode[0])) if "b" in mode else io.TextIOWrapper(
-            io.BufferedWriter(Refusing(path, mode[0])))
+        file = io.BufferedWriter(Refusing(path, mode[0]))
+        return file if "b" in mode else io.TextIOWrapper(file)
 
     monkeypatch.setattr("builtins.open", refuse)
-    said = said_of(kind, tmp_path / "file")
+    said = ""
+    try:
+        WRITERS[kind](tmp_path / "file")
+    except UserError as error:
+        said = str(error)
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}"
+    said += capsys.readouterr().err.strip()
     assert str(tmp_path) in said and os.strerror(number) in said and len(said.splitlines()) == 1
     assert "untouched" not in said  # there was none before
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
-
-
-@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
-def test_a_full_disk_is_said_to_be_full(tmp_path):
-    """One of 8 kB, for every kind of file that a mode writes."""
-    script = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-              f"import pathlib, conftest, test_utils; file = pathlib.Path({str(tmp_path)!r}) / 'file'\n"
-              f"for kind in test_utils.WRITERS: print(test_utils.said_of(kind, file))")
-    result = subprocess.run(["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size=8k tmpfs {tmp_path} || exit 77; "
-                             f"exec {sys.executable} -"], input=script, text=True, capture_output=True, timeout=200)
-    if result.returncode in (1, 77) and not result.stdout:
-        pytest.skip(f"no file system of its own here: {result.stderr[-200:]}")
-    said = result.stdout.splitlines()
-    assert len(said) == len(WRITERS), result.stderr
-    assert [line for line in said if str(tmp_path) not in line or "No space left on device" not in line] == []
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -172,21 +145,17 @@ def test_checkpoint_round_trip(tmp_path):
     actual = load_checkpoint(tmp_path / "a.pth")
     assert_close(actual.pop("tensor"), desired.pop("tensor"))
     assert actual == desired
-
-
-def test_load_checkpoint_names_its_flag(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
-        message = user_error(load_checkpoint, path, flag="--resume")
-        assert message.startswith("--resume") and str(path) in message
+        assert user_error(load_checkpoint, path, flag="--resume").startswith(f"--resume {path}: ")
 
 
 def test_make_folder(tmp_path):
-    assert make_folder(tmp_path / "a" / "b", "--save_path") == tmp_path / "a" / "b"
-    make_folder(tmp_path / "a" / "b", "--save_path")  # again is fine
+    for _ in range(2):  # again is fine
+        assert make_folder(tmp_path / "a" / "b", "--save_path") == tmp_path / "a" / "b"
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         message = user_error(make_folder, path, "--save_path")
-        assert f"--save_path {path}: a folder is needed, and cannot be made (" in message
+        assert message.startswith(f"--save_path {path}: a folder is needed, and cannot be made (")
 
 
 # -------------------------------------------------------------------------------------------- checkpoints
@@ -232,6 +201,8 @@ def test_a_damaged_newest_checkpoint_names_the_older_ones(tmp_path):
 
 def test_metrics_are_appended_and_truncated(tmp_path):
     metrics = MetricFile(tmp_path / "metrics.jsonl")
+    metrics.truncate_after(3)
+    assert os.listdir(tmp_path) == []
     rows = [{"iteration": iteration, "total": iteration / 3} for iteration in (5, 10, 15, 20)]
     for row in rows:
         metrics.append(row)
@@ -256,37 +227,24 @@ def test_half_written_last_line_is_dropped_and_a_whole_one_ended(tmp_path, half)
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [5, 6, 7]
 
 
-def test_truncating_without_a_file_makes_none(tmp_path):
-    MetricFile(tmp_path / "metrics.jsonl").truncate_after(3)
-    assert os.listdir(tmp_path) == []
-
-
 # ------------------------------------------------------------------------------------------------- device
 
 
-def pretend_gpus(monkeypatch, count: int) -> list[int]:
+@pytest.mark.parametrize("gpus, asked, desired", [
+    (0, None, "cpu"), (0, -1, "cpu"), (2, -1, "cpu"), (2, None, "cuda:0"), (2, 0, "cuda:0"), (2, 1, "cuda:1"),
+    (0, 0, None), (0, 1, None), (2, 2, None), (2, 99, None), (2, -2, None), (0, -3, None),
+])
+def test_the_gpu_that_is_asked_for_becomes_the_current_one_or_is_refused(monkeypatch, gpus, asked, desired):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda number: chosen.append(number))
-    return chosen
-
-
-@pytest.mark.parametrize(
-    ("gpus", "asked", "desired"),
-    [(0, None, "cpu"), (0, -1, "cpu"), (2, -1, "cpu"), (2, None, "cuda:0"), (2, 0, "cuda:0"), (2, 1, "cuda:1")],
-)
-def test_resolve_device(monkeypatch, gpus, asked, desired):
-    chosen = pretend_gpus(monkeypatch, gpus)
-    device = resolve_device(asked)
-    assert device == torch.device(desired) and chosen == ([device.index] if device.type == "cuda" else [])
-
-
-@pytest.mark.parametrize(("gpus", "asked"), [(0, 0), (0, 1), (2, 2), (2, 99), (2, -2), (0, -3)])
-def test_gpu_that_is_not_there_is_refused(monkeypatch, gpus, asked):
-    pretend_gpus(monkeypatch, gpus)
-    message = user_error(resolve_device, asked)
-    assert f"gpu_no {asked}" in message and "-1" in message
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if desired is None:
+        message = user_error(resolve_device, asked)
+        assert f"gpu_no {asked}" in message and "-1 is the CPU" in message
+    else:
+        assert resolve_device(asked) == torch.device(desired)
+        assert chosen == [torch.device(desired).index] * desired.startswith("cuda")
 
 
 @pytest.mark.parametrize("flags, vendor, desired", [
@@ -377,24 +335,10 @@ def test_first_signal_is_remembered_and_the_second_acts(number, code):
 # -------------------------------------------------------------------------------------------------- wandb
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    """An empty home directory, and no key in the environment."""
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
-def test_wandb_key_in_the_environment(home, monkeypatch):
-    assert not wandb_key_is_configured()
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    assert wandb_key_is_configured()
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    assert not wandb_key_is_configured()
-
-
 @pytest.mark.parametrize("name, host, variables, desired", [
+    ("none", "", {}, False),
+    ("none", "", {"WANDB_API_KEY": "0123456789abcdef"}, True),
+    ("none", "", {"WANDB_API_KEY": ""}, False),
     (".netrc", "api.wandb.ai", {}, True),
     ("_netrc", "api.wandb.ai", {}, True),
     (".netrc", "example.org", {}, False),
@@ -404,11 +348,13 @@ def test_wandb_key_in_the_environment(home, monkeypatch):
     ("elsewhere", "api.wandb.ai", {"NETRC": "~/elsewhere"}, True),
     (".netrc", "nonsense {{{ here", {}, False),
 ])
-def test_wandb_key_in_netrc(home, monkeypatch, name, host, variables, desired):
-    (home / name).write_text(f"machine {host}\n  login user\n  password 0123456789abcdef\n")
-    (home / name).chmod(0o600)
-    for variable, value in variables.items():
+def test_wandb_key_in_the_environment_or_in_netrc(tmp_path, monkeypatch, name, host, variables, desired):
+    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in {"HOME": str(tmp_path), **variables}.items():
         monkeypatch.setenv(variable, value)
+    (tmp_path / name).write_text(f"machine {host}\n  login user\n  password 0123456789abcdef\n")
+    (tmp_path / name).chmod(0o600)
     assert wandb_key_is_configured() == desired
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import read_metrics, refused, small_network, user_error, words, write_model, write_noise, write_picture
+from helpers import read_metrics, refused, small_network, user_error, words, write_model, write_noise
 from PIL import Image
 
 import archives
@@ -109,10 +109,9 @@ def test_test_mode_paints_and_names_the_same(photos, tmp_path, monkeypatch):
 def test_a_folder_may_be_called_as_an_archive(photos, tmp_path):
     folder = photos.rename(tmp_path / "photos.zip")
     assert is_searched(folder) and "x.zip/2.png" in below(find_pictures(folder, ""), folder)
-    load_picture(folder / "x.zip" / "2.png")
-    archive = pack(folder, tmp_path / "inner.zip")
-    load_picture(archive / "x.zip" / "2.png")
-    assert "no such file" in refused(archive / "x.zip" / "3.png")
+    for around in (folder, pack(folder, tmp_path / "inner.zip")):
+        load_picture(around / "x.zip" / "2.png")
+    assert "no such file" in refused(tmp_path / "inner.zip" / "x.zip" / "3.png")
 
 
 # ---------------------------------------------------------------------------------------------- the modes
@@ -143,14 +142,13 @@ def test_pruning_reads_archives(photos, tmp_path):
     archive = pack(photos, tmp_path / "photos.zip")
     flags = {"mode": "prune", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", small_network()),
              "content_dir": archive, "style_dir": photos, "imsize": 32, "cropsize": 32, "prune_num": 1, "prune_nums": 0,
-             "latency_runs": 1, "report_size": 32, "save_path": tmp_path / "cut"}
-    assert main(words(flags)) == 0
-    report = json.loads((tmp_path / "cut" / "report.json").read_text())
-    assert report["content_pictures"] == report["style_pictures"] == 6 and report["compared_pairs"] == 4
-    assert all(content.startswith(str(archive)) for content, _ in report["pairs_set_aside"])
+             "latency_runs": 1, "report_size": 32}
+    assert main(words(flags | {"save_path": tmp_path / "cut"})) == 0
     kept = {"responses": tmp_path / "cut" / "responses.npz", "save_path": tmp_path / "again"}
     assert main(words(flags | kept)) == 0
-    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    report, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("cut", "again"))
+    assert report["content_pictures"] == report["style_pictures"] == 6 and report["compared_pairs"] == 4
+    assert all(content.startswith(str(archive)) for content, _ in report["pairs_set_aside"])
     assert again["changes"] == report["changes"] and again["max_pixel_difference"] is not None
 
 
@@ -163,17 +161,15 @@ def test_threads_and_processes_read_at_once(photos, tmp_path):
     paths = find_pictures(archive, "")
     desired = [load_picture(photos / path.relative_to(archive)).tobytes() for path in paths]
 
-    def read(_turn: int) -> list[bytes]:
-        return [load_picture(path).tobytes() for path in paths]
+    def is_same(_turn: int) -> bool:
+        return [load_picture(path).tobytes() for path in paths] == desired
 
-    def read_in_a_child() -> None:
-        os._exit(0 if all(read(turn) == desired for turn in range(20)) else 1)
-
-    children = [multiprocessing.get_context("fork").Process(target=read_in_a_child) for _ in range(2)]
+    children = [multiprocessing.get_context("fork").Process(target=lambda: os._exit(not all(map(is_same, range(20)))))
+                for _ in range(2)]
     for child in children:
         child.start()
     with ThreadPoolExecutor(8) as pool:
-        assert all(actual == desired for actual in pool.map(read, range(40)))
+        assert all(pool.map(is_same, range(40)))
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
@@ -222,9 +218,9 @@ def test_names_that_are_not_ascii(tmp_path, placeholder, stored, desired):
 
 def test_of_two_members_of_one_name_the_last_counts(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        for size in ((3, 4), (5, 6)):
-            file.writestr("a.png", write_picture(tmp_path / "a.png", size).read_bytes())
-    assert [load_picture(path).size for path in find_pictures(tmp_path / "a.zip", "")] == [(5, 6)]
+        for content in (b"no picture", picture_bytes()):
+            file.writestr("a.png", content)
+    assert [load_picture(path).size for path in find_pictures(tmp_path / "a.zip", "")] == [(20, 16)]
 
 
 # ----------------------------------------------------------------------------------------------- damage
@@ -261,10 +257,8 @@ def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, how, said
 
 def test_empty_and_broken_members_are_bad_pictures(tmp_path):
     archive = write_archive(tmp_path / "photos.zip", empty=b"", text=b"no picture", half=picture_bytes()[:200])
-    assert "empty" in refused(archive / "empty.png")
-    assert "not a readable picture" in refused(archive / "text.png")
-    assert "not a readable picture" in refused(archive / "half.png")
-    assert "no such file" in refused(archive / "other.png")
+    for name, said in (("empty", "empty"), ("text", "not a readable"), ("half", "not a readable"), ("none", "no such")):
+        assert said in refused(archive / f"{name}.png")
     assert "3 of 3 pictures" in user_error(open_folder, archive, "--style_dir", MANY)
 
 

@@ -146,20 +146,15 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_suffices(tmp_path):
     ],
 )
 def test_prepared_sizes(tmp_path, imsize, cropsize, desired):
-    path = write_picture(tmp_path / "wide.png", (60, 40), (200, 100, 50))
-    actual = prepare_picture(path, imsize, cropsize)
+    actual = prepare_picture(write_picture(tmp_path / "wide.png", (60, 40), (200, 100, 50)), imsize, cropsize)
     assert actual.shape == (1, 3, *desired)
     assert actual.dtype == torch.uint8
     assert actual.amin(dim=(0, 2, 3)).tolist() == actual.amax(dim=(0, 2, 3)).tolist() == [200, 100, 50]
 
 
-@pytest.mark.parametrize(("size", "imsize", "desired"), [((61, 37), 20, (33, 20)), ((37, 61), 20, (20, 33)),
-                                                         ((1000, 3), 2, (667, 2)), ((50, 50), 7, (7, 7))])
-def test_resizing_keeps_the_proportions(tmp_path, size, imsize, desired):
-    assert load_picture(write_picture(tmp_path / "any.png", size), imsize).size == desired
-
-
-def test_centre_crop_is_the_centre(tmp_path):
+def test_resizing_keeps_the_proportions_and_a_crop_is_the_centre(tmp_path):
+    for size, imsize, desired in (((61, 37), 20, (33, 20)), ((1000, 3), 2, (667, 2)), ((50, 50), 7, (7, 7))):
+        assert load_picture(write_picture(tmp_path / "any.png", size), imsize).size == desired
     actual = prepare_picture(write_map(tmp_path / "map.png", (40, 30), number=3), cropsize=10)
     assert actual[0, :, 0, 0].tolist() == [15 * 5, 10 * 7, 3]
     assert actual[0, :, 9, 9].tolist() == [24 * 5, 19 * 7, 3]

@@ -4,7 +4,6 @@ Files are built byte by byte where Pillow would not write them so. Colours are c
 standards, not to the library that converts them.
 """
 
-import os
 import re
 import struct
 import sys
@@ -63,9 +62,8 @@ def with_exif(path, block: bytes):
         return with_png_chunks(write_map(path), png_chunk(b"eXIf", block))
     if path.suffix == ".jpg":
         return with_jpeg_segments(write_map(path), (0xE1, b"Exif\0\0" + block))
-    write_map(path.with_suffix(".png"))
-    with Image.open(path.with_suffix(".png")) as image:
-        image.save(path, exif=block, **{"lossless": True} if path.suffix == ".webp" else {"quality": 95})
+    with Image.open(write_map(path.with_suffix(".png"))) as image:
+        image.save(path, exif=block, lossless=True)
     return path
 
 
@@ -112,17 +110,17 @@ def test_orientation_is_read_where_it_can_be_and_costs_nothing_elsewhere(tmp_pat
 
 
 @needs_avif
-@pytest.mark.parametrize("damage", [b"no exif!", b"\0" * 8, b"II*\0\xff\xff\xff\x7f"])
-def test_malformed_exif_in_avif(tmp_path, damage):
+def test_malformed_exif_in_avif(tmp_path):
     """What turns it stands elsewhere, and Pillow writes it there."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "the maker of it"
     with Image.open(write_map(tmp_path / "a.png")) as image:
         image.save(tmp_path / "a.avif", exif=exif, quality=95)
-    content = (tmp_path / "a.avif").read_bytes()
-    (tmp_path / "a.avif").write_bytes(re.sub(rb"(?s)(II\*\0|MM\0\*).{4}", lambda _: damage, content, count=1))
-    assert damage in (tmp_path / "a.avif").read_bytes()
-    assert_is_map(tmp_path / "a.avif", 6, 6)
+    whole = (tmp_path / "a.avif").read_bytes()
+    for damage in (b"no exif!", b"\0" * 8, b"II*\0\xff\xff\xff\x7f"):
+        place = re.search(rb"II\*\0|MM\0\*", whole).start()
+        (tmp_path / "a.avif").write_bytes(whole[:place] + damage + whole[place + len(damage) :])
+        assert_is_map(tmp_path / "a.avif", 6, 6)
 
 
 def test_orientation_in_xmp_and_as_imagemagick_keeps_it(tmp_path):
@@ -385,9 +383,8 @@ def test_alpha_lies_where_the_picture_lies(tmp_path, imsize, cropsize):
 def test_alpha_of_grey_and_palette(tmp_path):
     Image.new("LA", (4, 2), (100, 51)).save(tmp_path / "grey.png")
     assert (np.asarray(load_alpha(tmp_path / "grey.png")) == 51).all()
-    image = Image.new("P", (4, 2), 0)
+    image = Image.fromarray(np.array([[0, 0, 1, 1]] * 2, np.uint8))
     image.putpalette([200, 0, 0, 0, 0, 150])
-    image.paste(1, (2, 0, 4, 2))
     for name in ("a.gif", "a.png"):
         image.save(tmp_path / name, transparency=1)
         assert np.asarray(load_alpha(tmp_path / name)).tolist() == [[255, 255, 0, 0]] * 2
@@ -398,13 +395,6 @@ def test_opaque_pictures_have_no_alpha(tmp_path, name):
     mode, colour = ("RGBA", (1, 2, 3, 255)) if "opaque" in name else ("L", 7) if "grey" in name else ("RGB", (1, 2, 3))
     Image.new(mode, (8, 6), colour).save(tmp_path / name)
     assert load_alpha(tmp_path / name, 4, 4) is None
-
-
-def test_alpha_refuses_as_pictures_do(tmp_path):
-    (tmp_path / "text.png").write_text("text")
-    for path in (tmp_path / "text.png", tmp_path / "none.png", tmp_path):
-        with pytest.raises(PictureError):
-            load_alpha(path)
 
 
 def png(path, bits: int, kind: int, rows: bytes, *chunks: bytes, size=(2, 1)):
@@ -453,12 +443,6 @@ def test_first_frame_of_several(tmp_path, name):
     assert np.abs(pixels(load_picture(tmp_path / name)) - (250, 0, 0)).max() <= 8
 
 
-def test_pipes_and_devices_are_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    assert "pipe" in refused(tmp_path / "pipe.jpg")
-    assert "device" in refused("/dev/zero")
-
-
 @pytest.mark.parametrize("load", [load_picture, prepare_picture, load_alpha])
 def test_picture_too_large_for_the_memory(tmp_path, monkeypatch, load):
     def lack(image):
@@ -481,28 +465,16 @@ def test_the_limits_of_pillow_stay_those_of_the_program(tmp_path):
 # ---------------------------------------------------------------------------------------------------- HEIC
 
 
-def heic(path):
-    path.write_bytes(struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + b"\0" * 100)
-    return path
-
-
 def test_heic_is_read_with_pillow_heif_alone(tmp_path, monkeypatch):
     """By a stand-in, which makes every HEIC picture one of one colour. Without it, a picture is known all the same."""
+    path = tmp_path / "photo.HEIC"
+    path.write_bytes(struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + b"\0" * 100)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what import refuses
-    path = heic(tmp_path / "photo.HEIC")
     assert is_picture(path) and "pip install pillow-heif" in refused(path)
 
-    class Heif(Image.Image):
-        format = "HEIF"
-
-    def open_heif(file, name):
-        image = Heif()
-        image.__dict__.update(Image.new("RGB", (6, 4), (10, 20, 30)).__dict__)
-        image.__class__ = Heif
-        return image
-
     def register():
-        Image.register_open("HEIF", open_heif, lambda prefix: prefix[4:12] == b"ftypheic")
+        Image.register_open("HEIF", lambda file, name: Image.new("RGB", (6, 4), (10, 20, 30)),
+                            lambda prefix: prefix[4:12] == b"ftypheic")
 
     monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
     monkeypatch.setattr(Image, "OPEN", Image.OPEN.copy())

@@ -1,7 +1,7 @@
 """`--mode distill`: a network of any widths learns to paint as another one does."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,24 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from data import MAX_PIXELS, normalize
-from folders import open_folder, split_holdout
+from folders import FailedPictures
 from loss import distillation_errors
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
-from settings import setting
+from settings import check_needed, setting
 from training.dead_units import DeadUnits
-from training.loop import Run, is_finished, open_config
-from training.run_folder import CheckpointFolder, WandbRun
+from training.loop import run_training
 from training.sampling import CropConfig, MixedPictures, first_pictures
-from utils import (
-    UserError,
-    allow_tf32,
-    autocast_dtype,
-    describe_device,
-    note,
-    process_count,
-    resolve_device,
-    save_checkpoint,
-)
+from utils import UserError, autocast_dtype, process_count, save_checkpoint
 from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint
 
 # Settings that a resumed run keeps.
@@ -64,6 +54,7 @@ class DistillConfig:
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
+    wb_mode = "disabled"  # no setting of this mode
 
     @property
     def crop(self) -> CropConfig:
@@ -71,24 +62,15 @@ class DistillConfig:
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
-        if not self.save_path:
-            raise UserError("--save_path is needed in distill mode")
+        check_needed(self, "distill")
         if self.cropsize < 32 or self.cropsize % 8:
             raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
         if process_count() > 1:
             raise UserError("--mode distill runs in one process; start it without torchrun")
-        if not self.teacher:
-            raise UserError("--teacher is needed in distill mode: the network to learn from")
-        if not self.load_path:
-            raise UserError("--load_path is needed in distill mode: the network that learns")
         if not self.content_dir and not self.style_dir:
             raise UserError("--content_dir or --style_dir is needed in distill mode")
         if self.batch_size < 2:
-            raise UserError("--batch_size 1: each picture is painted in the style of the next one; 2 or more are "
-                            "needed")
-
-
-# --------------------------------------------------------------------------------------------- the student
+            raise UserError("--batch_size 1: each picture takes the style of the next one, 2 or more are needed")
 
 
 class NormalizedLayers(nn.Module):
@@ -116,12 +98,10 @@ class NormalizedLayers(nn.Module):
 class Student(nn.Module):
     """A style-transfer network with batch normalisation, and the projection of its bottleneck to its teacher's.
 
-    Of given weights, the filters are where it starts. Their scales go: normalisation wakes channels that cutting
-    others left dead.
+    The filters are where it starts. Their scales go: normalisation wakes channels that cutting others left dead.
     """
 
     def __init__(self, network: StyleTransferNetwork, teacher_width: int) -> None:
-        """teacher_width: channels of the teacher's bottleneck."""
         super().__init__()
         self.config = network.config
         self.encoder = NormalizedLayers(network.encoder.layers[0])
@@ -129,22 +109,26 @@ class Student(nn.Module):
         self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
 
     def folded(self) -> StyleTransferNetwork:
-        """The network that paints as this one does in evaluation, on the CPU."""
+        """The network that does what this one does in evaluation, on the CPU: each conv takes its normalisation in."""
         network = StyleTransferNetwork(self.config)
-        for part in ("encoder", "decoder"):
-            getattr(network, part).layers[0].load_state_dict(folded_weights(getattr(self, part)))
+        for own, part in ((self.encoder, network.encoder), (self.decoder, network.decoder)):
+            weights = own.layers.state_dict()
+            for index, norm in own.norms.items():
+                weights[f"{index}.weight"], weights[f"{index}.bias"] = fuse_conv_bn_weights(
+                    weights[f"{index}.weight"], None, norm.running_mean, norm.running_var, norm.eps, norm.weight,
+                    norm.bias)
+            part.layers[0].load_state_dict(weights)
         return network
 
 
-def paint(encoder: Callable, decoder: Callable, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Each picture in the style of the batch's next one: all serve as both.
+def in_next_style(network: StyleTransferNetwork | Student, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Each picture in the style of the batch's next one, (B, 3, H, W), and the bottleneck feature, (B, C, H/8, W/8).
 
-    pictures: (B, 3, H, W), ImageNet-normalised. Returns the outputs, (B, 3, H, W), and the bottleneck feature,
-    (B, C, H/8, W/8).
+    pictures: (B, 3, H, W), ImageNet-normalised.
     """
-    feature = encoder(pictures)
+    feature = network.encoder(pictures)
     mean, std = (statistic.roll(-1, dims=0) for statistic in channel_statistics(feature))
-    return decoder(adain(feature, mean, std)), feature
+    return network.decoder(adain(feature, mean, std)), feature
 
 
 def rate_share(iteration: int, max_iter: int) -> float:
@@ -153,22 +137,6 @@ def rate_share(iteration: int, max_iter: int) -> float:
     if iteration <= warmup:
         return iteration / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup) / (max_iter + 1 - warmup))
-
-
-def folded_weights(network: NormalizedLayers) -> dict[str, Tensor]:
-    """The convs on the CPU, the normalisation behind each, as in evaluation, folded in where there is one.
-
-    Returns float32 tensors keyed `<N>.weight`, `<N>.bias`, N the index in `network.layers`.
-    """
-    weights = dict(network.layers.state_dict())
-    for index, norm in network.norms.items():
-        conv = network.layers[int(index)]
-        weights[f"{index}.weight"], weights[f"{index}.bias"] = fuse_conv_bn_weights(
-            conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-
-
-# ------------------------------------------------------------------------------------------------ the step
 
 
 class Distiller:
@@ -180,10 +148,8 @@ class Distiller:
     def __init__(self, config: DistillConfig, device: torch.device, checkpoint: dict | None = None) -> None:
         """checkpoint: of the run that goes on; `restore` puts its weights back."""
         torch.manual_seed(config.seed)
-        self.config = config
-        self.device = device
+        self.config, self.device = config, device
         self.held_out: Tensor | None = None  # (n, 3, H, W), uint8, in whole batches, for `measure`
-        self.dead_units: DeadUnits | None = None
         self.amp_dtype = autocast_dtype(config.amp, device)
         if checkpoint is None:
             network, _ = load_network(config.load_path, vgg_weights=config.vgg_weights)
@@ -198,16 +164,15 @@ class Distiller:
         student = Student(network, teacher.config.bottleneck_width)
         self.network = student.to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.lr, fused=True)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
     def errors(self, pictures: Tensor) -> Tensor:
         """pictures: (B, 3, H, W), uint8. Returns `metrics`, (3,): the loss, and what it is the sum of."""
         pictures = normalize(pictures).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             with torch.no_grad():
-                target, teacher_feature = paint(self.teacher.encoder, self.teacher.decoder, pictures)
-            output, feature = paint(self.network.encoder, self.network.decoder, pictures)
+                target, teacher_feature = in_next_style(self.teacher, pictures)
+            output, feature = in_next_style(self.network, pictures)
             projected = self.network.projection(feature)  # (B, C of the teacher, H/8, W/8)
         errors = torch.stack(distillation_errors(output, target, projected, teacher_feature))
         return torch.cat([errors.sum()[None], errors])
@@ -218,8 +183,7 @@ class Distiller:
             group["lr"] = self.config.lr * rate_share(iteration, self.config.max_iter)
 
     def step(self, pictures: Tensor, all_terms: bool = True) -> dict[str, Tensor]:
-        """One step of Adam. pictures: (B, 3, H, W), uint8. Returns `metrics`, all of them at every step, as scalars on
-        the device."""
+        """One step of Adam. pictures: (B, 3, H, W), uint8. Returns all `metrics`, scalars on the device."""
         errors = self.errors(pictures)
         self.optimizer.zero_grad(set_to_none=True)
         errors[0].backward()
@@ -238,8 +202,7 @@ class Distiller:
         return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
 
     def report(self, folder: Path, iteration: int) -> tuple[dict, None]:
-        """Measure held-out pictures, count dead units, and write the student as a model file for `--load_path`, the
-        normalisations folded in."""
+        """Measure held-out pictures, count dead units, and write the student as a model file for `--load_path`."""
         network = self.network.folded()
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / STUDENT_NAME)
         return self.measure() | self.dead_units.count(network.to(self.device)), None
@@ -260,30 +223,21 @@ class Distiller:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
 
-# ---------------------------------------------------------------------------------------------------- mode
+def open_pictures(
+    config: DistillConfig, trainer: Distiller, learned: Sequence[list[Path]], held_out: Sequence[list[Path]],
+    tallies: Sequence[FailedPictures],
+) -> MixedPictures:
+    """The pictures of a run; the trainer gets some of them to look at, and some held out. See `run_training`."""
+    pictures = MixedPictures(learned, config.crop, config.seed)
+    (shown,) = first_pictures(pictures, DeadUnits.PAIRS, tallies)
+    trainer.dead_units = DeadUnits(shown, shown.roll(-1, dims=0))
+    if measured := [(each, tally) for each, tally in zip(held_out, tallies) if each]:
+        folders, their_tallies = zip(*measured)
+        count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
+        (trainer.held_out,) = first_pictures(MixedPictures(folders, config.crop, config.seed), count, their_tallies)
+    return pictures
 
 
 def distill(given: dict) -> int:
     """Run `--mode distill` with the flags given on the command line. Returns the exit code."""
-    config, checkpoint = open_config("distill", DistillConfig, given, FIXED)
-    device = resolve_device(config.gpu_no)
-    allow_tf32(True)
-    if is_finished(config, checkpoint):
-        return 0
-    flags = [flag for flag in ("content_dir", "style_dir") if getattr(config, flag)]
-    paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
-                           for flag in flags))
-    trainer = Distiller(config, device, checkpoint)
-    with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-        learned, held_out = zip(*(split_holdout(each, config.holdout) for each in paths))
-        pictures = MixedPictures(learned, config.crop, config.seed)
-        (shown,) = first_pictures(pictures, DeadUnits.PAIRS, tallies)
-        trainer.dead_units = DeadUnits(shown, shown.roll(-1, dims=0))
-        measured = [(each, tally) for each, tally in zip(held_out, tallies) if each]
-        if measured:
-            folders, their_tallies = zip(*measured)
-            count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
-            (trainer.held_out,) = first_pictures(MixedPictures(folders, config.crop, config.seed), count, their_tallies)
-        precision = "float32" if trainer.amp_dtype is None else "bfloat16"
-        note(f"distilling on {describe_device(device)}, {precision}; {sum(map(len, learned))} pictures")
-        return Run("distill", config, trainer, folder, pictures, tallies, WandbRun("disabled", None), checkpoint).loop()
+    return run_training("distill", DistillConfig, given, FIXED, Distiller, open_pictures)

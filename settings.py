@@ -14,6 +14,7 @@ from types import UnionType
 
 from loss import STYLE_LOSSES
 from network import BACKBONES, POOLINGS, UPSAMPLINGS
+from utils import UserError
 from weights import VGG_SOURCES
 
 ROOT = Path(__file__).parent
@@ -162,6 +163,13 @@ def description(flag: dict) -> str:
         words = "default: " + " ".join(f"{each:g}" if isinstance(each, float) else str(each).removeprefix(f"{ROOT}/")
                                        for each in values)
     return f"{'; '.join(flag[part] for part in ('help', 'more') if part in flag)} ({words})"
+
+
+def check_needed(config, mode: str) -> None:
+    """Raises UserError for a setting that the mode needs and that has no value."""
+    for each in fields(config):
+        if each.metadata.get("needed") and not getattr(config, each.name):
+            raise UserError(f"--{each.name} is needed in {mode} mode")
 
 
 def changed(config) -> set[str]:

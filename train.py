@@ -1,30 +1,21 @@
 """`--mode train`: learn style transfer while the channel and xor losses switch channels off."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from data import MAX_PIXELS
-from folders import open_folder, split_holdout
+from folders import FailedPictures
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
-from settings import setting
+from settings import check_needed, setting
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, range_of_macs
 from training.dead_units import DeadUnits
-from training.loop import Run, is_finished, open_config
-from training.run_folder import CheckpointFolder, WandbRun
+from training.loop import run_training
 from training.sampling import CropConfig, PictureCache, TrainingPictures, first_pictures
 from training.step import TransferConfig, TransferTrainer
-from utils import (
-    UserError,
-    allow_tf32,
-    describe_device,
-    is_first_process,
-    make_folder,
-    note,
-    process_count,
-    process_group,
-    resolve_device,
-)
+from utils import UserError, make_folder, note, process_count
 from weights import load_network, load_vgg, same_vgg
 
 # Settings that a resumed run keeps.
@@ -79,64 +70,44 @@ class TrainConfig(TransferConfig):
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
-        for flag in ("save_path",) if self.resume else ("content_dir", "style_dir", "save_path"):
-            if not getattr(self, flag):
-                raise UserError(f"--{flag} is needed in train mode")
-        stride = 8  # of the deepest tap of both loss networks
-        if self.cropsize < 2 * stride or self.cropsize % stride:
-            raise UserError(f"--cropsize {self.cropsize}: a multiple of {stride}, {2 * stride} or more, is needed")
-        if self.new_weights and not self.load_path:
-            raise UserError("--new_weights: --load_path says the network whose widths to start with")
-        if self.new_weights and not all(self.learning_rates.values()):
-            raise UserError("--new_weights: with --encoder_lr 0 or --decoder_lr 0 random weights would stay so")
-        if self.swap_max_pool and self.pooling not in (None, "avg"):
-            raise UserError(f"--swap_max_pool is --pooling avg, and --pooling {self.pooling} was given too")
-        if self.warmup_iter + self.decay_iter > self.max_iter:
-            raise UserError(f"--warmup_iter {self.warmup_iter} and --decay_iter {self.decay_iter}: together more than "
-                            f"--max_iter {self.max_iter}")
-        if not any(self.learning_rates.values()):
-            raise UserError("--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be learned")
-        self._check_compacting()
-
-    def _check_compacting(self) -> None:
-        if self.compact_cost not in COMPACT_COSTS:  # of an older run
-            raise UserError(f"--compact_cost {self.compact_cost}: {' or '.join(COMPACT_COSTS)} is needed")
-        layers = f"--compact_layers {self.compact_layers}"
-        if self.target_macs is not None and not self.channel_loss_weight:
-            raise UserError(f"--target_macs {self.target_macs} steers the weight of the channel loss, and "
-                            "--channel_loss_weight is 0")
+        check_needed(self, "train")
+        rates, parts = self.learning_rates, COMPACT_LAYERS[self.compact_layers]
         switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
-        for part in COMPACT_LAYERS[self.compact_layers]:
-            if switches_off and not self.learning_rates[part]:
-                raise UserError(f"{layers} with --{part}_lr 0: a frozen {part}'s channels stay as they are; choose "
-                                "other layers, or --channel_loss_weight 0 --xor_loss_weight 0")
-        if "decoder" in COMPACT_LAYERS[self.compact_layers] and self.batch_size * process_count() < 2:
-            raise UserError(f"{layers} with --batch_size {self.batch_size}: the xor loss compares the outputs of 2 "
-                            "pictures or more")
-
-    def check_target(self, network: NetworkConfig) -> None:
-        """Raises UserError for a `target_macs` that `network` is below already, or that the layers cannot reach."""
-        if self.target_macs is None:
-            return
-        least, start = range_of_macs(network, self.compact_layers)
-        if start <= self.target_macs:
-            raise UserError(f"--target_macs {self.target_macs}: the network has {start:.3f} of the full network's "
-                            "multiply-adds already")
-        if least >= self.target_macs:
-            raise UserError(f"--target_macs {self.target_macs}: without any channel of --compact_layers "
-                            f"{self.compact_layers}, {least:.3f} of the multiply-adds are left; choose more layers")
+        frozen = [part for part in parts if switches_off and not rates[part]]
+        for is_wrong, message in (
+            (self.cropsize < 16 or self.cropsize % 8, f"--cropsize {self.cropsize}: a multiple of 8, 16 or more, is "
+             "needed"),
+            (self.new_weights and not self.load_path, "--new_weights: --load_path says the network whose widths to "
+             "start with"),
+            (not any(rates.values()), "--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be "
+             "learned"),
+            (self.new_weights and not all(rates.values()), "--new_weights: with --encoder_lr 0 or --decoder_lr 0 "
+             "random weights would stay so"),
+            (self.swap_max_pool and self.pooling not in (None, "avg"), "--swap_max_pool is --pooling avg, and "
+             f"--pooling {self.pooling} was given too"),
+            (self.compact_cost not in COMPACT_COSTS, f"--compact_cost {self.compact_cost}: "  # of an older run
+             f"{' or '.join(COMPACT_COSTS)} is needed"),
+            (self.target_macs is not None and not self.channel_loss_weight, f"--target_macs {self.target_macs} steers "
+             "the weight of the channel loss, and --channel_loss_weight is 0"),
+            (frozen, f"--compact_layers {self.compact_layers} with --{''.join(frozen[:1])}_lr 0: channels of a frozen "
+             "part stay as they are; choose other layers, or --channel_loss_weight 0 --xor_loss_weight 0"),
+            ("decoder" in parts and self.batch_size * process_count() < 2, f"--compact_layers {self.compact_layers} "
+             f"with --batch_size {self.batch_size}: the xor loss compares the outputs of 2 pictures or more"),
+        ):
+            if is_wrong:
+                raise UserError(message)
 
 
 def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | None) -> TransferTrainer:
     """The trainer at its start, or with the network of the checkpoint, for its `restore`."""
     torch.manual_seed(config.seed)
     vgg, origin = load_vgg(config.backbone, config.vgg_weights, config.seed)
-    if checkpoint is not None and not same_vgg(checkpoint.get("vgg_weights"), origin):
-        raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
-                        f"now they are {origin}")
-    pooling = "avg" if config.swap_max_pool else "max"
-    network, _ = build_from_vgg(NetworkConfig.full(config.backbone, pooling), vgg)
+    note(f"VGG weights: {origin}")
+    network, _ = build_from_vgg(NetworkConfig.full(config.backbone, "avg" if config.swap_max_pool else "max"), vgg)
     if checkpoint is not None:
+        if not same_vgg(checkpoint.get("vgg_weights"), origin):
+            raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
+                            f"now they are {origin}")
         network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["config"]))
         network.load_state_dict(checkpoint["state_dict"])
     elif config.load_path:
@@ -147,48 +118,24 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if config.new_weights:
             initialize(network, network)
     network.use(config.upsampling, config.padding, config.pooling)
-    config.check_target(network.config)
+    least, start = range_of_macs(network.config, config.compact_layers)
+    if config.target_macs is not None and not least < config.target_macs < start:
+        raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes this "
+                        f"network from {start:.3f} to {least:.3f} of the full network's multiply-adds at most")
     return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, origin)
+
+
+def open_pictures(
+    config: TrainConfig, trainer: TransferTrainer, learned: Sequence[list[Path]], held_out: Sequence[list[Path]],
+    tallies: Sequence[FailedPictures],
+) -> TrainingPictures:
+    """The pictures of a run; the trainer gets the first of them to show. See `run_training`."""
+    cache = config.cache_dir and PictureCache(make_folder(config.cache_dir, "--cache_dir"), config.max_pixels)
+    pictures = TrainingPictures(learned, config.crop, config.seed, cache)
+    trainer.show(*first_pictures(pictures, DeadUnits.PAIRS, tallies))
+    return pictures
 
 
 def train(given: dict) -> int:
     """Run `--mode train` with the flags given on the command line. Returns the exit code."""
-    config, checkpoint = open_config("train", TrainConfig, given, FIXED)
-    device = resolve_device(config.gpu_no)
-    allow_tf32(True)
-    with process_group(device):
-        if is_finished(config, checkpoint):
-            return 0
-        paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
-                               for flag in ("content_dir", "style_dir")))
-        trainer = build_trainer(config, device, checkpoint)
-        with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-            learned = [split_holdout(each, config.holdout)[0] for each in paths]
-            pictures = TrainingPictures(*learned, config.crop, config.seed, _open_cache(config))
-            trainer.show(*first_pictures(pictures, DeadUnits.PAIRS, tallies))
-            precision = "float32" if trainer.forward_pass.amp_dtype is None else "bfloat16"
-            note(f"training on {describe_device(device)}, {precision}; VGG weights: {trainer.vgg_origin}; "
-                 f"{len(learned[0])} content and {len(learned[1])} style pictures")
-            wandb_run = WandbRun(
-                config.wb_mode if is_first_process() else "disabled", folder.folder,
-                checkpoint["wandb_id"] if checkpoint else None, project=config.wb_project, name=config.wb_name,
-                notes=config.wb_notes, tags=config.wb_tags, config=asdict(config),
-            )
-            try:
-                return Run("train", config, trainer, folder, pictures, tallies, wandb_run, checkpoint).loop()
-            except Exception as error:
-                # torch.compile passes on what its backends raise: no compiler, no Triton, a GPU too old for it.
-                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    raise
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"--compile: torch.compile failed ({reason}); training without the flag needs no "
-                                "compiler") from error
-
-
-def _open_cache(config: TrainConfig) -> PictureCache | None:
-    if config.cache_dir is None:
-        return None
-    cache = PictureCache(make_folder(config.cache_dir, "--cache_dir"), config.max_pixels)
-    if is_first_process():
-        cache.remove_leftovers()
-    return cache
+    return run_training("train", TrainConfig, given, FIXED, build_trainer, open_pictures)

@@ -116,7 +116,7 @@ def open_loader(
     """(content, style), endless: from this trainer's loader, or where workers is None from the plain one."""
     if workers is None:
         yield from zip(*(plain_loader(folder, config.imsize, config.cropsize, config.batch_size) for folder in paths))
-    pictures = TrainingPictures(*paths, config.crop, config.seed, cache)
+    pictures = TrainingPictures(paths, config.crop, config.seed, cache)
     for content, style, _ in training_batches(pictures, range(10**9), config.batch_size, workers,
                                               device.type == "cuda"):
         yield content, style

@@ -33,6 +33,9 @@ SMALL_TRAINING = dict(
     num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off", encoder_lr=5e-5, decoder_lr=1e-3,
     uncorrelation_loss_weight=0.01, channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
 )
+# What a published training logs.
+METRICS = ("content", "style", "uncorrelation", "channel", "xor", "total", "nonzero_channels", "channels_off_for_all",
+           "channels_off_for_some")
 
 
 # ----------------------------------------------------------------------------------------------- pictures

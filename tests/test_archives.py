@@ -185,7 +185,7 @@ def test_large_archives_are_opened_once_and_not_sent_to_workers(tmp_path, monkey
     monkeypatch.setattr(archives, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
     paths = find_pictures(tmp_path / "train2014.zip", "--content_dir")
     assert len(paths) == count and archives.find(paths[-1])[1].file_size == 1 and len(opened) == 1
-    pictures = TrainingPictures(paths, paths[:1], CropConfig(20, 16, False, MANY), seed=0)
+    pictures = TrainingPictures((paths, paths[:1]), CropConfig(20, 16, False, MANY), seed=0)
     assert len(pickle.dumps(pictures)) < 150 * count  # the paths
 
 

@@ -14,9 +14,8 @@ class DeadUnits:
     """Counts the units, output channels of a convolution behind its ReLU, that are on (above 0) at no position of any
     of some pictures.
 
-    The same PAIRS pairs of crops at every checkpoint: few enough to take less time than two training steps, and their
-    thousands of positions tell a unit that died from one that is seldom on. A few units that only rare things switch on
-    count as dead, too.
+    PAIRS pairs of crops are few enough to take less time than two training steps, and their thousands of positions tell
+    a unit that died from one that is seldom on. A few units that only rare things switch on count as dead, too.
     """
 
     PAIRS = 8
@@ -27,11 +26,9 @@ class DeadUnits:
         self.warns = warns
 
     def count(self, network: StyleTransferNetwork) -> dict[str, int | list[int]]:
-        """For metrics.jsonl: all dead units, and those of each layer in forward order, encoder then decoder; the
-        decoder's last layer gives the picture and is left out."""
+        """For metrics.jsonl: all dead units, and those of each layer, as in `find`."""
         dead = [int(is_dead.sum()) for is_dead in self.find(network)]
-        units = sum(network.config.decoder_widths[:-1])
-        of_decoder = sum(dead[len(network.config.encoder_widths) :])
+        units, of_decoder = sum(network.config.decoder_widths[:-1]), sum(dead[len(network.config.encoder_widths) :])
         if self.warns and of_decoder > MANY * units:
             self.warns = False
             note(f"{of_decoder} of the decoder's {units} units are on nowhere in {len(self.pairs[0])} pictures, and do "
@@ -40,14 +37,13 @@ class DeadUnits:
 
     @torch.no_grad()
     def find(self, network: StyleTransferNetwork) -> list[Tensor]:
-        """Which units of each layer are dead, (C,), in forward order."""
-        weight = next(network.parameters())
-        is_on = None
-        for content, style in zip(*(pictures.split(1) for pictures in self.pairs)):
-            both = normalize(torch.cat([content, style]).to(weight.device)).to(weight.dtype)  # (2, 3, H, W)
-            features = network.encoder.features(both)
-            aligned = adain(features[-1][:1], *channel_statistics(features[-1][1:]))
-            features += network.decoder.features(aligned.to(weight.dtype))[:-1]
-            these = [(feature > 0).any(dim=3).any(dim=2).any(dim=0) for feature in features]
-            is_on = these if is_on is None else [a | b for a, b in zip(is_on, these)]
-        return [~on for on in is_on]
+        """Which units of each layer are dead, (C,), in forward order; the decoder's last layer gives the picture, and
+        is left out."""
+        weight, is_on = next(network.parameters()), []
+        for pair in zip(*(pictures.split(1) for pictures in self.pairs)):
+            features = network.encoder.features(normalize(torch.cat(pair).to(weight.device)).to(weight.dtype))
+            content, style = features[-1].split(1)
+            aligned = adain(content, *channel_statistics(style)).to(weight.dtype)
+            features += network.decoder.features(aligned)[:-1]
+            is_on.append([(feature > 0).any(dim=3).any(dim=2).any(dim=0) for feature in features])
+        return [~torch.stack(layer).any(dim=0) for layer in zip(*is_on)]

@@ -1,5 +1,7 @@
 """Muon: momentum whose update of a weight matrix is made orthogonal; the rest of a network learns by Adam."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -7,6 +9,15 @@ from torch.optim.optimizer import Optimizer
 MOMENTUM = 0.9
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
 UPDATE_RMS = 0.2  # root mean square of an update at a rate of 1, about Adam's: one rate serves both
+
+
+def muon_groups(parameters: Iterable[Tensor]) -> list[dict]:
+    """The parameters of an encoder or a decoder as Muon takes them: filters of hidden layers as matrices; biases, and
+    the filters that give the picture's three colours, by Adam."""
+    groups = {is_matrix: {"params": [], "orthogonal": is_matrix} for is_matrix in (True, False)}
+    for parameter in parameters:
+        groups[parameter.dim() == 4 and len(parameter) > 3]["params"].append(parameter)
+    return list(groups.values())
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 import fcntl
 import json
-import netrc
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import urlparse
 
 from utils import (
     CHECKPOINT_NAME,
@@ -28,70 +27,50 @@ class CheckpointFolder:
     keep: how many numbered checkpoints stay (0: none, -1: all).
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int = 0) -> None:
         self.folder = Path(folder)
+        self.newest = self.folder / CHECKPOINT_NAME
         self.keep = keep
 
     @classmethod
     @contextmanager
     def of_run(cls, save_path: str, keep: int, is_resumed: bool):
-        """The folder of `--save_path`, made where it is not there, and locked within the block. Raises UserError when
-        another run writes to it, or when a new run would mix with one that it holds."""
+        """The folder of `--save_path`, made where it is not there. Within the block no other run can write to it; a
+        kill ends that, too. Of several processes the first holds the lock. Raises UserError when another run has it, or
+        when a new run would mix with one that the folder holds."""
         folder = cls(make_folder(save_path, "--save_path"), keep)
-        with folder.locked():
+        try:
+            lock = open(folder.folder / LOCK_NAME, "w")
+        except OSError as error:
+            raise UserError(f"--save_path {save_path}: cannot be written to ({error.strerror})") from error
+        with lock:
+            try:
+                if is_first_process():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"--save_path {save_path}: another run is writing to it; wait for its end, or choose "
+                                "another --save_path") from error
+            except OSError:  # a file system without locks
+                pass
             if not is_resumed and folder.newest.exists():
                 raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it, another "
                                 "--save_path starts a new one")
             yield folder
-
-    @contextmanager
-    def locked(self):
-        """Within the block no other run can write to the folder; a kill ends it too. Of several processes the first
-        holds the lock. Raises UserError when another run has it."""
-        if not is_first_process():
-            yield
-            return
-        try:
-            lock = open(self.folder / LOCK_NAME, "w")
-        except OSError as error:
-            raise UserError(f"--save_path {self.folder}: cannot be written to ({error.strerror})") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"--save_path {self.folder}: another run is writing to it; wait for its end, or choose "
-                                "another --save_path") from error
-            except OSError:  # a file system without locks
-                pass
-            yield
 
     @classmethod
     def load_newest(cls, save_path: str | None) -> dict:
         """The newest checkpoint of the run in `--save_path`, for `--resume`. Raises UserError when there is none."""
         if not save_path:
             raise UserError("--resume: --save_path says which run to resume")
-        folder = cls(Path(save_path), keep=0)
-        newest = folder.newest
-        if not newest.exists():
-            raise UserError(f"--resume: {newest} is not there; leave --resume out to start a new run")
+        folder = cls(save_path)
+        if not folder.newest.exists():
+            raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
         try:
-            return load_checkpoint(newest, flag="--resume")
+            return load_checkpoint(folder.newest, flag="--resume")
         except UserError as error:
             older = ", ".join(path.name for path in folder.numbered())
-            if not older:
-                raise
-            raise UserError(f"{error}; copy one of the others that is whole over it to go on from there: {older}") \
-                from error
-
-    @property
-    def newest(self) -> Path:
-        return self.folder / CHECKPOINT_NAME
-
-    @property
-    def last_good(self) -> str:
-        """For a run that fails: which checkpoint it left."""
-        return (f"the last good checkpoint is {self.newest}" if self.newest.exists()
-                else "no checkpoint was written yet")
+            advice = f"; copy one of the others that is whole over it to go on from there: {older}" if older else ""
+            raise UserError(f"{error}{advice}") from error
 
     def numbered(self) -> list[Path]:
         """The numbered checkpoints, oldest first."""
@@ -99,29 +78,21 @@ class CheckpointFolder:
 
     def save(self, checkpoint: dict, iteration: int) -> Path:
         """Write the checkpoint, make it the newest, drop numbered ones beyond `keep`."""
-        if self.keep == 0:
-            save_checkpoint(checkpoint, self.newest)
-            return self.newest
-        path = self.folder / f"check_point_{iteration:07d}.pth"
-        save_checkpoint(checkpoint, path)
-        temporary = self.folder / f".{CHECKPOINT_NAME}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)  # one file under two names: half the disk, half the writing
-            os.replace(temporary, self.newest)
-        except OSError:  # a file system without hard links
-            save_checkpoint(checkpoint, self.newest)
-        if self.keep > 0:
-            for old in self.numbered()[: -self.keep]:
-                old.unlink()
+        save_checkpoint(checkpoint, self.newest)
+        if self.keep:
+            path = self.folder / f"check_point_{iteration:07d}.pth"
+            path.unlink(missing_ok=True)
+            try:
+                os.link(self.newest, path)  # one file under two names: half the disk, half the writing
+            except OSError:  # a file system without hard links
+                save_checkpoint(checkpoint, path)
+        for old in self.numbered()[: -self.keep] if self.keep > 0 else ():
+            old.unlink()
         return self.newest
 
 
-# --------------------------------------------------------------------------------------------- metrics
-
-
 class MetricFile:
-    """`metrics.jsonl`: one JSON object a line, one line a check."""
+    """`metrics.jsonl`: one JSON object a line, one line a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -152,52 +123,39 @@ def wandb_key_is_configured() -> bool:
     """Whether wandb would find an API key without asking for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    for name in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
-        file = Path(name).expanduser()
-        if file.is_file():
-            try:
-                return netrc.netrc(file).authenticators(host) is not None
-            except (netrc.NetrcParseError, OSError):
-                return False
-    return False
+    from requests.utils import get_netrc_auth  # comes with wandb
+
+    return get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
 
 
 class WandbRun:
     """A wandb run that is never in the way: it asks nothing, and a training goes on without it."""
 
-    def __init__(self, mode: str, folder: Path | None, run_id: str | None = None, **settings) -> None:
-        """mode: auto, online, offline or disabled; settings: of wandb.init. Raises UserError when a run that was asked
-        for by `online` or `offline` cannot be had."""
-        self.run = None
-        named = os.environ.get("WANDB_MODE")
-        if mode == "disabled" or (mode == "auto" and named == "disabled"):
+    def __init__(self, config, folder: Path, run_id: str | None) -> None:
+        """config: of a mode, whose `wb_mode` is auto, online, offline or disabled. Raises UserError when a run that was
+        asked for by `online` or `offline` cannot be had."""
+        self.run, mode = None, config.wb_mode
+        if not is_first_process() or "disabled" in (mode, mode == "auto" and os.environ.get("WANDB_MODE")):
             return
-        ways = [mode]
-        if mode == "auto":
-            ways = ["online", "offline"] if wandb_key_is_configured() and named != "offline" else ["offline"]
-        elif mode == "online" and not wandb_key_is_configured():
-            raise UserError("--wb_mode online: no wandb key is configured (wandb login, or WANDB_API_KEY)")
-        for way in ways:
-            try:
-                import wandb
+        try:
+            import wandb
 
-                self.run = wandb.init(
-                    dir=str(folder), id=run_id, mode=way, **settings,
-                    resume="allow" if way == "online" else None,  # a resumed training goes on in the same run
-                    settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-                )
-            except Exception as error:  # wandb passes on its service's, the network's and its server's errors
-                reason = ("is not installed (pip install wandb)" if isinstance(error, ModuleNotFoundError)
-                          else f"did not start {way} ({error})")
-                if mode != "auto":
-                    raise UserError(f"--wb_mode {mode}: wandb {reason}") from error
-                note(f"wandb {reason}: metrics go to metrics.jsonl")
-                if isinstance(error, ImportError):
-                    return
-            else:
-                note(f"wandb: {'offline' if self.run.offline else 'online'}, run {self.run.id} in {self.run.dir}")
-                return
+            has_key = wandb_key_is_configured()
+            if mode == "online" and not has_key:
+                raise UserError("has no key (wandb login, or WANDB_API_KEY)")
+            is_online = mode == "online" or mode == "auto" and has_key and os.environ.get("WANDB_MODE") != "offline"
+            self.run = wandb.init(
+                dir=str(folder), id=run_id, mode="online" if is_online else "offline", config=asdict(config),
+                resume="allow" if is_online else None,  # a resumed training goes on in the same run
+                project=config.wb_project, name=config.wb_name, notes=config.wb_notes, tags=config.wb_tags,
+                settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            )
+            note(f"wandb: {'online' if is_online else 'offline'}, run {self.run.id} in {self.run.dir}")
+        except Exception as error:  # wandb passes on its service's, the network's and its server's errors
+            reason = "is not installed (pip install wandb)" if isinstance(error, ImportError) else error
+            if mode != "auto":
+                raise UserError(f"--wb_mode {mode}: wandb {reason}") from error
+            note(f"wandb {reason}: metrics go to metrics.jsonl")
 
     @property
     def id(self) -> str | None:
@@ -205,21 +163,17 @@ class WandbRun:
 
     def log(self, values: dict, iteration: int, picture: Path | None = None) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
-        if self.run is None:
-            return
         try:
-            import wandb
+            if self.run is not None:
+                import wandb
 
-            pictures = {} if picture is None else {"pictures": wandb.Image(str(picture))}
-            self.run.log(values | pictures, step=iteration)
+                pictures = {} if picture is None else {"pictures": wandb.Image(str(picture))}
+                self.run.log(values | pictures, step=iteration)
         except Exception as error:
             note(f"wandb failed ({error}): from here on metrics go to metrics.jsonl only")
             self.run = None
 
     def finish(self) -> None:
-        if self.run is None:
-            return
-        try:
-            self.run.finish()
-        except Exception as error:
-            note(f"wandb did not end well ({error})")
+        if self.run is not None:
+            with suppress(Exception):  # the training is done, whatever wandb could not send
+                self.run.finish()

@@ -4,11 +4,10 @@ import hashlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from utils import UserError, note, write_atomically
 
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
 DECODING = 3  # goes up when the same file gives other pixels than before: what is cached is then made anew
-LEFT_OVER = 3600.0  # seconds after which a half-written file is no longer in the making
 
 Failure = tuple[int, str, str]  # number of the folder, path, reason
 
@@ -39,20 +37,15 @@ class CropConfig:
 
     @property
     def shorter_side(self) -> int:
-        """What the shorter side is brought to: a picture smaller than the crop is enlarged to it."""
-        return max(self.imsize, self.cropsize)
-
-
-# -------------------------------------------------------------------------------------------------- cache
+        return max(self.imsize, self.cropsize)  # a picture smaller than the crop is enlarged to it
 
 
 class PictureCache:
     """Resized pictures on disk, decoded once: `load_picture` of the same pixels, without the decoding.
 
-    One uncompressed .npy file a picture and size, (H, W, 3), uint8, of which a crop reads only its rows. A
-    file's name tells the picture's path, and the size and time of its last change, so that a changed
-    picture is decoded anew. Files are written under another name and renamed, so any number of processes
-    and runs may share a folder and be killed at any moment.
+    One uncompressed .npy file a picture and size, (H, W, 3), uint8, of which a crop reads only its rows. A file's name
+    tells the picture's path, and the size and time of its last change: a changed picture is decoded anew. Any number of
+    processes and runs may share a folder and be killed at any moment.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -79,7 +72,6 @@ class PictureCache:
             real, version = archives.identity(path)
         except (OSError, ValueError) as error:
             raise PictureError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-        # What decides the pixels: the file and how it is decoded.
         picture = _digest(real, size, self.max_pixels)
         return self.folder / picture[:2] / f"{picture}-{_digest(*version, DECODING)}.npy"
 
@@ -96,45 +88,38 @@ class PictureCache:
             if old != file:
                 old.unlink(missing_ok=True)
 
-    def remove_leftovers(self) -> None:
-        """Delete what killed runs left half-written; a young file may be in the making."""
-        for temporary in self.folder.glob("??/.*.tmp"):
-            with suppress(FileNotFoundError):  # another run was quicker
-                if time.time() - temporary.stat().st_mtime > LEFT_OVER:
-                    temporary.unlink()
-
 
 def _digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-# ------------------------------------------------------------------------------------- pictures by position
+class TrainingPictures(Dataset):
+    """A crop from each folder by position: what position n shows depends on seed and n alone.
 
-
-class PicturesByPosition(Dataset):
-    """Crops by position: what position n shows depends on seed and n alone.
-
-    So workers share no state and repeat nothing, any number of them gives the same run, and a resumed
-    run goes on by counting. Every epoch goes through each folder once, in an order of its own.
-    A picture that fails is replaced by another, drawn by the same position. With a `cache` every picture is
-    decoded and resized once, and shows the same pixels.
+    So any number of workers gives the same run, and a resumed run goes on by counting. Every epoch goes through each
+    folder once, in an order of its own. A picture that fails is replaced by another, drawn by the same position.
     """
 
     def __init__(
         self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, cache: PictureCache | None = None
     ) -> None:
+        """folders: the pictures of each."""
         self.folders = folders
         self.crop = crop
         self.seed = seed
-        self.cache = cache
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self.load = cache.open if cache else partial(load_picture, max_pixels=crop.max_pixels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor | list[Failure], ...]:
+        """Returns the crops, each (3, cropsize, cropsize), uint8, and last the failures met on the way."""
+        failures = []
+        return *(self._draw(number, position, failures) for number in range(len(self.folders))), failures
 
     def _draw(self, number: int, position: int, failures: list[Failure]) -> Tensor:
-        """A crop from folder `number`, (3, cropsize, cropsize), uint8; what cannot be used joins `failures`."""
+        """A crop from folder `number`; what cannot be used joins `failures`."""
         paths = self.folders[number]
         epoch, place = divmod(position, len(paths))
         generator = np.random.default_rng((self.seed, number, 1, position))
-        index = self._order(number, epoch)[place]
+        index = _order(self.seed, number, epoch, len(paths))[place]
         for _ in range(MAX_DRAWS):
             path = paths[index]
             try:
@@ -145,48 +130,28 @@ class PicturesByPosition(Dataset):
         # Never learned from: `count_failures` stops the run in the main process, where one line can be said.
         return torch.zeros(3, self.crop.cropsize, self.crop.cropsize, dtype=torch.uint8)
 
-    def _order(self, number: int, epoch: int) -> np.ndarray:
-        cached = self._orders.get(number)
-        if cached is None or cached[0] != epoch:
-            generator = np.random.default_rng((self.seed, number, 0, epoch))
-            cached = self._orders[number] = (epoch, generator.permutation(len(self.folders[number])))
-        return cached[1]
-
     def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
-        side, load = self.crop.cropsize, self.cache.open if self.cache else self._decode
-        picture = np.asarray(load(path, self.crop.shorter_side))  # (H, W, 3)
+        side = self.crop.cropsize
+        picture = np.asarray(self.load(path, self.crop.shorter_side))  # (H, W, 3)
         free = [length - side for length in picture.shape[1::-1]]  # to the right, below
         left, top = (each // 2 if self.crop.centered else int(generator.integers(each + 1)) for each in free)
         crop = picture[top : top + side, left : left + side].transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(crop))
 
-    def _decode(self, path: Path, size: int):
-        return load_picture(path, size, max_pixels=self.crop.max_pixels)
 
-
-class TrainingPictures(PicturesByPosition):
-    """A content and a style crop by position."""
-
-    def __init__(
-        self, content: list[Path], style: list[Path], crop: CropConfig, seed: int, cache: PictureCache | None = None
-    ) -> None:
-        super().__init__((content, style), crop, seed, cache)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, list[Failure]]:
-        """Returns content and style, each (3, cropsize, cropsize), uint8, and the failures met on the way."""
-        failures = []
-        content, style = (self._draw(number, position, failures) for number in range(2))
-        return content, style, failures
-
-
-class MixedPictures(PicturesByPosition):
+class MixedPictures(TrainingPictures):
     """One crop by position, from the folders in turn."""
 
-    def __getitem__(self, position: int) -> tuple[Tensor, list[Failure]]:
-        """Returns the crop, (3, cropsize, cropsize), uint8, and the failures met on the way."""
+    def __getitem__(self, position: int) -> tuple[Tensor | list[Failure], ...]:
         failures = []
         place, number = divmod(position, len(self.folders))
         return self._draw(number, place, failures), failures
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, number: int, epoch: int, pictures: int) -> np.ndarray:
+    """In which order an epoch goes through the pictures of folder `number`."""
+    return np.random.default_rng((seed, number, 0, epoch)).permutation(pictures)
 
 
 def count_failures(failures: list[Failure], tallies: Sequence[FailedPictures]) -> None:
@@ -197,39 +162,28 @@ def count_failures(failures: list[Failure], tallies: Sequence[FailedPictures]) -
         raise UserError(f"{len(failures)} pictures in a row cannot be used (the last: {failures[-1][2]})")
 
 
-# ------------------------------------------------------------------------------------------------- batches
-
-
 def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:
-    """The positions that process `rank` draws in the coming iterations, after `seen` samples by all processes.
-
-    Iteration i takes the next batch_size * processes positions; each process a run of batch_size of them.
-    """
-    whole = batch_size * processes
-    starts = range(seen + rank * batch_size, seen + rank * batch_size + iterations * whole, whole)
-    return [start + offset for start in starts for offset in range(batch_size)]
+    """The positions that process `rank` draws in the coming iterations, after `seen` samples by all processes: each
+    iteration takes the next batch_size * processes, each process batch_size of them in a row."""
+    positions = np.arange(iterations * processes * batch_size).reshape(iterations, processes, batch_size)
+    return (seen + positions[:, rank]).ravel().tolist()
 
 
 def training_batches(
-    pictures: PicturesByPosition, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
+    pictures: TrainingPictures, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple]:
     """Batches of the given positions, in order: the pictures of a sample stacked, (B, 3, H, W), uint8, each, and all
     failures in one list. `positions` must hold whole batches.
 
-    Raises UserError when worker processes cannot be started; when one is killed, DataLoader raises a RuntimeError,
-    wherever this process is at that moment.
+    When a worker process is killed, DataLoader raises a RuntimeError, wherever this process is at that moment.
     """
-    try:
-        ending = (torch.multiprocessing if num_workers else threading).Event()
-        batches = iter(DataLoader(
-            pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_as_arrays,
-            worker_init_fn=partial(_begin_worker, ending), prefetch_factor=4 if num_workers else None,
-            # Its own generator: drawing the workers' base seed must not move the run's random state.
-            generator=torch.Generator(),
-        ))
-    except OSError as error:  # too few file descriptors, processes, or places for semaphores in /dev/shm
-        raise UserError(f"--num_workers {num_workers}: the processes that decode pictures cannot be started "
-                        f"({error.strerror}); fewer, or 0, need less") from error
+    ending = (torch.multiprocessing if num_workers else threading).Event()
+    batches = iter(DataLoader(  # a name keeps the workers until `ending` is set
+        pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_as_arrays,
+        worker_init_fn=partial(_begin_worker, ending), prefetch_factor=4 if num_workers else None,
+        # Its own generator: drawing the workers' base seed must not move the run's random state.
+        generator=torch.Generator(),
+    ))
     try:
         for *arrays, failures in batches:
             tensors = map(torch.from_numpy, arrays)
@@ -253,7 +207,7 @@ def _begin_worker(ending, _worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: ending.is_set() and os._exit(0))
 
 
-def first_pictures(pictures: PicturesByPosition, count: int, tallies: Sequence[FailedPictures]) -> list[Tensor]:
+def first_pictures(pictures: TrainingPictures, count: int, tallies: Sequence[FailedPictures]) -> list[Tensor]:
     """The pictures of the first `count` positions, (count, 3, H, W), uint8, each; failures are counted."""
     *shown, failures = next(training_batches(pictures, range(count), count, 0, pin_memory=False))
     count_failures(failures, tallies)

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 import distill as distill_module
 from data import normalize, prepare_picture
-from distill import DistillConfig, Distiller, NormalizedLayers, distill, folded_weights, paint, rate_share
+from distill import DistillConfig, Distiller, Student, distill, in_next_style, rate_share
 from folders import find_pictures, split_holdout
 from main import main
 from network import adain, channel_statistics
@@ -65,39 +65,17 @@ def distiller(folder: Path, **changes) -> Distiller:
 # ------------------------------------------------------------------------------------------------- the split
 
 
-def test_crops_of_one_picture_are_on_one_side():
-    names = [f"{number}{crop}.jpg" for number in range(200) for crop in ("", "_a", "_b", "_c", "_d")]
-    learned, held_out = split_holdout([Path("folder") / name for name in names], 0.1)
-    assert len(learned) + len(held_out) == 1000 and not set(learned) & set(held_out)
-    for path in held_out:
-        assert path.stem.rsplit("_")[0] not in {other.stem.rsplit("_")[0] for other in learned}
-    assert 10 <= len(held_out) / 5 <= 30  # of 200 pictures
-
-
 def test_split_goes_by_name_alone():
-    """Order, folder, suffix and other pictures do not matter; a larger share only adds."""
-    paths = [Path("one") / f"picture_{number}.jpg" for number in range(300)]
-    _, held_out = split_holdout(paths, 0.1)
-    others = [Path("two") / f"{path.stem}.PNG" for path in reversed(paths[:150])]
-    assert {path.stem for path in split_holdout(others, 0.1)[1]} == {
-        path.stem for path in held_out if path in paths[:150]
-    }
-    assert set(held_out) < set(split_holdout(paths, 0.3)[1])
-    assert split_holdout(paths, 0.0) == (paths, [])
-
-
-def test_a_known_name():
-    """The first 16 hexadecimal digits of the name's SHA-256, as a fraction, against the share."""
-    place = int(hashlib.sha256(b"rose").hexdigest()[:16], 16) / 16**16
-    paths = [Path("rose_b.jpg"), Path("other.jpg")]
-    assert Path("rose_b.jpg") not in split_holdout(paths, place)[1]
-    learned, held_out = split_holdout([*paths, Path("rose.png")], math.nextafter(place, 1))
-    assert {Path("rose_b.jpg"), Path("rose.png")} <= set(held_out)
-
-
-def test_split_that_leaves_nothing_is_refused():
-    (held_out, *_) = split_holdout([Path("folder") / f"{number}.jpg" for number in range(20)], 0.9)[1]
-    assert "--holdout 0.9: all 1 pictures of folder" in user_error(split_holdout, [held_out], 0.9)
+    """By the first 16 hexadecimal digits of the SHA-256 of the name without suffix and _a to _d, as a fraction, against
+    the share. Order, folder and other pictures do not matter; crops of one picture are on one side."""
+    paths = [Path("one") / f"{number}{crop}.{kind}" for number in range(100)
+             for crop, kind in (("", "jpg"), ("_a", "PNG"), ("_d", "webp"))]
+    for share in (0.0, 0.1, 0.3):
+        held_out = [path for path in paths if
+                    int(hashlib.sha256(path.stem.split("_")[0].encode()).hexdigest()[:16], 16) / 16**16 < share]
+        assert split_holdout(paths, share) == ([path for path in paths if path not in held_out], held_out)
+        assert 0.5 * share <= len(held_out) / len(paths) <= 1.5 * share
+    assert f"--holdout 0.3: all 1 pictures of {held_out[0].parent}" in user_error(split_holdout, held_out[:1], 0.3)
 
 
 # ------------------------------------------------------------------------------------------------ the student
@@ -106,7 +84,7 @@ def test_split_that_leaves_nothing_is_refused():
 def test_each_picture_is_painted_in_the_style_of_the_next_one():
     network = small_network().double()
     pictures = normalize(natural_pictures(6)).double()
-    output, feature = paint(network.encoder, network.decoder, pictures)
+    output, feature = in_next_style(network, pictures)
     for number in range(6):
         desired = network(pictures[number][None], pictures[(number + 1) % 6][None])
         assert_close(output[number][None], desired, rtol=1e-9, atol=1e-12)
@@ -114,16 +92,20 @@ def test_each_picture_is_painted_in_the_style_of_the_next_one():
     assert not torch.allclose(output, network.decoder(adain(feature, *channel_statistics(feature))), atol=1e-2)
 
 
-def test_folded_layers_are_the_layers_with_their_normalisations():
-    """In float64 but for the weights, which the folded ones hold in float32."""
-    layers = NormalizedLayers(small_network().encoder.layers[0])
-    for _ in range(3):  # statistics other than those at the start
-        layers(normalize(natural_pictures(6)))
-    layers.eval()
-    desired = layers(normalize(natural_pictures(2)))
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@torch.no_grad()
+def test_folded_network_does_what_the_student_does(padding):
+    """In float64 but for the weights, which the folded network holds in float32."""
     network = small_network()
-    network.encoder.layers[0].load_state_dict(folded_weights(layers))
-    assert_close(network.encoder(normalize(natural_pictures(2))), desired, rtol=1e-3, atol=1e-3)
+    network.use(padding=padding)
+    student, pictures = Student(network, 12), normalize(natural_pictures())
+    for _ in range(3):  # statistics other than those at the start
+        in_next_style(student, pictures)
+    student.eval()
+    folded = student.folded()
+    assert folded.config == replace(small_config(), padding=padding)
+    desired, actual = (in_next_style(each.double(), pictures.double()) for each in (student, folded))
+    assert_close(actual, desired, rtol=1e-4, atol=1e-4)
 
 
 def test_student_errors_by_definition(tmp_path):
@@ -134,8 +116,7 @@ def test_student_errors_by_definition(tmp_path):
     pictures = normalize(given)
     with torch.no_grad():
         actual = trainer.errors(given)
-        output, own = paint(network.encoder, network.decoder, pictures)
-        target, feature = paint(teacher.encoder, teacher.decoder, pictures)
+        (output, own), (target, feature) = (in_next_style(each, pictures) for each in (network, teacher))
         error = (trainer.network.projection(own) - feature).square().mean() / feature.square().mean()
     desired = [(output - target).square().mean() + error, (output - target).square().mean(), error]
     assert actual.tolist() == pytest.approx([value.item() for value in desired], rel=1e-3)
@@ -163,8 +144,7 @@ def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
     assert len(row["dead_units_by_layer"]) == 17
     pictures = normalize(given)
     with torch.no_grad():
-        assert_close(paint(network.encoder, network.decoder, pictures)[0],
-                     paint(trainer.network.encoder, trainer.network.decoder, pictures)[0], rtol=1e-3, atol=1e-3)
+        assert_close(in_next_style(network, pictures), in_next_style(trainer.network, pictures), rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_but_the_errors_moves_a_weight(tmp_path):
@@ -190,22 +170,6 @@ def test_student_upsamples_and_pools_as_its_file_says_unless_another_is_asked_fo
         trainer.report(tmp_path, 1)
         saved = load_network(tmp_path / STUDENT_NAME)[0].config
         assert modes == {desired} == {saved.upsampling} and saved.pooling == pooling
-
-
-def test_student_that_pads_by_reflection(tmp_path):
-    files = settings(tmp_path)
-    network = small_network()
-    network.use(padding="reflect")
-    torch.save(model_checkpoint(network), files["load_path"])
-    student = Distiller(DistillConfig(**files), CPU).network.eval()
-    pictures = normalize(natural_pictures())
-    folded = student.folded()
-    assert folded.config == replace(small_config(), padding="reflect")
-    with torch.no_grad():
-        feature = student.encoder(pictures)
-        assert_close(folded.encoder(pictures), feature, rtol=1e-3, atol=1e-3)
-        folded.use(padding="zeros")
-        assert not torch.allclose(folded.encoder(pictures), feature, rtol=1e-2, atol=1e-2)
 
 
 def test_learning_rate_rises_then_falls_to_nothing():
@@ -264,34 +228,19 @@ def test_one_folder_and_nothing_held_out(tmp_path):
     assert torch.load(tmp_path / "check_point.pth", weights_only=True)["picture_counts"] == [8]
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    distill(settings(tmp_path, save_path=str(tmp_path), max_iter=1))
-    good = (tmp_path / "check_point.pth").read_bytes()
-    again = {"save_path": str(tmp_path), "resume": True, "max_iter": 5, "lr": 1e30, "check_iter": 9}
-    assert "is not finite" in user_error(distill, again)
-    assert (tmp_path / "check_point.pth").read_bytes() == good
-
-
 def test_broken_pictures_are_counted_in_their_folder(tmp_path, capsys):
+    """By the command line."""
     for number in range(12):
         write_picture(tmp_path / "style" / f"{number}.png", (48, 40), (20 * number, 0, 0))
     (tmp_path / "style" / "broken.png").write_bytes(b"no picture")
-    distill(settings(tmp_path, style_dir=str(tmp_path / "style"), save_path=str(tmp_path / "run"), max_iter=1))
+    given = settings(tmp_path, style_dir=str(tmp_path / "style"), save_path=str(tmp_path / "run"), max_iter=1)
+    assert main(["--mode", "distill", *words(given)]) == 0
     assert f"--style_dir {tmp_path / 'style'}: 13 pictures, 1 skipped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", ["train_config", "pretrain_config"])
-def test_runs_are_not_mixed_up(tmp_path, other):
-    """A run is not overwritten, and another mode's checkpoint is not resumed."""
-    (tmp_path / "check_point.pth").write_bytes(b"")
-    assert "holds a run already" in user_error(distill, settings(tmp_path, save_path=str(tmp_path)))
-    torch.save({"state_dict": {}, other: {}}, tmp_path / "check_point.pth")
+def test_runs_of_other_modes_are_not_resumed(tmp_path):
+    torch.save({"state_dict": {}, "train_config": {}, "optimizer": {}}, tmp_path / "check_point.pth")
     assert "holds no run of --mode distill" in user_error(distill, {"save_path": str(tmp_path), "resume": True})
-
-
-def test_command_line(tmp_path):
-    assert main(["--mode", "distill", *words(settings(tmp_path, max_iter=1, save_path=str(tmp_path / "run")))]) == 0
-    assert (tmp_path / "run" / STUDENT_NAME).exists()
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def batches(count: int) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_step_never_waits_for_the_gpu(compiled, more):
     trainer = gpu_trainer(compile=compiled, **more)
-    sums = MetricSums(GPU, trainer.config.metrics)
+    sums = MetricSums()
     pictures = batches(6)
     for number, pair in enumerate(pictures[:4], 1):  # caches, compilation, graphs
         sums.add(trainer.step(*pair), number)
@@ -72,7 +72,6 @@ def test_run_on_the_gpu_resumes(tmp_path):
 
 def test_batches_are_pinned():
     paths = sorted((ROOT / "imgs" / "content").glob("*.jpg"))
-    loader = training_batches(TrainingPictures(paths, paths, TrainConfig(imsize=40, cropsize=32).crop, 0), range(4), 2,
-                             1, pin_memory=True)
-    content, style, _ = next(iter(loader))
+    pictures = TrainingPictures((paths, paths), TrainConfig(imsize=40, cropsize=32).crop, 0)
+    content, style, _ = next(training_batches(pictures, range(4), 2, 1, pin_memory=True))
     assert content.is_pinned() and style.is_pinned()

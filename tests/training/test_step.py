@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers import CPU, make_trainer, random_batch, random_vgg, small_network
+from helpers import CPU, METRICS, make_trainer, random_batch, random_vgg, small_network
 from plain import PlainTrainer
 from torch.testing import assert_close
 
 import loss as losses
 from data import normalize
 from train import TrainConfig
-from training.step import METRICS, conv_format
 
 OFF = dict(style_loss_weight=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0)
 # An epsilon that gives channels of any strength a gradient.
@@ -72,13 +71,6 @@ def test_shared_features_give_the_same_losses():
 
 
 # ------------------------------------------------------------------------------------------------- its parts
-
-
-def test_format_of_convolutions():
-    assert conv_format(CPU, None, is_trained=True) == torch.contiguous_format
-    assert conv_format(CPU, None, is_trained=False) == torch.channels_last
-    assert conv_format(CPU, torch.bfloat16, is_trained=True) == torch.channels_last
-    assert conv_format(torch.device("cuda"), None, is_trained=True) == torch.channels_last
 
 
 def test_rates_rise_stay_and_fall():

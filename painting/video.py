@@ -114,7 +114,7 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
         if last is None:
             size = _scaled_size(frame.width, frame.height, config, clip.source)
             clip.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-            if _upright(frame, np.empty((1, 2, 3))).shape == (2, 1, 3):  # what was a row is a column
+            if frame.rotation % 180:  # what was a row is a column
                 clip.pixel_aspect = 1 / clip.pixel_aspect
             if stream.codec_context.color_trc in (_PQ, _HLG):
                 note(f"{clip.source}: its high dynamic range is not converted: the frames are painted from pale ones")
@@ -122,7 +122,7 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
         if has_times and frame.pts is not None:
             shown = frame.pts - round(start / clip.time_base)
         shown = max(shown, last.time + 1) if last else shown
-        pixels = _upright(frame, _to_rgb(frame, size))
+        pixels = np.rot90(_to_rgb(frame, size), frame.rotation // 90)
         if config.cropsize is not None:
             top, left = ((length - config.cropsize) // 2 for length in pixels.shape[:2])
             pixels = pixels[top : top + config.cropsize, left : left + config.cropsize]
@@ -159,19 +159,6 @@ def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
     missing = float(start + Fraction(container.duration or 0, av.time_base) - end)
     if container.format.name.startswith(_STATE_THEIR_LENGTH) and missing > 0.1 + 1 / clip.rate:
         clip.fail(f"its last {missing:.1f} seconds are missing")
-
-
-def _upright(frame, pixels: np.ndarray) -> np.ndarray:
-    """The pixels of a frame, (H, W, 3), as they are to be shown: turned by quarters, mirrored. PyAV's own `rotation`
-    does not tell what is mirrored."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return pixels
-    # Column and row are to be shown at a * column + c * row and b * column + d * row.
-    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _scaled_size(width: int, height: int, config, source: str) -> tuple[int, int]:

@@ -264,6 +264,8 @@ def test_a_bad_file_of_a_folder_is_skipped_and_named_again_at_the_end(flags, tmp
     assert main(words(flags)) == 1
     names = {f"{name}_paint.png" if kind == "content" else f"photo_{name}.png" for name in ("p0", "p1-1", "p2")}
     assert names_in(tmp_path / "out") == names | {"contact_sheet.png"}
+    size = Image.open(tmp_path / "out" / "contact_sheet.png").size  # no empty row or column
+    assert size == ((512, 1024) if kind == "content" else (1024, 512))
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"skipped --{kind} {bad}: ") for line in lines)
     assert lines[-2] == "could not be used: 1 picture(s); left out: 1 pair(s)"

@@ -69,20 +69,6 @@ def test_several_paths_are_a_list_each_with_each(flags, tmp_path):
     assert np.array_equal(read_pixels(tmp_path / "one.png"), read_pixels(tmp_path / "out" / "photo_s1.png"))
 
 
-def test_a_bad_picture_of_a_list_is_skipped_and_a_list_of_bad_ones_refused(flags, tmp_path, capsys):
-    bad = tmp_path / "bad.jpg"
-    bad.write_text("no picture")
-    single = {"style": tmp_path / "styles" / "s0.png"}
-    assert main(words(flags | single | {"content": [tmp_path / "contents" / "c0.png", bad]})) == 1
-    assert written(tmp_path / "out") == {"c0_s0.png", "contact_sheet.png"}
-    assert f"skipped --content {bad}: " in capsys.readouterr().err
-    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 2 * 256)  # no empty row
-    line = refusal(capsys, *words(flags | single | {"content": [bad, tmp_path / "none.png"],
-                                                    "save_path": tmp_path / "no"}))
-    assert f"none of 2 pairs can be painted: --content {bad}: not a readable picture" in line
-    assert not (tmp_path / "no").exists()
-
-
 def test_outputs_among_a_list_are_refused(flags, tmp_path, capsys):
     contents = [tmp_path / "contents" / f"c{number}.png" for number in range(2)]
     flags |= {"style": tmp_path / "styles" / "s0.png"}

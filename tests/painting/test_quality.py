@@ -201,37 +201,25 @@ def test_t_quantile_is_that_of_the_tables(freedom, desired):
     assert t_quantile(freedom) == pytest.approx(desired, rel=1e-5)
 
 
-@pytest.mark.parametrize("pairs", [[(0, 2), (1, 0), (2, 3), (3, 1)], [(0, 0), (1, 0), (2, 0), (3, 0)]])
-def test_interval_of_pairs_without_a_common_picture_is_the_t_interval(pairs):
-    """1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3, standard error sqrt(14 / 12), t of 3 degrees 3.18245. One style
-    for all counts as given; a single pair has no interval."""
-    mean, margin = mean_and_margin(np.array([1.0, 2.0, 3.0, 6.0]), pairs)
-    assert mean == 3.0
-    assert margin == pytest.approx(3.18245 * math.sqrt(14 / 12), rel=1e-5)
-    assert mean_and_margin(np.array([5.0]), [(0, 0)]) == (5.0, math.inf)
+CROSSED = [(content, style) for content in range(3) for style in range(3)]
 
 
-def test_interval_of_crossed_pairs_by_hand():
-    """Contents 0, 1 with styles 0, 1, 2: values 0 1 5 / 2 3 7, content means 2 and 4, style means 1, 2, 6, mean 3.
-
-    By content: 2 / 2 = 1 (variance of the means / their number); by style: 7 / 3; by pair: residuals
-    -3 -2 2 -1 0 4, squares 34, / 5 / 6 = 17 / 15. 1 + 7/3 - 17/15 = 2.2 is below 7/3, which stands; the fewer
-    are 2 contents: t of 1 degree, 12.7062.
-    """
-    pairs = [(content, style) for content in range(2) for style in range(3)]
-    mean, margin = mean_and_margin(np.array([0.0, 1, 5, 2, 3, 7]), pairs)
-    assert mean == 3.0
-    assert margin == pytest.approx(12.7062 * math.sqrt(7 / 3), rel=1e-5)
-
-
-def test_interval_counts_content_and_style_together():
-    """Values content + style, each 0, 2 and 4: means 2, 4, 6 of both kinds, variance 4, / 3; by pair: residuals
-    the sums of -2, 0, 2 with -2, 0, 2, squares 48, / 8 / 9 = 2/3. 4/3 + 4/3 - 2/3 = 2; t of 2 degrees 4.30265."""
-    pairs = [(content, style) for content in range(3) for style in range(3)]
-    values = np.array([2.0 * (content + style) for content, style in pairs])
-    mean, margin = mean_and_margin(values, pairs)
-    assert mean == 4.0
-    assert margin == pytest.approx(4.30265 * math.sqrt(2), rel=1e-5)
+@pytest.mark.parametrize("pairs, values, variance, quantile", [
+    # No picture in two pairs: variance (4 + 1 + 0 + 9) / 3, by 4; t of 3 degrees. One style for all counts as given.
+    ([(0, 2), (1, 0), (2, 3), (3, 1)], [1, 2, 3, 6], 14 / 12, 3.18245),
+    ([(0, 0), (1, 0), (2, 0), (3, 0)], [1, 2, 3, 6], 14 / 12, 3.18245),
+    # Content means 2 and 4, style means 1, 2, 6. By content: 2 / 2 = 1 (variance of the means / their number); by
+    # style: 7 / 3; by pair: residuals -3 -2 2 -1 0 4, squares 34, / 5 / 6 = 17 / 15. 1 + 7/3 - 17/15 = 2.2 is below
+    # 7/3, which stands; the fewer are 2 contents: t of 1 degree.
+    (CROSSED[:6], [0, 1, 5, 2, 3, 7], 7 / 3, 12.7062),
+    # Values content + style, each 0, 2 and 4: means 2, 4, 6 of both kinds, variance 4, / 3; by pair: residuals the sums
+    # of -2, 0, 2 with -2, 0, 2, squares 48, / 8 / 9 = 2/3. 4/3 + 4/3 - 2/3 = 2; t of 2 degrees.
+    (CROSSED, [2 * (content + style) for content, style in CROSSED], 2, 4.30265),
+    ([(0, 0)], [5], math.inf, 1),
+])
+def test_intervals_by_hand(pairs, values, variance, quantile):
+    mean, margin = mean_and_margin(np.array(values, float), pairs)
+    assert mean == np.mean(values) and margin == pytest.approx(quantile * math.sqrt(variance), rel=1e-5)
 
 
 def test_interval_holds_the_mean_in_95_of_100_draws():

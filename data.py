@@ -72,9 +72,8 @@ def load_alpha(
 ) -> Image.Image | None:
     """How opaque the pixels of `load_picture` are, mode L, of the same size; None when all are fully. Raises
     PictureError where that does."""
-    with suppress(Exception), archives.open_file(path) as file, _lifted_limits(), Image.open(file) as image:
-        if not image.has_transparency_data:
-            return None  # as its header says: no pixel was read
+    if (seen := look_at(path)) and not seen.has_transparency_data:
+        return None
     with _reading(path):
         picture = _load(path, imsize, cropsize, max_pixels)
         return picture.getchannel("A") if picture.mode == "RGBA" else None
@@ -87,24 +86,21 @@ def from_pil(image: Image.Image) -> Tensor:
     return pil_to_tensor(_on_white(_shown(image.copy())))[None]
 
 
-def picture_size(path: Path) -> tuple[int, int] | None:
-    """Width and height as the file's header says, None where it cannot be read."""
-    with suppress(Exception), archives.open_file(path) as file, _lifted_limits(), Image.open(file) as image:
-        return image.size
+def look_at(path: Path) -> Image.Image | None:
+    """A picture of which only the header is read, closed; None where that cannot be."""
+    with suppress(Exception), archives.open_file(path) as file, _lifted_limits():
+        return Image.open(file)
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture, told by what Pillow makes of its header, whatever its name; False where it cannot be
     read."""
-    with suppress(Exception), archives.open_file(path) as file:  # whatever Pillow's plugins raise
+    with suppress(OSError, ValueError), archives.open_file(path) as file:
         head = file.read(64)
         if HEIC.match(head):  # which Pillow tells only with pillow-heif
             return True
-        if re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", head):  # text, but no Netpbm; asking Pillow takes far longer
-            return False
-        file.seek(0)
-        with _lifted_limits(), Image.open(file) as image:
-            return image.format not in NOT_DECODED
+        if not re.fullmatch(rb"(?!P[1-7])[\t\n\r\f -~]+", head):  # text, but no Netpbm: Pillow would take far longer
+            return (seen := look_at(path)) is not None and seen.format not in NOT_DECODED
     return False
 
 

@@ -31,15 +31,15 @@ def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[P
     is no such folder or archive, or no picture in it; and as `refuse_within` for an `output`.
     """
     folder = Path(folder)
-    if archives.is_archive(folder):
-        try:
+    try:
+        if archives.is_archive(folder):
             files = [folder / name for name in archives.members(folder)]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{flag} {folder}: {getattr(error, 'strerror', None) or error}") from error
-    elif folder.is_dir():
-        files = _files_below(folder, flag)
-    else:
-        raise UserError(f"{flag} {folder}: no such folder or .zip archive")
+        elif folder.is_dir():
+            files = _files_below(folder, flag)
+        else:
+            raise ValueError("no such folder or .zip archive")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {folder}: {getattr(error, 'strerror', None) or error}") from error
     unknown = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
         others = [path for path, is_one in zip(unknown, pool.map(is_picture, unknown)) if not is_one]
@@ -59,7 +59,7 @@ def _files_below(folder: Path, flag: str) -> list[Path]:
     """All but folders and what is hidden; each folder once, also where links lead to it again."""
     def leave_out(error: OSError) -> None:
         if error.filename == str(folder):
-            raise UserError(f"{flag} {folder}: the folder cannot be read ({error.strerror})") from error
+            raise error
         note(f"{flag} {folder}: the folder {error.filename} in it is left out: it cannot be read ({error.strerror})")
 
     files, seen = [], set()

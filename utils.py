@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
@@ -150,7 +151,7 @@ def average_over_processes(values: Tensor) -> Tensor:
     return values / process_count()
 
 
-def share(items: list) -> list:
+def own_part(items: list) -> list:
     """This process's part of the items, in order: as many as any other's, or one more or less."""
     rank, count = process_rank(), process_count()
     return items[len(items) * rank // count : len(items) * (rank + 1) // count]
@@ -295,12 +296,12 @@ class StopWhileWaiting(BaseException):
     """A stop signal that came within `StopRequest.while_waiting`; no library takes it for an error of its own."""
 
 
+@dataclass
 class StopRequest:
     """Remembers that SIGINT or SIGTERM came, so that a loop can finish its step and save."""
 
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self.raises = False
+    signal_number: int | None = None
+    raises: bool = False
 
     def __bool__(self) -> bool:
         return self.signal_number is not None

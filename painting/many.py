@@ -27,7 +27,7 @@ from painting.quality import MIN_SIDE, Meter
 from painting.sheets import Key, Sheet, side_by_side
 from painting.stylizer import Stylizer, UnusablePicture, load_input, usable
 from painting.tiling import TiledPicture
-from utils import UserError, gather, make_folder, note_of_process, progress_bar, share, usable_cores
+from utils import UserError, gather, make_folder, note_of_process, own_part, progress_bar, usable_cores
 
 MOST_THREADS = 8  # that read, and that write; as many pictures are read ahead
 
@@ -97,7 +97,7 @@ class PairPainter:
         pairs. Raises UserError for an output that is not finite or cannot be written, and for a picture that was named
         alone and cannot be used.
         """
-        pairs = share(self.plan.pairs)
+        pairs = own_part(self.plan.pairs)
         self.pairs = {content: [*own] for content, own in groupby(pairs, key=lambda pair: pair[0])}
         self.encoded: dict[int, _Style] = {}
         self.being_written = deque()

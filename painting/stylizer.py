@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import PictureError, denormalize, from_pil, normalize, picture_size, pixels_to_pil, prepare_picture, to_pil
+from data import PictureError, denormalize, from_pil, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
 from network import UPSAMPLINGS, StyleTransferNetwork, adain
 from painting.control import (
     PRESERVED,
@@ -57,7 +57,7 @@ def usable(path: Path, name: str):
         yield
     except (PictureError, MemoryError, RuntimeError) as error:
         if lacks_memory(error) or isinstance(error.__cause__, MemoryError):
-            width, height = picture_size(path) or "??"
+            width, height = seen.size if (seen := look_at(path)) else "??"
             error = (f"{path}: {width} x {height} pixels are too much for the memory; a smaller imsize or cropsize, or "
                      "a smaller copy of it, helps")
         elif not isinstance(error, PictureError):

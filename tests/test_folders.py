@@ -85,7 +85,7 @@ def test_unreadable_subfolder_is_said(tmp_path, capsys, monkeypatch):
     assert find_pictures(tmp_path, "--content_dir") == [tmp_path / "a.png"]
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "locked") in line and "Permission denied" in line and "--content_dir" in line
-    assert "cannot be read" in user_error(find_pictures, tmp_path / "locked", "--content_dir")
+    assert "locked: Permission denied" in user_error(find_pictures, tmp_path / "locked", "--content_dir")
 
 
 # ---------------------------------------------------------------------------------- what cannot be used

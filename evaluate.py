@@ -30,7 +30,7 @@ from painting.pairs import (
 )
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, decode_in_half, open_mask, open_model
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, decode_in_half, open_mask, open_models
 from painting.video import check_video, makes_video, stylize_video
 from settings import amount, changed, count, fraction_below_1, rate, setting
 from utils import (
@@ -201,15 +201,11 @@ def _words(strength: float) -> str:
 def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
     """Every model of `--load_path`, on the device. Raises UserError for an unusable one, or the same twice."""
     models = []
-    for path, name in zip(config.load_path, model_names(config.load_path)):
-        network, checkpoint = open_model(path, config.swap_max_pool, config.backbone, config.vgg_weights)
-        file = find_model_file(Path(path))
-        if any(file.samefile(model.file) for model in models):
-            raise UserError(f"load_path {path}: this model is named twice")
-        stylizer = Stylizer(network, device=device, upsampling=config.upsampling, tile=config.tile)
+    for opened in open_models(config):
+        stylizer = Stylizer(opened.network, device=device, upsampling=config.upsampling, tile=config.tile)
         if config.amp == "auto":
-            decode_in_half(stylizer, name)
-        models.append(Model(name, file, stylizer, checkpoint))
+            decode_in_half(stylizer, opened.name)
+        models.append(Model(opened.name, opened.file, stylizer, opened.checkpoint))
     return models
 
 

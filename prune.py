@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from data import MAX_PIXELS
-from network import StyleTransferNetwork
 from painting.pairs import note_learned_from
 from painting.quality import MIN_SIDE, Meter
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, load_input, open_model
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, load_input, open_models
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
 from pruning.report import (
     MEASURED,
@@ -27,7 +26,7 @@ from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
 from settings import count, count_or_zero, positive_fraction, setting
 from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, write_text_atomically
-from weights import PRUNED_NAME, find_model_file, model_checkpoint, model_names
+from weights import PRUNED_NAME, model_checkpoint
 
 PRUNED_LAYERS = ("bottleneck", "all")
 PRUNE_RANKS = ("importance", "magnitude")
@@ -95,48 +94,33 @@ class PruneConfig:
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
-        if self.report_size < 16 or self.report_size % 8:
-            raise UserError(f"report_size {self.report_size}: a multiple of 8, 16 or more, is needed")
         for name in ("load_path", "save_path", "content_dir", "style_dir"):
             if not getattr(self, name):
                 raise UserError(f"{name} is needed in prune mode")
-        if len(self.load_path) > 1 and self.responses:
-            raise UserError("responses: they are of one model, load_path names several")
-        if len(self.load_path) > 1 and self.cropsize < MIN_SIDE:
-            raise UserError(f"cropsize {self.cropsize}: several models are compared, which takes {MIN_SIDE} or more")
         ways = {"prune_num": self.prune_num is not None, "prune_channels": self.prune_channels is not None,
                 "prune_layers all or prune_macs": self.every_layer}
         asked = [way for way, is_asked in ways.items() if is_asked]
-        if len(asked) > 1:
-            raise UserError(f"{' and '.join(asked)}: give one of the two")
-        if self.prune_rank == "magnitude" and self.prune_macs is None:
-            raise UserError("prune_rank magnitude: how much is to be left, prune_macs says")
+        are_several = len(self.load_path) > 1
+        for message, is_wrong in {
+            f"report_size {self.report_size}: a multiple of 8, 16 or more, is needed":
+                self.report_size < 16 or self.report_size % 8,
+            "responses: they are of one model, load_path names several": are_several and self.responses,
+            f"cropsize {self.cropsize}: several models are compared, which takes {MIN_SIDE} or more":
+                are_several and self.cropsize < MIN_SIDE,
+            f"{' and '.join(asked)}: give one of the two": len(asked) > 1,
+            "prune_rank magnitude: how much is to be left, prune_macs says":
+                self.prune_rank == "magnitude" and self.prune_macs is None,
+        }.items():
+            if is_wrong:
+                raise UserError(message)
+
+    def folder_of(self, model: OpenedModel) -> Path:
+        """Where the results of a model go: a folder of its own where there are several."""
+        return Path(self.save_path, model.name) if len(self.load_path) > 1 else Path(self.save_path)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A network to prune: its name, its file, what else the file says, and the folder that its results go to."""
-
-    name: str
-    file: Path
-    network: StyleTransferNetwork
-    checkpoint: dict
-    folder: Path
-
-
-def open_models(config: PruneConfig, device: torch.device) -> list[Model]:
-    """Every model of `load_path`, on the device. Raises UserError for an unusable one, the same twice, or for one that
-    the cuts that are asked for cannot be made in."""
-    models, folder = [], Path(config.save_path)
-    for path, name in zip(config.load_path, model_names(config.load_path)):
-        file = find_model_file(Path(path))
-        network, checkpoint = open_model(str(file), config.swap_max_pool, config.backbone, config.vgg_weights)
-        target = folder / name if len(config.load_path) > 1 else folder
-        if any(file.samefile(model.file) for model in models):
-            raise UserError(f"load_path {path}: this model is named twice")
-        if (target / PRUNED_NAME).exists() and (target / PRUNED_NAME).samefile(file):
-            raise UserError(f"save_path {folder}: would overwrite the model that load_path names; choose another")
-        models.append(Model(name, file, network.to(device, memory_format=torch.channels_last), checkpoint, target))
+def check_models(models: list[OpenedModel], config: PruneConfig) -> None:
+    """Raises UserError where the cuts that are asked for cannot be made, or would overwrite a model."""
     widths = [model.network.config.bottleneck_width for model in models]
     for name, numbers, width in (("prune_num", (config.prune_num or 0,), min(widths)),
                                  ("prune_nums", config.prune_nums or (), max(widths))):
@@ -144,20 +128,22 @@ def open_models(config: PruneConfig, device: torch.device) -> list[Model]:
             raise UserError(f"{name} {max(numbers)}: the network has {width} bottleneck channels, at most {width - 1} "
                             "can be cut")
     for model in models:
+        target = config.folder_of(model) / PRUNED_NAME
+        if target.exists() and target.samefile(model.file):
+            raise UserError(f"save_path {config.save_path}: would overwrite the model that load_path names; choose "
+                            "another")
         most_macs(model.network.config, config)
         cut_bottleneck(model.network, config.prune_channels or ())
-    return models
 
 
-def open_meter(models: list[Model], config: PruneConfig, device: torch.device) -> Meter:
+def open_meter(models: list[OpenedModel], config: PruneConfig, device: torch.device) -> Meter:
     """What measures the losses of several models. Raises UserError where these are not comparable, or the weights of
     the loss network cannot be had."""
-    backbones = [model.network.config.backbone for model in models]
-    for model, backbone in zip(models, backbones):
-        if backbone != backbones[0]:
-            raise UserError(f"load_path {model.file}: a {backbone} network, {models[0].file} is one of {backbones[0]}; "
-                            "their losses are not comparable")
-    return Meter(MEASURED, backbones[0], config.vgg_weights, "meanstd", 0, device)
+    backbones = {model.network.config.backbone: model.file for model in models}
+    if len(backbones) > 1:
+        found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
+        raise UserError(f"load_path: {found}; their losses are not comparable")
+    return Meter(MEASURED, next(iter(backbones)), config.vgg_weights, "meanstd", 0, device)
 
 
 # -------------------------------------------------------------------------------------------------- mode
@@ -170,7 +156,8 @@ def prune(given: dict) -> int:
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     # All that can be refused is refused before the long measurement.
-    models = open_models(config, device)
+    models = open_models(config)
+    check_models(models, config)
     meter = open_meter(models, config, device) if len(models) > 1 else None
     for name in ("content", "style"):
         load_input(Path(getattr(config, name)), config, name)
@@ -192,6 +179,7 @@ def prune(given: dict) -> int:
     paths = sorted({*map(Path, chain(*measured.values(), *pairs))})
     responses, reports = {}, {}
     for model in models:
+        model.network.to(device, memory_format=torch.channels_last)
         note_learned_from(model.name, model.checkpoint, paths)
         responses[model.name] = kept or measure_responses(model.network, config, measured, pairs)
         reports[model.name] = prune_model(model, responses[model.name], meter, config)
@@ -202,10 +190,10 @@ def prune(given: dict) -> int:
     return 0
 
 
-def prune_model(model: Model, responses: Responses, meter: Meter | None, config: PruneConfig) -> dict:
+def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, config: PruneConfig) -> dict:
     """Cut a model, and write the cut one, its report and plots into its folder. Returns the report, with the losses
     where there is a meter."""
-    folder, network = make_folder(model.folder, "--save_path"), model.network
+    folder, network = make_folder(config.folder_of(model), "--save_path"), model.network
     responses.save(folder / "responses.npz")
     cuts, constants = select(network, responses, config)
     if not any(cuts.values()):

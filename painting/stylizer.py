@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from painting.control import (
 )
 from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
-from weights import load_network
+from weights import find_model_file, load_network, model_names
 
 ROOT = Path(__file__).parent.parent
 DEMO_CONTENT = ROOT / "imgs" / "content" / "brandenburg_gate.jpg"
@@ -43,6 +44,27 @@ def open_model(
         raise UserError(f"backbone {backbone}: {load_path} is a {network.config.backbone} network "
                         f"with {network.config.bottleneck_width} bottleneck channels")
     return network, checkpoint
+
+
+class OpenedModel(NamedTuple):
+    """A network with its name in tables and folders, its file, and what else the file says."""
+
+    name: str
+    file: Path
+    network: StyleTransferNetwork
+    checkpoint: dict
+
+
+def open_models(config) -> list[OpenedModel]:
+    """The models of `load_path`. Raises UserError for an unusable one, or the same twice."""
+    models = []
+    for path, name in zip(config.load_path, model_names(config.load_path)):
+        network, checkpoint = open_model(path, config.swap_max_pool, config.backbone, config.vgg_weights)
+        file = find_model_file(Path(path))
+        if any(file.samefile(model.file) for model in models):
+            raise UserError(f"load_path {path}: this model is named twice")
+        models.append(OpenedModel(name, file, network, checkpoint))
+    return models
 
 
 class UnusablePicture(UserError):

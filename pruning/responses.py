@@ -1,7 +1,7 @@
 """How strongly every channel of a network responds to pictures: measured, kept in a file, read again."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -194,7 +194,11 @@ def measure_responses(
     if config.every_layer:
         mean_of = [found[:, 3].mean(dim=0) for found in encoder + decoder]
         mean_of[len(encoder) - 1] = torch.stack(means).mean(dim=0)
-        importance = _estimate_importance(network, _probes(paths, config), mean_of, config.style_strength)
+        most = max(map(len, paths.values()))
+        numbers = [place * most // IMPORTANCE_PROBES for place in range(IMPORTANCE_PROBES)]  # evenly spread
+        probes = ([load_input(Path(each[number % len(each)]), config, name) for name, each in paths.items()]
+                  for number in numbers)
+        importance = _estimate_importance(network, probes, mean_of, config.style_strength)
         for layer, found, *more in zip(conv_layers(network.config, size=0), encoder + decoder, mean_of, importance):
             values = found[:, 0], found[:, 1].amin(dim=0), found[:, 2].amax(dim=0), *more
             layers[layer.name] = LayerResponses(*(each.cpu().numpy() for each in values))
@@ -215,18 +219,9 @@ def _summarise(features: list[Tensor]) -> list[Tensor]:
                          feature.mean(dim=(0, 2, 3))]) for feature in features]
 
 
-def _probes(paths: dict[str, list[str]], config) -> Iterator[tuple[Tensor, Tensor]]:
-    """IMPORTANCE_PROBES of the measured pairs, evenly spread: a content and a style picture, (1, 3, H, W), uint8."""
-    count = max(map(len, paths.values()))
-    for place in range(IMPORTANCE_PROBES):
-        number = place * count // IMPORTANCE_PROBES
-        content, style = (load_input(Path(paths[name][number % len(paths[name])]), config, name) for name in FOLDERS)
-        yield content, style
-
-
 @torch.inference_mode(False)
 def _estimate_importance(
-    network: StyleTransferNetwork, pairs: Iterable[tuple[Tensor, Tensor]], means: list[Tensor], strength: float
+    network: StyleTransferNetwork, pairs: Iterable[Sequence[Tensor]], means: list[Tensor], strength: float
 ) -> list[Tensor]:
     """How much the output changes when a channel is replaced by its mean: squared, to first order, (C,) for each conv.
 

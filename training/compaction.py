@@ -45,7 +45,8 @@ class NetworkCost:
         full_macs = sum(layer.macs for layer in full)
         self.encoder_convs = len(network.encoder_widths)
         self.widths = torch.tensor((3, *network.widths), dtype=torch.float32, device=device)  # (1 + convs,)
-        self.factors = torch.tensor([9 * layer.positions / full_macs for layer in full], device=device)  # (convs,)
+        factors = [layer.macs / (layer.width_in * layer.width * full_macs) for layer in full]
+        self.factors = torch.tensor(factors, device=device)  # (convs,)
 
     def __call__(self, channels_on: dict[str, Tensor]) -> Tensor:
         """channels_on: by part, (layers,), the channels that are on in its last layers, for the decoder the last

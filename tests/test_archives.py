@@ -27,9 +27,11 @@ from weights import load_network
 MANY = 10**8
 
 
-def make_photos(folder: Path, count: int = 6) -> Path:
+@pytest.fixture
+def photos(tmp_path) -> Path:
     """Pictures of several kinds, some in sub-folders, one without a suffix, and a file that is none."""
-    for number in range(count):
+    folder = tmp_path / "photos"
+    for number in range(6):
         write_noise(folder / ("", "deep/er", "x.zip")[number % 3] / f"{number}.{('png', 'bmp')[number % 2]}",
                     (24, 30), number)
     shutil.copy(write_noise(folder / "extra.png", (24, 30), 99), folder / "no_suffix")
@@ -37,17 +39,11 @@ def make_photos(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def pack(folder: Path, archive: Path, method: int = zipfile.ZIP_STORED, force_zip64: bool = False) -> Path:
+def pack(folder: Path, archive: Path, method: int = zipfile.ZIP_STORED) -> Path:
     """Everything below `folder`, folders too; names begin there."""
-    with zipfile.ZipFile(archive, "w") as file:
+    with zipfile.ZipFile(archive, "w", method) as file:
         for path in sorted(folder.rglob("*")):
-            entry = zipfile.ZipInfo.from_file(path, path.relative_to(folder))
-            entry.compress_type = method
-            if path.is_dir():
-                file.writestr(entry, b"")
-                continue
-            with file.open(entry, "w", force_zip64=force_zip64) as member:
-                member.write(path.read_bytes())
+            file.write(path, path.relative_to(folder))
     return archive
 
 
@@ -69,19 +65,14 @@ def below(paths: list[Path], root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in paths]
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    return make_photos(tmp_path / "photos")
-
-
 # ------------------------------------------------------------------------------------ like the same folder
 
 
-@pytest.mark.parametrize("method, force_zip64", [(zipfile.ZIP_STORED, True), (zipfile.ZIP_DEFLATED, False)])
-def test_an_archive_holds_what_its_folder_holds(photos, tmp_path, method, force_zip64, capsys):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_holds_what_its_folder_holds(photos, tmp_path, method, capsys):
     """Also a large TIFF, whose directory of tags is at its end."""
     write_noise(photos / "large.tif", (300, 200), 5)
-    archive = pack(photos, tmp_path / "PHOTOS.Zip", method, force_zip64)
+    archive = pack(photos, tmp_path / "PHOTOS.Zip", method)
     paths, desired = find_pictures(archive, "--content_dir"), find_pictures(photos, "--content_dir")
     assert below(paths, archive) == below(desired, photos) and len(paths) == 9
     for path, unpacked in zip(paths, desired):
@@ -192,26 +183,15 @@ def test_large_archives_are_opened_once_and_not_sent_to_workers(tmp_path, monkey
 
 def test_what_is_hidden_or_added_by_macos_or_a_link_is_left_out(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
-        for name in ("a.png", "/b.png", "./c.png", "in//d.png", ".hidden.png", ".git/e.png", "in/.f/g.png", "../h.png",
-                     "__MACOSX/._a.png", "in/__MACOSX/i.png", "j.png/"):
+        for name in ("a.png", "café.png", "/b.png", "./c.png", "in//d.png", ".hidden.png", ".git/e.png", "in/.f/g.png",
+                     "../h.png", "__MACOSX/._a.png", "in/__MACOSX/i.png", "j.png/"):
             file.writestr(name, picture_bytes())
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
         file.writestr(link, "a.png")
     paths = find_pictures(tmp_path / "photos.zip", "--content_dir")
-    assert below(paths, tmp_path / "photos.zip") == ["a.png", "b.png", "c.png", "in/d.png"]
+    assert below(paths, tmp_path / "photos.zip") == ["a.png", "b.png", "c.png", "café.png", "in/d.png"]
     assert all(load_picture(path).size == (20, 16) for path in paths) and capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("placeholder, stored, desired", [
-    ("caf#.png", b"caf\x82.png", "café.png"),  # code page 437
-    ("café.png", "café.png".encode(), "café.png"),
-])
-def test_names_that_are_not_ascii(tmp_path, placeholder, stored, desired):
-    archive = write_archive(tmp_path / "photos.zip", **{placeholder.removesuffix(".png"): picture_bytes()})
-    archive.write_bytes(archive.read_bytes().replace(placeholder.encode(), stored))
-    paths = find_pictures(archive, "")
-    assert paths == [archive / desired] and load_picture(paths[0]).size == (20, 16)
 
 
 def test_of_two_members_of_one_name_the_last_counts(tmp_path):
@@ -224,33 +204,19 @@ def test_of_two_members_of_one_name_the_last_counts(tmp_path):
 # ----------------------------------------------------------------------------------------------- damage
 
 
-def spoil(archive: Path, content: bytes, how: str) -> None:
-    """Damage the one member of this content; the archive's directory stays readable."""
-    raw = bytearray(archive.read_bytes())
-    place = raw.index(content)  # behind the name in its header
-    header = raw.rindex(b"PK\3\4", 0, place)
-    entry = raw.index(raw[header + 30 : place], raw.index(b"PK\1\2")) - 46
-    match how:
-        case "pixels":
-            raw[place + len(content) // 2] ^= 1
-        case "encrypted":
-            raw[header + 6] |= 1
-            raw[entry + 8] |= 1
-        case "size":
-            raw[entry + 20 : entry + 28] = b"\xff\xff\xff\xef" * 2
-    archive.write_bytes(raw)
-
-
-@pytest.mark.parametrize("how, said", [("pixels", "Bad CRC-32"), ("encrypted", "encrypted"), ("size", "too many")])
-def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, how, said):
+def test_a_bad_member_is_skipped_as_a_bad_picture_is(tmp_path, capsys, monkeypatch):
     contents = {f"p{number}": picture_bytes(number) for number in range(12)}
     archive = write_archive(tmp_path / "photos.zip", **contents)
-    spoil(archive, contents["p4"], how)
+    raw = bytearray(archive.read_bytes())
+    raw[raw.index(contents["p4"]) + 200] ^= 1
+    archive.write_bytes(raw)
     message = refused(archive / "p4.png")
-    assert message.startswith(f"{archive}/p4.png: ") and said in message
+    assert message.startswith(f"{archive}/p4.png: ") and "Bad CRC-32" in message
     paths, failed = open_folder(archive, "--content_dir", MANY)
     assert len(paths) == 11 and archive / "p4.png" not in paths and failed.total == 12
     assert f"skipped {message}" in capsys.readouterr().err
+    monkeypatch.setattr(archives, "LARGEST", 100)
+    assert "too many" in refused(archive / "p0.png")
 
 
 def test_empty_and_broken_members_are_bad_pictures(tmp_path):

@@ -359,12 +359,6 @@ def write_ramp(path, **options):
     return path
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
-def test_alpha_is_given(tmp_path, name):
-    actual = load_alpha(write_ramp(tmp_path / name, **{"lossless": True} if name == "a.webp" else {}))
-    assert actual.mode == "L" and (np.asarray(actual) == 255 - 6 * np.arange(40)).all()
-
-
 @pytest.mark.parametrize(("imsize", "cropsize"), [(None, None), (15, None), (60, None), (15, 10), (None, 20),
                                                   (None, 64)])
 def test_alpha_lies_where_the_picture_lies(tmp_path, imsize, cropsize):
@@ -376,7 +370,10 @@ def test_alpha_lies_where_the_picture_lies(tmp_path, imsize, cropsize):
     assert np.abs(255 - picture - np.asarray(alpha)).max() <= 2
 
 
-def test_alpha_of_grey_and_palette(tmp_path):
+def test_alpha_of_every_kind(tmp_path):
+    for name in ("a.png", "a.webp", "a.tif"):
+        path = write_ramp(tmp_path / name, **{"lossless": True} if name == "a.webp" else {})
+        assert (np.asarray(load_alpha(path)) == 255 - 6 * np.arange(40)).all()
     Image.new("LA", (4, 2), (100, 51)).save(tmp_path / "grey.png")
     assert (np.asarray(load_alpha(tmp_path / "grey.png")) == 51).all()
     image = Image.fromarray(np.array([[0, 0, 1, 1]] * 2, np.uint8))

@@ -89,8 +89,6 @@ class ExportConfig:
             raise UserError(f"style_dir: only a page has styles, save_path {self.save_path} is none; end it with /")
 
 
-# -------------------------------------------------------------------------------------------------- int8
-
 Pairs = list[tuple[Tensor, Tensor]]  # content and style pictures, (1, 3, H, W) each, uint8
 
 
@@ -135,9 +133,6 @@ def compare(
         print(f"a pair, content of {width} x {height}, {threads} threads: float32 {times[0]:.1f} ms, int8 "
               f"{times[1]:.1f} ms (medians of {TIMED_RUNS})")
     print(describe_device(CPU))
-
-
-# -------------------------------------------------------------------------------------------------- mode
 
 
 def export(given: dict) -> int:

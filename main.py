@@ -44,9 +44,6 @@ ABOUT = "\n".join((
     "The flags of one mode: python main.py --mode prune --help; of all: docs/flags.md"))
 
 
-# ------------------------------------------------------------------------------------------------- parser
-
-
 class _Help(argparse.RawDescriptionHelpFormatter):
     """No path is torn apart at a hyphen."""
 
@@ -91,9 +88,6 @@ def parse(arguments: list[str] | None) -> tuple[str, dict] | None:
         note(f"--{name} has no effect in {mode} mode")
         del given[name]
     return mode, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-# --------------------------------------------------------------------------------------------------- main
 
 
 def _with_dashes(message: str, mode: str) -> str:

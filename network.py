@@ -19,12 +19,11 @@ ENCODERS = {
     "vgg19": (64, 64, POOL, 128, 128, POOL, 256, 256, 256, 256, POOL, 512),  # to relu4_1
     "vgg16": (64, 64, POOL, 128, 128, POOL, 256, 256, 256),  # to relu3_3
 }
-# The loss network goes on to the deepest tap; taps are indices in torchvision's `vgg.features`.
-_LOSS_NETWORKS = {"vgg19": ENCODERS["vgg19"], "vgg16": (*ENCODERS["vgg16"], POOL, 512, 512, 512)}
-_LOSS_TAPS = {
-    "vgg19": {"relu1_1": 1, "relu2_1": 6, "relu3_1": 11, "relu4_1": 20},
-    # relu2_2 as the paper has it; the original implementation taps relu2_1 in its place.
-    "vgg16": {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22},
+# The loss network goes on to the deepest of its taps, which are indices in torchvision's `vgg.features`.
+LOSS_NETWORKS = {
+    "vgg19": (ENCODERS["vgg19"], (1, 6, 11, 20)),  # relu1_1, relu2_1, relu3_1, relu4_1
+    # relu1_2, relu2_2, relu3_3, relu4_3, as the paper has it; the original implementation taps relu2_1.
+    "vgg16": ((*ENCODERS["vgg16"], POOL, 512, 512, 512), (3, 8, 15, 22)),
 }
 BACKBONES = tuple(ENCODERS)
 POOLINGS = ("max", "avg", "blur")
@@ -289,9 +288,8 @@ class LossNetwork(nn.Module):
 
     def __init__(self, backbone: str, padding: str = "zeros") -> None:
         super().__init__()
-        layout = _LOSS_NETWORKS[backbone]
+        layout, self.taps = LOSS_NETWORKS[backbone]
         self.layers = _encoder_layers(layout, _conv_widths(layout), "max", padding)
-        self.taps = _LOSS_TAPS[backbone]
         self.padding = padding
         self.requires_grad_(False)
 
@@ -300,7 +298,7 @@ class LossNetwork(nn.Module):
         features = []
         for index, layer in enumerate(self.layers):
             image = layer(image)
-            if index in self.taps.values():
+            if index in self.taps:
                 features.append(image)
         return features
 

@@ -52,9 +52,6 @@ def need_packages(suffix: str) -> None:
                             "pip install '.[export]'") from error
 
 
-# -------------------------------------------------------------------------------------------------- files
-
-
 def make_files(network: StyleTransferNetwork, checkpoint: dict, path: Path, split: bool) -> dict[Path, bytes]:
     """What is to be written, by path: one file of the format that the suffix says, or with `split` two ONNX files.
 
@@ -84,9 +81,6 @@ def to_torch_export(graph: Graph, network: StyleTransferNetwork) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(trace(graph), buffer, extra_files={"config": json.dumps(network.config.to_dict())})
     return buffer.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------ painters
 
 
 def onnx_session(content: bytes, threads: int = 0):
@@ -127,9 +121,6 @@ def network_painter(network: StyleTransferNetwork) -> Painter:
     """How this toolkit itself paints."""
     stylizer = Stylizer(network)
     return lambda content, style, strength: denormalize(stylizer.paint(content, stylizer.encode_style(style), strength))
-
-
-# -------------------------------------------------------------------------------------------------- check
 
 
 @torch.inference_mode()

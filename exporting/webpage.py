@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from data import denormalize, load_picture, prepare_picture
 from folders import find_pictures
 from network import NetworkConfig, StyleTransferNetwork
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
-from utils import UserError, make_folder, write_atomically
+from utils import UserError, make_folder
 
 ROOT = Path(__file__).parent.parent
 WEB = ROOT / "exporting" / "page"
@@ -119,15 +118,13 @@ def write_page(path: Path, files: Mapping[str, bytes]) -> None:
     path = Path(os.path.abspath(path))
     check_page_folder(path)
     make_folder(path.parent, "--save_path")
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        for name, content in files.items():
-            (beside / name).parent.mkdir(exist_ok=True)
-            write_atomically(beside / name, lambda file, content=content: file.write(content))
-        beside.chmod(0o755)  # for a web server; mkdtemp's are private
-        beside.replace(path)  # which may be there, and empty
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".page.", ignore_cleanup_errors=True) as beside:
+            for name, content in files.items():
+                Path(beside, name).parent.mkdir(exist_ok=True)
+                Path(beside, name).write_bytes(content)
+            os.chmod(beside, 0o755)  # for a web server; temporary folders are private
+            os.replace(beside, path)  # which may be there, and empty
     except OSError as error:
         error.filename = str(path)  # not what lies beside it
         raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

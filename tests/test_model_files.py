@@ -78,9 +78,6 @@ def test_dictionaries_of_other_things_are_no_models(tmp_path, content):
     assert "state_dict" in user_error(load_network, tmp_path / "model.pth")
 
 
-# --------------------------------------------------------------------------------------- moved pictures
-
-
 @pytest.mark.parametrize("change", ["folder renamed", "picture damaged"])
 def test_responses_of_pictures_that_moved_are_refused_before_anything_is_written(tmp_path, capsys, change):
     for number in range(3):

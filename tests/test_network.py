@@ -38,9 +38,6 @@ from weights import conv_indices, find_model_file, load_network, load_vgg, model
 BACKBONES = ("vgg19", "vgg16")
 
 
-# --------------------------------------------------------------------------------------- reference values
-
-
 def reference_network(backbone: str) -> StyleTransferNetwork:
     """The network of reference_values.json, as its `how` builds it."""
     random = np.random.RandomState(REFERENCE["network"][backbone]["weight_seed"])
@@ -107,9 +104,6 @@ def test_parameter_counts_after_pruning(networks, pruned, desired):
     assert count_parameters(cut_bottleneck(networks["vgg19"], range(int(pruned)))) == desired
 
 
-# ------------------------------------------------------------------------------------------------- adain
-
-
 def random_feature(shape, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
 
@@ -126,9 +120,6 @@ def test_adain_by_hand(strength, desired):
     content = torch.tensor([0.0, 2.0, 4.0]).reshape(1, 1, 1, 3)  # mean 2, std 2
     mean, std = torch.full((1, 1, 1, 1), 10.0), torch.full((1, 1, 1, 1), 3.0)
     assert_close(adain(content, mean, std, strength), torch.tensor(desired).reshape(1, 1, 1, 3))
-
-
-# ----------------------------------------------------------------------------------------------- upsampling
 
 
 @pytest.mark.parametrize("size, memory_format", [((1, 1), torch.contiguous_format), ((5, 8), torch.channels_last)])
@@ -161,9 +152,6 @@ def test_decoder_is_its_layers(backbone, upsampling):
     assert_close(network.decoder.features(feature)[-1], desired, rtol=1e-9, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------ any size
-
-
 @pytest.mark.parametrize("backbone, size, style_size", [
     ("vgg19", (1, 40), (5, 7)), ("vgg19", (17, 16), (1, 1)), ("vgg16", (1, 1), (9, 3)), ("vgg16", (37, 61), (4, 4)),
 ])
@@ -185,9 +173,6 @@ def test_pictures_of_any_size(backbone, size, style_size):
         actual = network(content, style, strength)
         assert actual.shape == content.shape and actual.isfinite().all()
         assert_close(actual, desired, rtol=1e-9, atol=1e-9)
-
-
-# -------------------------------------------------------------------------------------------------- config
 
 
 def test_config_round_trip():
@@ -220,9 +205,6 @@ def test_config_errors(change, needed):
         replace(small_config("vgg16"), **change)
 
 
-# ------------------------------------------------------------------------------------------------- pooling
-
-
 @pytest.mark.parametrize(("pooling", "pool"), [("max", nn.MaxPool2d), ("avg", nn.AvgPool2d), ("blur", BlurPool2d)])
 def test_pooling_of_the_encoder(pooling, pool):
     """Built so, or changed with the same weights: the same layers where the network is, the same tensors in a file."""
@@ -245,9 +227,6 @@ def test_blur_pool_by_hand():
     desired = torch.stack([columns.expand(2, 3), 2.0 * columns.expand(2, 3)])[None]
     assert_close(BlurPool2d(2)(feature), desired)
     assert_close(BlurPool2d(2)(feature.mT), desired.mT)
-
-
-# --------------------------------------------------------------------------------------------- model files
 
 
 def assert_same_tensors(actual: dict, desired: dict) -> None:
@@ -379,9 +358,6 @@ def test_other_and_cut_files_are_refused(tmp_path):
             assert f"vgg_weights {tmp_path / name}" in user_error(load_vgg, "vgg19", str(tmp_path / name))
 
 
-# --------------------------------------------------------------------------------------------- VGG weights
-
-
 def torchvision_state(vgg: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"features.{name}": tensor.clone() for name, tensor in vgg.items()}
 
@@ -485,9 +461,6 @@ def test_imagenet_from_the_cache(hub, random_vgg, backbone):
     assert origin.startswith("imagenet")
 
 
-# -------------------------------------------------------------------------------------------- loss network
-
-
 @pytest.mark.parametrize("backbone, pooling", [("vgg19", "avg"), ("vgg16", "max")])
 def test_build_from_vgg(random_vgg, backbone, pooling):
     network, loss_network = build_from_vgg(NetworkConfig.full(backbone, pooling), random_vgg[backbone])
@@ -529,9 +502,6 @@ def test_loss_network_taps_against_torchvision(random_vgg, backbone):
     sum(feature.square().mean() for feature in actual).backward()
     assert image.grad.abs().max() > 0
     assert all(not each.requires_grad and each.grad is None for each in loss_network.parameters())
-
-
-# --------------------------------------------------------------------------------------------------- cost
 
 
 @pytest.mark.parametrize("config", [

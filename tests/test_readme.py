@@ -33,27 +33,9 @@ PROGRAMS = {"python", "python3", "torchrun", "bash", "pip", "uv", "make", "cp", 
 OTHER_FLAGS = {"--nproc_per_node", "--max-restarts", "--index-url"}  # of torchrun and pip
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 @lru_cache
 def read(page: str) -> str:
     return (ROOT / page).read_text()
-
-
-def logical_lines(block: str) -> list[str]:
-    """The lines of a bash block without comments, each joined with those that continue it or its quotation."""
-    lines, begun = [], ""
-    for line in block.replace("\\\n", " ").splitlines():
-        begun = f"{begun} {COMMENT.split(line)[0]}".strip()
-        try:
-            shlex.split(begun)
-        except ValueError:  # a quotation that goes on in the next line
-            continue
-        lines.append(begun)
-        begun = ""
-    assert not begun, f"no closing quotation: {begun}"
-    return [line for line in lines if line]
 
 
 def shell_lines(text: str) -> list[str]:
@@ -61,15 +43,15 @@ def shell_lines(text: str) -> list[str]:
     loop's by the first of its values). Raises KeyError for another variable."""
     lines, variables = [], {}
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for line in logical_lines(block):
-            line = Template(line).substitute(variables)
+        for line in block.replace("\\\n", " ").splitlines():
+            line = Template(COMMENT.split(line)[0].strip()).substitute(variables)
             assigned = re.fullmatch(rf"({NAME})=(\"[^\"]*\"|'[^']*'|\S*)", line)
             looped = re.match(rf"for ({NAME}) in (\S+)", line)
             if assigned:
                 variables[assigned[1]] = assigned[2].strip("\"'")
             elif looped:
                 variables[looped[1]] = looped[2].rstrip(";")
-            else:
+            elif line:
                 lines.append(line)
     return lines
 
@@ -88,9 +70,6 @@ def every_command(script: str) -> list:
                 if re.fullmatch(script, word):
                     found.append(pytest.param(page, words[place:], id=f"{page}: {' '.join(words)[:100]}"))
     return found
-
-
-# ----------------------------------------------------------------------------------------------- commands
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -184,9 +163,6 @@ def test_every_flag_in_the_text_exists(page):
     assert used <= known, used - known
 
 
-# ---------------------------------------------------------------------------------------------- documents
-
-
 def anchors(page: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL), re.MULTILINE)
@@ -219,9 +195,6 @@ def test_every_module_stands_in_the_file_tree():
     files = [file for row in rows for file in re.findall("`([^`]+)`", row) if file.endswith((".py", ".sh", "/"))]
     assert {file for file in files if file.endswith(".py")} == {path.name for path in ROOT.glob("*.py")}
     assert all((ROOT / file).exists() for file in files)
-
-
-# ----------------------------------------------------------------------------------------------- packages
 
 
 def test_requirements_are_what_pyproject_names():

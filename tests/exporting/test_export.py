@@ -63,9 +63,6 @@ def test_a_trace_of_a_size_of_its_own_is_refused():
         trace(Decided(small_network("vgg16", width=2)))
 
 
-# ------------------------------------------------------------------------------------------- files that paint
-
-
 def painter(folder: Path, name: str):
     """From content, style (B, 3, H, W), 0..1, and strength to the picture, as a user of the file would."""
     path = folder / name
@@ -167,9 +164,6 @@ def test_safetensors_files_of_others(tmp_path):
         assert f"load_path {tmp_path / name}.safetensors" in message and reason in message
 
 
-# --------------------------------------------------------------------------------------------------- check
-
-
 def without_remainder(picture):
     """What a padding fixed while tracing leaves of it."""
     return picture[:, :, : picture.shape[2] // 8 * 8, : picture.shape[3] // 8 * 8]
@@ -222,9 +216,6 @@ def test_a_file_that_does_not_paint_the_networks_pictures_does_not_stay(
         monkeypatch.setattr(formats, maker, lambda graph, network: made)
     assert reason in refusal(capsys, *words({"mode": "export", "load_path": model, "save_path": path}))
     assert [each.read_bytes() for each in path.parent.iterdir()] == [b"what was there before"]
-
-
-# ---------------------------------------------------------------------------------------------- integers
 
 
 @pytest.fixture
@@ -321,9 +312,6 @@ def without_last_row(content: bytes) -> bytes:
     for dimension in output.type.tensor_type.shape.dim[2:]:
         dimension.Clear()
     return model.SerializeToString()
-
-
-# --------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("package", formats.ONNX_PACKAGES)

@@ -4,23 +4,13 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    STYLE_DIR,
-    paint_within_range,
-    refusal,
-    small_config,
-    small_network,
-    user_error,
-    words,
-    write_model,
-    write_noise,
-)
+from helpers import ROOT, paint_within_range, refusal, small_network, user_error, words, write_model, write_noise
 from PIL import Image
 
 from data import denormalize, normalize, prepare_picture
@@ -29,8 +19,8 @@ from exporting.graphs import fill_up
 from exporting.webpage import (
     CHANNEL_MULTIPLE,
     RUNTIME_FILES,
+    STYLES,
     find_styles,
-    max_pixels,
     page_files,
     runtime_files,
     write_page,
@@ -62,9 +52,6 @@ def model(tmp_path) -> Path:
     return write_model(tmp_path / "narrow.pth", small_network())
 
 
-# ------------------------------------------------------------------------------------------------ network
-
-
 @pytest.mark.parametrize("backbone", ["vgg19", "vgg16"])
 def test_zero_channels_change_no_picture(backbone):
     """In float64."""
@@ -79,16 +66,13 @@ def test_zero_channels_change_no_picture(backbone):
 
 
 def test_a_wider_network_paints_smaller_pictures():
-    wide, narrow = (max_pixels(small_config(width=width)) for width in (16, 4))
+    wide, narrow = (webpage.max_pixels(small_network(width=width).config) for width in (16, 4))
     assert narrow // 4 == wide
-
-
-# ------------------------------------------------------------------------------------------------- files
 
 
 def test_page_has_all_that_it_asks_for(web, tmp_path):
     network = fill_up(small_network(), CHANNEL_MULTIPLE)
-    write_page(tmp_path / "page", page_files(network, "narrow", *GRAPHS, sorted(STYLE_DIR.glob("*.jpg"))[:2]))
+    write_page(tmp_path / "page", page_files(network, "narrow", *GRAPHS, sorted(STYLES.glob("*.jpg"))[:2]))
     folder = tmp_path / "page"
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     sources = "".join((folder / name).read_text() for name in ("index.html", "page.js", "painter.js"))
@@ -123,20 +107,6 @@ def test_browser_is_checked_with_what_pytorch_paints(web):
     assert np.ptp(check["picture"]) > 20
 
 
-def test_thumbnails_are_small_squares(web, tmp_path):
-    style = write_noise(tmp_path / "styles" / "wide_one.png", (60, 300), 0)
-    files = page_files(small_network(), "narrow", *GRAPHS, [style])
-    (tmp_path / "thumbnail.jpg").write_bytes(files["styles/0.jpg"])
-    with Image.open(tmp_path / "thumbnail.jpg") as thumbnail:
-        assert (thumbnail.format, thumbnail.size) == ("JPEG", (160, 160))
-    settings = json.loads(files["page.json"])
-    assert settings["styles"][0]["name"] == "Wide one"
-    assert not settings["hasSources"] and "SOURCES.tsv" not in files
-
-
-# ----------------------------------------------------------------------------------------------- refusals
-
-
 def test_too_many_styles_and_broken_ones_are_refused(web, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     message = user_error(page_files, small_network(), "narrow", *GRAPHS, [tmp_path / "broken.png"])
@@ -148,7 +118,7 @@ def test_too_many_styles_and_broken_ones_are_refused(web, tmp_path):
         f"style_dir {many}: 49 pictures, at most 48 styles fit on a page")
     (many / "0.png").unlink()
     assert len(find_styles(str(many), tmp_path / "page")) == 48
-    assert [path.parent for path in find_styles(None, tmp_path / "page")] == [STYLE_DIR] * 8
+    assert [path.parent for path in find_styles(None, tmp_path / "page")] == [STYLES] * 8
 
 
 @pytest.mark.parametrize("spoil", [
@@ -176,25 +146,16 @@ def test_what_is_there_is_never_overwritten(web, model, tmp_path, capsys):
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    replace = os.replace
-
-    def fill_the_disk(source, target):
-        if Path(target).name == "b":
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
     (tmp_path / "page").mkdir()  # empty: as good as none
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fill_the_disk)
+        patch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(OSError) as caught:
-            write_page(tmp_path / "page", {"a": b"1", "b": b"2"})
+            write_page(tmp_path / "page", {"a": b"1"})
     assert caught.value.filename == str(tmp_path / "page")
     assert [*tmp_path.iterdir()] == [tmp_path / "page"] and not [*(tmp_path / "page").iterdir()]
     write_page(tmp_path / "page", {"a": b"1", "b/c": b"2"})
     assert (tmp_path / "page" / "b" / "c").read_bytes() == b"2"
-
-
-# ---------------------------------------------------------------------------------------------- whole pages
+    assert [*tmp_path.iterdir()] == [tmp_path / "page"]
 
 
 def test_export_mode_writes_a_page(web, exported, tmp_path, capsys, monkeypatch):
@@ -209,26 +170,26 @@ def test_export_mode_writes_a_page(web, exported, tmp_path, capsys, monkeypatch)
         return {path.with_suffix(f".{number}.onnx"): graph for number, graph in enumerate(graphs)}
 
     monkeypatch.setattr("export.make_files", make_files)
-    write_noise(tmp_path / "styles" / "own.png", (30, 40), 1)
+    write_noise(tmp_path / "styles" / "own_one.png", (30, 400), 1)
     folder = tmp_path / "new" / "page"
     flags = {"mode": "export", "load_path": model, "save_path": f"{folder}/", "style_dir": tmp_path / "styles"}
     assert main(words(flags)) == 0
     assert "at most " in capsys.readouterr().out
     settings = json.loads((folder / "page.json").read_text())
     (style,) = settings["styles"]
-    assert (settings["network"], style["name"]) == ("split.onnx", "Own")
+    assert (settings["network"], style["name"], settings["hasSources"]) == ("split.onnx", "Own one", False)
+    with Image.open(folder / "styles" / "0.jpg") as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", (160, 160))
     content = prepare_picture(write_noise(tmp_path / "content.png", (37, 50), 2))
     session = onnxruntime.InferenceSession(str(folder / "content.onnx"))
     mean, std = (np.array(style[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
     (actual,) = session.run(None, {"content": content.numpy() / np.float32(255), "mean": mean, "std": std,
                                    "strength": np.ones(1, np.float32)})
     with torch.inference_mode():
-        desired = denormalize(network(normalize(content), normalize(prepare_picture(tmp_path / "styles" / "own.png"))))
+        own = normalize(prepare_picture(tmp_path / "styles" / "own_one.png"))
+        desired = denormalize(network(normalize(content), own))
     assert np.abs(actual - desired.numpy()).max() <= 1e-3
     assert np.ptp(actual) > 0.1
-
-
-# ------------------------------------------------------------------------------------------- the packages
 
 
 def test_packages_are_pinned_and_no_lock_file_names_a_registry():

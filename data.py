@@ -45,30 +45,29 @@ class NotFinite(UserError):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def load_picture(
-    path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+Side = int | None  # in pixels; None leaves it as it is
+
+
+def load_picture(path: Path, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture of any kind that Pillow reads as upright 8-bit RGB, in sRGB, with its transparent pixels laid on white;
     of several frames or pages the first.
 
-    imsize: of its shorter side, in proportion (bicubic, antialiased); cropsize: side of a square from its centre, to
-    which a smaller picture is enlarged. None leaves it as it is. Raises PictureError for a missing, empty, truncated or
-    non-image file, or one above `max_pixels`; metadata that cannot be read costs no picture.
+    imsize: of its shorter side, in proportion (bicubic, antialiased); cropsize: of a square from its centre, to which a
+    smaller picture is enlarged. Raises PictureError for a missing, empty, truncated or non-image file, or one above
+    `max_pixels`; metadata that cannot be read costs no picture.
     """
     with _reading(path):
         return _on_white(_load(path, imsize, cropsize, max_pixels))
 
 
-def prepare_picture(
-    path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
-) -> Tensor:
+def prepare_picture(path: Path, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Tensor:
     """`load_picture` as (1, 3, H, W), uint8, 0..255."""
     with _reading(path):
         return pil_to_tensor(_on_white(_load(path, imsize, cropsize, max_pixels)))[None]
 
 
 def load_alpha(
-    path: Path, imsize: int | None = None, cropsize: int | None = None, max_pixels: int = MAX_PIXELS
+    path: Path, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image | None:
     """How opaque the pixels of `load_picture` are, mode L, of the same size; None when all are fully. Raises
     PictureError where that does."""
@@ -104,7 +103,7 @@ def is_picture(path: Path) -> bool:
     return False
 
 
-def _load(path: Path, imsize: int | None, cropsize: int | None, max_pixels: int) -> Image.Image:
+def _load(path: Path, imsize: Side, cropsize: Side, max_pixels: int) -> Image.Image:
     """`load_picture` as RGB, or RGBA where not all of it is opaque."""
     picture = _decode(path, max(imsize, cropsize or 0) if imsize else None, max_pixels)
     shorter = min(picture.size)

@@ -15,36 +15,24 @@ FILES |= {path.parent.name: path for path in ROOT.glob("*/__init__.py")}
 
 def at_home() -> bool:
     """Whether the names of all modules of this toolkit mean them, as in its own programs."""
-    for name, file in FILES.items():
-        if name in sys.modules:
-            meant = getattr(sys.modules[name], "__file__", None)
-        else:
-            meant = getattr(find_spec(name), "origin", None)
-        if meant is None or Path(meant).resolve() != file:
-            return False
-    return True
+    specs = {file: find_spec(name) for name, file in FILES.items()}
+    return all(spec is not None and Path(spec.origin or "").resolve() == file for file, spec in specs.items())
 
 
 @contextmanager
 def apart():
-    """Within the block the names of this toolkit's modules mean them, behind it what they meant before. What was
-    imported stays with those that imported it."""
-    others = _modules()
-    _forget(others)
+    """Within the block the names of this toolkit's modules, and of modules in them, mean them, behind it what they
+    meant before. What was imported stays with those that imported it."""
+    others = _take_out()
     sys.path.insert(0, str(ROOT))
     try:
         yield
     finally:
         sys.path.remove(str(ROOT))
-        _forget(_modules())
+        _take_out()
         sys.modules.update(others)
 
 
-def _modules() -> dict:
-    """What the names of this toolkit's modules, and of modules in them, mean now."""
-    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in FILES}
-
-
-def _forget(names) -> None:
-    for name in names:
-        del sys.modules[name]
+def _take_out() -> dict:
+    """Forget what these names mean now, and return it."""
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in FILES}

@@ -73,15 +73,6 @@ def mix(styles: Sequence[Style], weights: Sequence[float]) -> Style:
                    for name in ("mean", "std")))
 
 
-def combine(
-    styles: Sequence[Style], weights: Sequence[float] | None = None, mask: Image.Image | None = None
-) -> Style | MaskedStyle:
-    """One of several styles, that `check_styles` let pass."""
-    if mask is not None:
-        return MaskedStyle(*styles, mask)
-    return styles[0] if weights is None else mix(styles, weights)
-
-
 def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
     """Raises UserError where so many styles cannot be made one by these weights or this mask."""
     if mask is not None and (styles != 2 or weights is not None):
@@ -95,9 +86,6 @@ def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
             raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
     elif mask is None and styles != 1:
         raise UserError(f"style: got {styles}; to make one of them, style_weights, or mask with two, is needed")
-
-
-# ------------------------------------------------------------------------------------------------ colours
 
 
 def keep_colors(content: Tensor, painted: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from data import (
     save_picture,
     to_pil,
 )
-from painting.control import MaskedStyle, Style, check_content, combine, match_colors
+from painting.control import MaskedStyle, Style, check_content
 from painting.pairs import Pair, Pictures
 from painting.quality import MIN_SIDE, Meter
 from painting.sheets import Key, Sheet, side_by_side
@@ -131,8 +131,6 @@ class PairPainter:
                 note_of_process(f"skipped --{error}")
                 self.outcome.unusable[pictures.flag, number] = f"--{error}"
 
-    # ------------------------------------------------------------------------------------------- inputs
-
     def _load_style(self, number: int) -> list[Tensor]:
         """The pictures of a style, (1, 3, H, W), uint8, each. Raises UnusablePicture."""
         config = replace(self.config, imsize=self.config.style_size or self.config.imsize)
@@ -159,12 +157,10 @@ class PairPainter:
         measured = self.meter.open_style(pictures[0]) if self.meter else []
         self.encoded[number] = _Style(pictures if not codes else [], codes, measured)
 
-    def _codes(self, pictures: list[Tensor]) -> list[Style | MaskedStyle]:
+    def _codes(self, pictures: list[Tensor], colors_of: Tensor | None = None) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
-        return [combine([model.stylizer.encode_style(each) for each in pictures], self.config.style_weights,
-                        self.plan.mask) for model in self.models]
-
-    # ------------------------------------------------------------------------------------------ outputs
+        return [model.stylizer.combine(pictures, self.config.style_weights, self.plan.mask, colors_of)
+                for model in self.models]
 
     def _paint_content(self, number: int, content: Content) -> None:
         """Paint all pairs of a content."""
@@ -181,7 +177,7 @@ class PairPainter:
         """Paint the pictures of a pair that are not there yet, and have them written. Returns what is to be measured,
         that of others, too."""
         picture, alpha, opened = content
-        codes = style.codes or self._codes([match_colors(each, picture) for each in style.pictures])
+        codes = style.codes or self._codes(style.pictures, picture)
         outputs = []
         painters = product(zip(self.models, opened, codes), self.config.style_strength)
         for column, ((inputs, strength), path) in enumerate(zip(painters, self.plan.files[pair])):

@@ -16,9 +16,6 @@ LONGEST_NAME = 180  # bytes of a pair's name: file systems take 255, and a file 
 Pair = tuple[int, int]  # the numbers of a content and a style
 
 
-# ----------------------------------------------------------------------------------------------- pictures
-
-
 @dataclass(frozen=True)
 class Pictures:
     """The contents or the styles, and a file-name part for each."""
@@ -83,9 +80,6 @@ def note_learned_from(name: str, checkpoint: dict, paths: Sequence[Path]) -> Non
              f"had --holdout {holdout:g}): to judge it, measure pictures that were held out")
 
 
-# -------------------------------------------------------------------------------------------------- pairs
-
-
 def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> list[Pair]:
     """Content and style picture of each pair, by number, in order: all, or `number` different ones at random.
 
@@ -103,9 +97,6 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
     round_length = math.lcm(contents, styles)
     return sorted((content_order[place % contents], style_order[(place + place // round_length) % styles])
                   for place in range(number))
-
-
-# ------------------------------------------------------------------------------------------------ outputs
 
 
 def output_names(

@@ -31,9 +31,6 @@ TILE = 16  # pixels: side of the tiles that may be flat
 FLAT, LIVE = 1.5, 6.0  # of 255: standard deviations of luma, below which a tile is flat, above which it is not
 
 
-# ------------------------------------------------------------------------------------------------ metrics
-
-
 # SSIM, and the t quantile below, are our own: the libraries that have them are large, for a few lines each.
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
@@ -150,9 +147,6 @@ class Meter:
         return torch.stack([ways[metric]().double() for metric in self.metrics])
 
 
-# ---------------------------------------------------------------------------------------------- intervals
-
-
 @lru_cache
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     """The t for which Student's distribution with `freedom` >= 1 degrees has `confidence` between -t and t."""
@@ -185,9 +179,6 @@ def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
     count = len(set(numbers))
     sums = np.bincount(np.unique(numbers, return_inverse=True)[1], weights=residuals)
     return count / (count - 1) * float((sums**2).sum()) / len(residuals) ** 2 if count > 1 else 0.0
-
-
-# ----------------------------------------------------------------------------------------------- summary
 
 
 @dataclass(frozen=True)

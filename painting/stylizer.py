@@ -19,9 +19,9 @@ from painting.control import (
     Style,
     check_content,
     check_styles,
-    combine,
     keep_colors,
     match_colors,
+    mix,
 )
 from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
@@ -136,14 +136,12 @@ class Stylizer:
         return Style(*self.open(picture, "style").statistics()[0])
 
     @torch.inference_mode()
-    def paint(
-        self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
-        keeps_colors: bool = False,
-    ) -> Tensor:
+    def paint(self, content, style, strength: float = 1.0, *, keeps_colors: bool = False) -> Tensor:
         """content: (B, 3, H, W), uint8, any size and device, or what `open` made of it, which is encoded only once.
 
-        strength: from 0, the decoder's copy of the content, to 1, the full style. keeps_colors: as
-        `control.keep_colors` does. Returns (B, 3, H, W), ImageNet-normalised, not clipped, on the network's device.
+        style: of `encode_style` or `combine`. strength: from 0, the decoder's copy of the content, to 1, the full
+        style. keeps_colors: as `control.keep_colors` does. Returns (B, 3, H, W), ImageNet-normalised, not clipped, on
+        the network's device.
         """
         content = self.open(content)
         painted = torch.empty(content.pixels.shape, dtype=next(self.network.parameters()).dtype, device=self.device)
@@ -152,10 +150,7 @@ class Stylizer:
         return painted
 
     @torch.inference_mode()
-    def paint_picture(
-        self, content: Tensor | TiledPicture, style: Style | MaskedStyle, strength: float = 1.0, *,
-        keeps_colors: bool = False,
-    ) -> Image.Image:
+    def paint_picture(self, content, style, strength: float = 1.0, *, keeps_colors: bool = False) -> Image.Image:
         """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises NotFinite."""
         content = self.open(content)
         painted = Image.new("RGB", content.pixels.shape[:1:-1])
@@ -181,12 +176,15 @@ class Stylizer:
             raise UserError(f"preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
         content = self.open(content)
         styles = style if isinstance(style, (list, tuple)) else [style]
+        changed = {"style_size": style_size is not None, "preserve_color histogram": preserve_color == "histogram"}
+        for name, is_changed in changed.items():
+            if is_changed and any(isinstance(each, Style) for each in styles):
+                raise UserError(f"{name}: a style that is encoded already cannot be changed; a picture is needed")
         check_styles(len(styles), style_weights, mask)
-        colors_of = content.pixels if preserve_color == "histogram" else None
         mask = None if mask is None else open_mask(mask)
         check_content(content.pixels, preserve_color, mask)
-        code = combine([self._style(each, style_size, colors_of) for each in styles], style_weights,
-                       mask)
+        styles = [each if isinstance(each, Style) else _pixels(each, "style", style_size) for each in styles]
+        code = self.combine(styles, style_weights, mask, content.pixels if preserve_color == "histogram" else None)
         return self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
 
     def open(self, picture, name: str = "content") -> TiledPicture:
@@ -209,15 +207,17 @@ class Stylizer:
                  f"{free / 2**30:.1f} GiB are free: painted in tiles of {tile} pixels (tile)")
         return tile
 
-    def _style(self, style, size: int | None, colors_of: Tensor | None) -> Style:
-        """One style of `stylize`; colors_of: the pixels whose colours it gets first."""
-        if isinstance(style, Style):
-            if size is not None or colors_of is not None:
-                raise UserError(f"{'style_size' if size else 'preserve_color histogram'}: a style that is encoded "
-                                "already cannot be changed; a picture is needed")
-            return style
-        pixels = _pixels(style, "style", size)
-        return self.encode_style(pixels if colors_of is None else match_colors(pixels, colors_of))
+    def combine(
+        self, styles: Sequence, weights: Sequence[float] | None = None, mask: Image.Image | None = None,
+        colors_of: Tensor | None = None,
+    ) -> Style | MaskedStyle:
+        """One style of several that `check_styles` lets pass: of encoded ones, or of pixels, (1, 3, H, W), uint8, which
+        get the colours of others first where there is `colors_of`."""
+        styles = [each if isinstance(each, Style) else
+                  self.encode_style(each if colors_of is None else match_colors(each, colors_of)) for each in styles]
+        if mask is not None:
+            return MaskedStyle(*styles, mask)
+        return styles[0] if weights is None else mix(styles, weights)
 
     def _painted(
         self, content: TiledPicture, style: Style | MaskedStyle, strength: float, keeps_colors: bool

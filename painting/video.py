@@ -16,7 +16,7 @@ import torch
 
 from data import NotFinite, PictureError, prepare_picture
 from folders import find_pictures, is_searched
-from painting.control import check_styles, combine
+from painting.control import check_styles
 from painting.pairs import check_outputs
 from painting.stylizer import Stylizer, load_input
 from utils import UserError, make_folder, note, progress_bar, replacing
@@ -359,8 +359,7 @@ def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
     content, (strength,) = Path(contents[0]), config.style_strength
     of_styles = replace(config, imsize=config.style_size or config.imsize)
-    style = combine([stylizer.encode_style(load_input(Path(each), of_styles, style_flag)) for each in styles],
-                    config.style_weights, None)
+    style = stylizer.combine([load_input(Path(each), of_styles, style_flag) for each in styles], config.style_weights)
 
     def paint(pixels: np.ndarray) -> np.ndarray:
         frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]

@@ -133,22 +133,19 @@ def test_flat_tiles_are_of_the_picture_as_it_is_written():
 
 
 def test_stlpips_is_zero_for_equal_pictures_grows_with_noise_and_is_the_packages_own():
+    """By the package's documented use: pictures of 0..255 brought to -1..1."""
     from stlpips_pytorch import stlpips
 
-    network = load_stlpips()
-    picture = normalize(prepare_picture(CONTENT_DIR / "dog.jpg", 64, 64))
+    content = prepare_picture(CONTENT_DIR / "dog.jpg", 64, 64)
+    picture = normalize(content)
     noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
-    content = (denormalize(picture) * 255.0).round().byte()
     outputs = [picture, picture + 0.1 * noise, picture + noise]
     values = measure(Meter(("stlpips",), "vgg19", "unused", "meanstd", 0, CPU), content, content, outputs)[:, 0]
-    assert values[0] == 0 and 0 < values[1] < values[2]
-    # The package's documented use: pictures of 0..255 brought to -1..1 by `im2tensor`, its own loader.
+    assert values[0] < 1e-9 < values[1] < values[2]
     own = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    written = (denormalize(outputs[2]) * 255.0).round()
     with torch.no_grad():
-        desired = own(content / 127.5 - 1, written / 127.5 - 1)
-        assert_close(network(content / 127.5 - 1, written / 127.5 - 1), desired, rtol=0, atol=0)
-    assert values[2].item() == pytest.approx(desired.item(), rel=1e-4)
+        desired = own(content / 127.5 - 1, (denormalize(outputs[2]) * 255.0).round() / 127.5 - 1).item()
+    assert values[2].item() == pytest.approx(desired, rel=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["stlpips_pytorch", "torchsummary"])
@@ -220,21 +217,6 @@ CROSSED = [(content, style) for content in range(3) for style in range(3)]
 def test_intervals_by_hand(pairs, values, variance, quantile):
     mean, margin = mean_and_margin(np.array(values, float), pairs)
     assert mean == np.mean(values) and margin == pytest.approx(quantile * math.sqrt(variance), rel=1e-5)
-
-
-def test_interval_holds_the_mean_in_95_of_100_draws():
-    """Contents, styles and pairs with a random effect each: how often the interval holds the true mean, 0."""
-    generator = np.random.default_rng(0)
-    pairs = [(content, style) for content in range(8) for style in range(6)]
-    rows, columns = np.array(pairs).T
-    held, pairwise, trials = 0, 0, 400
-    for _ in range(trials):
-        values = generator.normal(size=8)[rows] + generator.normal(size=6)[columns] + generator.normal(size=48)
-        mean, margin = mean_and_margin(values, pairs)
-        held += abs(mean) <= margin
-        pairwise += abs(mean) <= 2.01 * values.std(ddof=1) / math.sqrt(48)
-    assert 0.92 <= held / trials <= 0.995
-    assert pairwise / trials < 0.7  # what pairs taken for independent would have claimed as 95%
 
 
 def test_differences_are_taken_pair_by_pair():

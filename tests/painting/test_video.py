@@ -4,7 +4,6 @@ import resource
 import struct
 import sys
 import zipfile
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -405,21 +404,14 @@ def test_full_disk_is_said(tmp_path, capsys, room):
 
 
 def test_few_frames_are_in_memory(tmp_path):
+    """While a frame is painted, at most one other has been read and not painted."""
     given = write_clip(tmp_path / "clip.mkv", (ramps(number % 12, 32, 32) for number in range(40)), sound=False)
-    read, ahead = Counter(), []
+    read, ahead = [], []
     with video.open_video(given, "content", NOTHING) as clip:
-        def counted(frames):
-            for frame in frames:
-                read["frames"] += 1
-                yield frame
-
-        def paint(pixels: np.ndarray) -> np.ndarray:
-            ahead.append(read["frames"] - len(ahead))
-            return pixels
-
-        clip.frames = counted(clip.frames)
-        assert video.paint_video(clip, tmp_path / "out.mkv", paint, 8) == 40
-    assert max(ahead) <= 2
+        frames = clip.frames
+        clip.frames = (read.append(None) or frame for frame in frames)
+        assert video.paint_video(clip, tmp_path / "out.mkv", lambda pixels: ahead.append(len(read)) or pixels, 8) == 40
+    assert max(count - number for number, count in enumerate(ahead)) <= 2
 
 
 # ------------------------------------------------------------------------------------------------ flicker

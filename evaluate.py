@@ -68,8 +68,8 @@ class TestConfig:
         more="also a picture file for one picture, or a video file for a video or a folder of its frames (without this "
         f"flag, several pictures go to {OUTPUT_NAME}/)", none=f"{OUTPUT_NAME}.png")
     skip_existing: bool = setting(
-        False, "paint only the pictures that are not there yet, or damaged, whatever flags painted the others; not "
-        "with --metrics", "output")
+        False, "paint only pictures that are not there yet, or damaged, whatever painted the others; not with "
+        "--metrics", "output")
     holdout: float = setting(0.0, more="only those are taken, or with 0 all")
     backbone: str | None = None
     swap_max_pool: bool = False
@@ -79,17 +79,17 @@ class TestConfig:
         None, "mix all --style pictures to one style, in these shares, one each", "stylising", amount,
         none="each style by itself")
     mask: str | None = setting(
-        None, "picture of the content's aspect that makes two --style pictures one style: the first is painted where "
-        "it is white, the second where it is black", "stylising")
+        None, "where this picture of the content's aspect is white, the first of two --style pictures is painted, "
+        "where it is black the second", "stylising")
     preserve_color: str | None = setting(
         None, "keep the content's colours: luma paints the lightness alone, histogram gives the style the content's "
         "colours first", "stylising", choices=PRESERVED)
     style_size: int | None = setting(
-        None, "resize style pictures so that their shorter sides have this many pixels, which sets the scale of what "
-        "is taken from them", "stylising", count, none="as --imsize says")
+        None, "resize style pictures so that their shorter sides have this many pixels: the scale of what is taken",
+        "stylising", count, none="as --imsize says")
     tile: int | None = setting(
-        None, "paint in tiles of this side in pixels, which gives the same picture in less memory; 88 or more for most "
-        "models", "stylising", count, none="only where the whole picture would not fit the free memory")
+        None, "paint in tiles of this side in pixels: the same picture in less memory; 88 or more for most models",
+        "stylising", count, none="only where the whole picture would not fit the free memory")
     upsampling: str | None = None  # None: as the file says
     imsize: int | None = None
     cropsize: int | None = setting(more="it is cut from the centre")
@@ -107,14 +107,13 @@ class TestConfig:
     seed: int = setting(0, more="of --pairs and of --vgg_weights random")
     gpu_no: int | None = None
     amp: str = setting(
-        "off", more="auto is a decoder in float16 on GPUs that are fast in it, for models whose pictures it changes by "
-        "at most 3 of 255", choices=("auto", "off"))
+        "off", more="auto is a decoder in float16 on GPUs, for models whose pictures it changes by at most 3 of 255",
+        choices=("auto", "off"))
     frame_rate: float = setting(
-        25.0, "frames a second of the video that a folder of frames becomes, by a --save_path such as painted.mp4; a "
-        "number or a fraction", "stylising", rate)
+        25.0, "frames a second, or a fraction, of the video that a folder of frames becomes", "stylising", rate)
     temporal_smoothing: float = setting(
-        0.0, "less flicker in a video: the share of each painted frame, from 0 to below 1, that comes from the one "
-        "before, carried along with the motion; 0.8 is much", "stylising", fraction_below_1)
+        0.0, "less flicker in a video: the share, from 0 to below 1, that each painted frame takes of the one before, "
+        "carried along with the motion; 0.8 is much", "stylising", fraction_below_1)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -397,7 +396,8 @@ def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: l
         "interval": INTERVAL,
         "pairs": [
             {"content": str(plan.contents.paths[content]), "style": str(plan.styles.paths[style]),
-             "metrics": measurement.of_pair(number)}
+             "metrics": {name: dict(zip(meter.metrics, values.tolist()))
+                         for name, values in zip(plan.columns, measurement.values[number])}}
             for number, (content, style) in enumerate(measurement.pairs)
         ],
         "settings": {name: value[0] if name in SEVERAL and value and len(value) == 1 else value

@@ -201,11 +201,6 @@ class Measurement:
             summaries[metric] = {"mean": mean, "interval": interval}
         return summaries
 
-    def of_pair(self, pair: int) -> dict[str, dict[str, float]]:
-        """The values of one pair, by model and metric."""
-        return {name: dict(zip(self.metrics, self.values[pair, model].tolist()))
-                for model, name in enumerate(self.names)}
-
     def table(self, width: int = 20) -> str:
         """Models down, metrics across in columns of `width`; below, each further model's difference from the first.
         A metric that is none of METRICS stands under its own name."""

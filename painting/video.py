@@ -271,6 +271,7 @@ def _write(frames: Iterator[Frame], clip: Clip, target: Path, path: str) -> int:
                     packet.stream = sound[packet.stream]
                     container.mux(packet)
 
+        written = 0
         with progress_bar(clip.count, "stylise", "frame") as bar:
             for frame in chain([first], frames):
                 copy_sound()
@@ -279,9 +280,10 @@ def _write(frames: Iterator[Frame], clip: Clip, target: Path, path: str) -> int:
                 picture.pts, picture.time_base, picture.duration = frame.time, clip.time_base, frame.duration
                 container.mux(stream.encode(picture))
                 bar.update()
+                written += 1
         copy_sound()
         container.mux(stream.encode(None))
-    return bar.n
+    return written
 
 
 def _add_pictures(av, container, clip: Clip, target: Path, width: int, height: int):

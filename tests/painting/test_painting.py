@@ -85,13 +85,6 @@ def test_folders_are_named_by_no_suffix_or_by_a_slash_or_are_there(tmp_path, nam
     assert config.writes_a_file == is_file
 
 
-def test_a_folder_named_as_a_picture_is_written_to(flags, tmp_path):
-    (tmp_path / "out.png").mkdir()
-    for name in ("out.png", "new.png/"):
-        assert main(words(flags | {"save_path": f"{tmp_path}/{name}"})) == 0
-        assert os.listdir(tmp_path / name) == ["photo_paint.png"]
-
-
 @pytest.mark.parametrize("flag, output", [
     ("content", "photo.png"), ("style", "link.png"), ("content", "here/photo.png"), ("style", "../{}/paint.png")])
 def test_output_that_is_an_input_is_refused(flags, tmp_path, capsys, monkeypatch, flag, output):
@@ -173,12 +166,7 @@ def test_outputs_of_different_inputs_never_collide(tmp_path, contents, styles):
     given = [name for each in names.values() for name in each]
     assert len({name.casefold() for name in given} - {"contact_sheet"}) == len(given) == 2 * len(pairs)
     assert max(map(len, given)) < 200
-
-
-def test_distinct_names_change_only_where_they_must():
-    assert distinct(["a", "b"]) == ["a", "b"]
-    assert distinct(["a", "A", "a-1"], taken=["B"]) == ["a", "A-1", "a-1-1"]
-    assert distinct(["a", "b"], taken=["B"]) == ["a", "b-1"]
+    assert distinct(["a", "A", "a-1"], taken=["B"]) == ["a", "A-1", "a-1-1"]  # only where they must
 
 
 def test_content_dir_and_style_dir_mean_content_and_style(flags, tmp_path):
@@ -338,37 +326,31 @@ def test_metrics_that_cannot_be_written_are_one_line_and_shown_all_the_same(flag
     assert f"error: {tmp_path / 'out' / 'metrics.json'}: cannot be" in captured.err
 
 
-@pytest.mark.parametrize("module, name, kind, error", [
-    (stylize, "prepare_picture", "style", MemoryError()),  # styles are read first
-    (Stylizer, "paint_picture", "content", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
-    (Stylizer, "paint_picture", "content", torch.OutOfMemoryError("CUDA out of memory")),
-], ids=["numpy", "torch", "GPU"])
-def test_too_little_memory_names_the_picture_its_size_and_what_helps(flags, capsys, monkeypatch, module, name, kind,
-                                                                     error):
-    def fail(*_, **__):
-        raise error
+@pytest.mark.parametrize("kind, module, name, error", [
+    ("content", many, "load_alpha", MemoryError()),
+    ("content", Stylizer, "paint_picture", torch.OutOfMemoryError("CUDA out of memory")),
+    ("style", Stylizer, "encode_style", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
+])
+def test_too_little_memory_for_one_of_many_skips_it(flags, tmp_path, capsys, monkeypatch, kind, module, name, error):
+    """Its line names the picture, its size, and what helps; alone it ends the run."""
+    folder = tmp_path / "many"
+    for each, side in (("a", 16), ("big", 64), ("c", 16)):
+        write_noise(folder / f"{each}.png", (side, side), 0)
+    original = getattr(module, name)
 
-    monkeypatch.setattr(module, name, fail)
-    line = refusal(capsys, *words(flags))
-    assert f"--{kind} {flags[kind]}: 32 x 24 pixels" in line and "imsize" in line and "cropsize" in line
+    def fail_for_large(*arguments, **settings):
+        for each in arguments:
+            if str(each).endswith("big.png") or getattr(getattr(each, "pixels", each), "shape", (0,))[-1] == 64:
+                raise error
+        return original(*arguments, **settings)
 
-
-@pytest.mark.parametrize("kind, method", [("content", "paint_picture"), ("style", "encode_style")])
-def test_too_little_memory_for_one_of_a_folder_skips_it(flags, tmp_path, capsys, monkeypatch, kind, method):
-    for name, size in (("a", (16, 16)), ("big", (64, 64)), ("c", (16, 16))):
-        write_noise(tmp_path / "many" / f"{name}.png", size, 0)
-    original = getattr(Stylizer, method)
-
-    def fail_for_large(self, picture, *more, **settings):
-        if getattr(picture, "pixels", picture).shape[2] > 32:
-            raise MemoryError
-        return original(self, picture, *more, **settings)
-
-    monkeypatch.setattr(Stylizer, method, fail_for_large)
-    assert main(words(flags | {kind: tmp_path / "many", "save_path": tmp_path / "out"})) == 1
-    pictures = {f"{name}_paint.png" if kind == "content" else f"photo_{name}.png" for name in "ac"}
+    monkeypatch.setattr(module, name, fail_for_large)
+    assert main(words(flags | {kind: folder, "save_path": tmp_path / "out"})) == 1
+    pictures = {f"{each}_paint.png" if kind == "content" else f"photo_{each}.png" for each in "ac"}
     assert names_in(tmp_path / "out") == pictures | {"contact_sheet.png"}
-    assert "big.png: 64 x 64 pixels are too much" in capsys.readouterr().err
+    said = f"--{kind} {folder / 'big.png'}: 64 x 64 pixels are too much for the memory; a smaller imsize or cropsize"
+    assert said in capsys.readouterr().err
+    assert said in refusal(capsys, *words(flags | {kind: folder / "big.png"}))
 
 
 # --------------------------------------------------------------------------------------------- many pairs

@@ -56,10 +56,6 @@ class DistillConfig:
     gpu_no: int | None = None
     wb_mode = "disabled"  # no setting of this mode
 
-    @property
-    def crop(self) -> CropConfig:
-        return CropConfig(self.imsize, self.cropsize, False, self.max_pixels)
-
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
         check_needed(self, "distill")
@@ -74,8 +70,7 @@ class DistillConfig:
 
 
 class NormalizedLayers(nn.Module):
-    """The layers of an encoder or a decoder, with batch normalisation behind every conv that has a ReLU; it has the
-    bias in the conv's place."""
+    """The layers of an encoder or a decoder. Behind every conv with a ReLU comes batch normalisation, with its bias."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -87,7 +82,7 @@ class NormalizedLayers(nn.Module):
                 norm.bias, layer.bias = layer.bias, None
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W): an encoder's picture, or a decoder's bottleneck feature, to what the last layer gives."""
+        """From pictures or bottleneck features, (B, C, H, W), to what the last layer gives."""
         for index, layer in enumerate(self.layers):
             feature = layer(feature)
             if str(index) in self.norms:
@@ -217,8 +212,7 @@ class Distiller:
         """Put back `state`. Raises UserError when the teacher is not as it was."""
         width = len(checkpoint["state_dict"]["projection.weight"])
         if width != self.network.projection.out_channels:
-            raise UserError(f"--resume: --teacher {self.config.teacher} is not the one that the run began with: "
-                            f"its bottleneck had {width} channels")
+            raise UserError(f"--resume: --teacher {self.config.teacher} had a bottleneck of {width} channels")
         self.network.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
@@ -228,13 +222,14 @@ def open_pictures(
     tallies: Sequence[FailedPictures],
 ) -> MixedPictures:
     """The pictures of a run; the trainer gets some of them to look at, and some held out. See `run_training`."""
-    pictures = MixedPictures(learned, config.crop, config.seed)
+    crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
+    pictures = MixedPictures(learned, crop, config.seed)
     (shown,) = first_pictures(pictures, DeadUnits.PAIRS, tallies)
     trainer.dead_units = DeadUnits(shown, shown.roll(-1, dims=0))
     if measured := [(each, tally) for each, tally in zip(held_out, tallies) if each]:
         folders, their_tallies = zip(*measured)
         count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
-        (trainer.held_out,) = first_pictures(MixedPictures(folders, config.crop, config.seed), count, their_tallies)
+        (trainer.held_out,) = first_pictures(MixedPictures(folders, crop, config.seed), count, their_tallies)
     return pictures
 
 

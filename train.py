@@ -10,7 +10,7 @@ from data import MAX_PIXELS
 from folders import FailedPictures
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
 from settings import check_needed, setting
-from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, range_of_macs
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, selected_widths
 from training.dead_units import DeadUnits
 from training.loop import run_training
 from training.sampling import CropConfig, PictureCache, TrainingPictures, first_pictures
@@ -37,17 +37,15 @@ class TrainConfig(TransferConfig):
     pooling: str | None = None  # None: as --load_path says, or max
     upsampling: str | None = None  # None: as --load_path says, or nearest
     padding: str | None = setting(
-        None, "how the encoder and the loss network continue a picture at its border: zeros, as published, or reflect, "
-        "which avoids a visible frame", "networks", choices=PADDINGS,
-        none="as the model file says; new networks: zeros")
+        None, "how encoder and loss network pad: zeros, as published, or reflect, which avoids a visible frame",
+        "networks", choices=PADDINGS, none="as the model file says; new networks: zeros")
     vgg_weights: str = setting("imagenet", more="also of a new encoder")
     imsize: int = 512
     cropsize: int = setting(256, more="it is cut at a random place, and a multiple of 8")
     cencrop: bool = setting(False, "cut the squares from the centre, not at a random place", "pictures to read")
     max_pixels: int = MAX_PIXELS
-    cache_dir: str | None = setting(
-        None, "folder that keeps the resized pictures for this and later runs, so that each is decoded only once; "
-        "takes 3 bytes per pixel, 1 MB for a picture of 512 x 683", "pictures to read")
+    cache_dir: str | None = setting(None, "folder that keeps the resized pictures, 1 MB for 512 x 683 pixels, for this "
+                                    "and later runs: each is decoded only once", "pictures to read")
     holdout: float = 0.0
     batch_size: int = setting(4, more="this many photographs and this many paintings")
     check_iter: int = 500
@@ -55,11 +53,9 @@ class TrainConfig(TransferConfig):
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
-    wb_mode: str = setting(
-        "auto", "auto is online where a key is set up, and offline elsewhere; it never asks", "wandb",
-        choices=("auto", "online", "offline", "disabled"))
-    wb_project: str = setting("compact_image_style_transfer", "project that the run belongs to", "wandb",
-                              metavar="TEXT")
+    wb_mode: str = setting("auto", "auto is online where a key is set up, and offline elsewhere; it never asks",
+                           "wandb", choices=("auto", "online", "offline", "disabled"))
+    wb_project: str = setting("compact_image_style_transfer", "project of the run", "wandb", metavar="TEXT")
     wb_name: str | None = setting(None, "name of the run", "wandb", metavar="TEXT", none="chosen by wandb")
     wb_notes: str | None = setting(None, "notes on the run", "wandb", metavar="TEXT")
     wb_tags: tuple[str, ...] | None = setting(None, "tags of the run", "wandb", metavar="TEXT")
@@ -70,29 +66,27 @@ class TrainConfig(TransferConfig):
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
-        check_needed(self, "train")
+        if not self.resume:  # a resumed run has them
+            check_needed(self, "train")
         rates, parts = self.learning_rates, COMPACT_LAYERS[self.compact_layers]
         switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
         frozen = [part for part in parts if switches_off and not rates[part]]
         for is_wrong, message in (
-            (self.cropsize < 16 or self.cropsize % 8, f"--cropsize {self.cropsize}: a multiple of 8, 16 or more, is "
-             "needed"),
-            (self.new_weights and not self.load_path, "--new_weights: --load_path says the network whose widths to "
-             "start with"),
-            (not any(rates.values()), "--encoder_lr 0 and --decoder_lr 0: both parts are frozen, nothing would be "
-             "learned"),
-            (self.new_weights and not all(rates.values()), "--new_weights: with --encoder_lr 0 or --decoder_lr 0 "
-             "random weights would stay so"),
-            (self.swap_max_pool and self.pooling not in (None, "avg"), "--swap_max_pool is --pooling avg, and "
-             f"--pooling {self.pooling} was given too"),
-            (self.compact_cost not in COMPACT_COSTS, f"--compact_cost {self.compact_cost}: "  # of an older run
-             f"{' or '.join(COMPACT_COSTS)} is needed"),
-            (self.target_macs is not None and not self.channel_loss_weight, f"--target_macs {self.target_macs} steers "
-             "the weight of the channel loss, and --channel_loss_weight is 0"),
-            (frozen, f"--compact_layers {self.compact_layers} with --{''.join(frozen[:1])}_lr 0: channels of a frozen "
-             "part stay as they are; choose other layers, or --channel_loss_weight 0 --xor_loss_weight 0"),
-            ("decoder" in parts and self.batch_size * process_count() < 2, f"--compact_layers {self.compact_layers} "
-             f"with --batch_size {self.batch_size}: the xor loss compares the outputs of 2 pictures or more"),
+            (self.cropsize < 16 or self.cropsize % 8, f"--cropsize {self.cropsize}: a multiple of 8, 16 or more"),
+            (self.new_weights and not self.load_path, "--new_weights: --load_path says of which network's widths"),
+            (not any(rates.values()), "--encoder_lr 0 and --decoder_lr 0: both parts are frozen"),
+            (self.new_weights and not all(rates.values()), "--new_weights: random weights of a frozen part would stay"),
+            (self.swap_max_pool and self.pooling not in (None, "avg"),
+             f"--swap_max_pool is --pooling avg, and --pooling {self.pooling} was given too"),
+            (self.compact_cost not in COMPACT_COSTS,  # of an older run
+             f"--compact_cost {self.compact_cost}: {' or '.join(COMPACT_COSTS)} is needed"),
+            (self.target_macs is not None and not self.channel_loss_weight,
+             f"--target_macs {self.target_macs} steers the channel loss's weight, and --channel_loss_weight is 0"),
+            (frozen, f"--compact_layers {self.compact_layers} with --{''.join(frozen[:1])}_lr 0: what is frozen stays; "
+             "choose other layers, or --channel_loss_weight 0 --xor_loss_weight 0"),
+            ("decoder" in parts and self.batch_size * process_count() < 2,
+             f"--compact_layers {self.compact_layers} with --batch_size {self.batch_size}: the xor loss compares the "
+             "outputs of 2 pictures or more"),
         ):
             if is_wrong:
                 raise UserError(message)
@@ -118,7 +112,8 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if config.new_weights:
             initialize(network, network)
     network.use(config.upsampling, config.padding, config.pooling)
-    least, start = range_of_macs(network.config, config.compact_layers)
+    cost, widths = NetworkCost(network.config, "cpu"), selected_widths(network.config, config.compact_layers)
+    least, start = cost({part: torch.zeros(len(each)) for part, each in widths.items()}), cost({})
     if config.target_macs is not None and not least < config.target_macs < start:
         raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes this "
                         f"network from {start:.3f} to {least:.3f} of the full network's multiply-adds at most")

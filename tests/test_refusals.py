@@ -48,7 +48,7 @@ COMMAND_LINE = (
     *(("test", TEST + f"--{flag} {{tmp}}/{name}", f"--{flag} {{tmp}}/{name}")
       for flag in ("content", "style") for name in ("text.jpg", "empty.jpg", "cut.png", "missing.jpg")),
     ("train", TRAIN + "--cropsize 100", "--cropsize 100: a multiple of 8"),
-    ("train", TRAIN + "--encoder_lr 0 --decoder_lr 0", "nothing would be learned"),
+    ("train", TRAIN + "--encoder_lr 0 --decoder_lr 0", "both parts are frozen"),
     ("train", TRAIN + "--lr inf", "--lr: got inf"),
     ("train", TRAIN + "--l0_eps 0", "--l0_eps: got '0', a number above 0 or relative:NUMBER is needed"),
     ("train", TRAIN + "--resume always", "--resume: invalid choice: 'always'"),
@@ -75,7 +75,7 @@ TRAINING = (
     *(("train", TRAIN + flags, words) for flags, words in (
         ("--cropsize 20", "--cropsize 20: a multiple of 8, 16 or more"),
         ("--new_weights", "--load_path says"),
-        ("--new_weights --load_path {tmp}/model.pth --encoder_lr 0", "would stay so"),
+        ("--new_weights --load_path {tmp}/model.pth --encoder_lr 0", "random weights of a frozen part"),
         ("--swap_max_pool --pooling blur", ("--swap_max_pool", "--pooling blur")),
         ("--lr 0", "both parts are frozen"),
         ("--backbone vgg16 --load_path {tmp}/model.pth", "is a vgg19 network, --backbone says vgg16"),

@@ -1,5 +1,5 @@
-"""Compacting a network while it learns: the layers that get smaller, the channel and xor losses over them, what is left
-of the network, and the steering of the channel loss's weight towards a target."""
+"""Compacting a network while it learns: the channel and xor losses over its layers, what is left of it, and the
+steering of the channel loss's weight towards a target."""
 
 import argparse
 import math
@@ -40,7 +40,7 @@ class NetworkCost:
     """The multiply-adds of a network that has some channels off, as a fraction of those of `NetworkConfig.full`: a sum
     over the convs of factor x channels in x channels out."""
 
-    def __init__(self, network: NetworkConfig, device: torch.device) -> None:
+    def __init__(self, network: NetworkConfig, device: torch.device | str) -> None:
         full = conv_layers(NetworkConfig.full(network.backbone), size=network.stride)  # fractions have no size
         full_macs = sum(layer.macs for layer in full)
         self.encoder_convs = len(network.encoder_widths)
@@ -49,8 +49,8 @@ class NetworkCost:
         self.factors = torch.tensor(factors, device=device)  # (convs,)
 
     def __call__(self, channels_on: dict[str, Tensor]) -> Tensor:
-        """channels_on: by part, (layers,), the channels that are on in its last layers, for the decoder the last
-        before RGB; the others have theirs all on. Differentiable."""
+        """channels_on: by part, (layers,), in its last layers, for the decoder the last before RGB; all others are on.
+        Differentiable."""
         encoder = channels_on.get("encoder", self.widths[:0])
         decoder = channels_on.get("decoder", self.widths[1 + self.encoder_convs : -1])
         fixed = self.widths[: 1 + self.encoder_convs - len(encoder)]
@@ -58,24 +58,14 @@ class NetworkCost:
         return (self.factors * widths[:-1] * widths[1:]).sum()
 
 
-def range_of_macs(network: NetworkConfig, layers: str) -> tuple[float, float]:
-    """The multiply-adds without any channel of the selected layers, and with all, as in `NetworkCost`."""
-    cost = NetworkCost(network, torch.device("cpu"))
-    none = {part: torch.zeros(len(widths)) for part, widths in selected_widths(network, layers).items()}
-    return cost(none).item(), cost({}).item()
-
-
 class CompactLosses:
     """The channel and xor losses over the selected layers of a network.
 
-    They take `norms`: by part, the `channel_norm` of its selected layers side by side: "encoder": (2B, C),
-    content and style together; "decoder": (B, C'). For a gradient, they are to come from `spared`.
+    They take `norms`: by part, the `channel_norm` of its selected layers side by side: "encoder": (2B, C), content and
+    style together; "decoder": (B, C'). For a gradient, they are to come from `spared`.
     """
 
-    def __init__(
-        self, network: NetworkConfig, layers: str, cost: str, l0_eps: float | str, device: torch.device
-    ) -> None:
-        """l0_eps: from `l0_epsilon`."""
+    def __init__(self, network: NetworkConfig, layers: str, cost: str, l0_eps: float | str, device: torch.device):
         self.widths = selected_widths(network, layers)
         self.epsilon = float(str(l0_eps).removeprefix(RELATIVE))
         self.is_relative = isinstance(l0_eps, str)
@@ -105,8 +95,8 @@ class CompactLosses:
         return (self.epsilon * torch.cat(means)).clamp_min(losses.L0_EPS)
 
     def channel_loss(self, norms: dict[str, Tensor]) -> Tensor:
-        """The share of the selected channels that are on (Kim & Choi, eq. 4, over all of them), or, departing
-        from the paper, what the network costs with as many channels on in each layer, see `NetworkCost`."""
+        """The share of the selected channels that are on (Kim & Choi, eq. 4), or, departing from the paper, the
+        `NetworkCost` of as many in each layer."""
         if self.cost is None:
             return self._mean_over_channels(losses.channel_loss, norms)
         channels_on = {}
@@ -126,16 +116,14 @@ class CompactLosses:
 
 
 class ChannelCensus:
-    """Which of the selected channels are still on: those with any response in one of the last `memory` batches. One
-    batch alone has too few pictures: a channel that it leaves off is on for others."""
+    """Which of the selected channels are still on: with any response in one of the last `memory` batches, since one
+    alone has too few pictures."""
 
     def __init__(self, network: NetworkConfig, layers: str, memory: int, device: torch.device) -> None:
-        self.layer_widths = selected_widths(network, layers)
-        self.memory = memory
+        self.layer_widths, self.memory = selected_widths(network, layers), memory
         self.cost = NetworkCost(network, device)
         # For how many batches each channel has been off, by part, (C,); kept in checkpoints.
-        self.batches_off = {part: torch.zeros(sum(widths), device=device)
-                            for part, widths in self.layer_widths.items()}
+        self.batches_off = {part: torch.zeros(sum(each), device=device) for part, each in self.layer_widths.items()}
 
     def add(self, norms: dict[str, Tensor]) -> None:
         """norms: as in `CompactLosses`."""
@@ -149,7 +137,7 @@ class ChannelCensus:
                 for part, widths in self.layer_widths.items()}
 
     def macs(self) -> Tensor:
-        """The multiply-adds of the network without the channels that are off, as a fraction of the full one's."""
+        """The `NetworkCost` of the channels that are on."""
         return self.cost(self.widths())
 
 

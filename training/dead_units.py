@@ -12,13 +12,9 @@ MANY = 0.1  # share of the decoder's units, above which their number is said
 
 class DeadUnits:
     """Counts the units, output channels of a convolution behind its ReLU, that are on (above 0) at no position of any
-    of some pictures.
+    of some pictures. A few that only rare things switch on count, too."""
 
-    PAIRS pairs of crops are few enough to take less time than two training steps, and their thousands of positions tell
-    a unit that died from one that is seldom on. A few units that only rare things switch on count as dead, too.
-    """
-
-    PAIRS = 8
+    PAIRS = 8  # of crops: they take less time than two training steps
 
     def __init__(self, content: Tensor, style: Tensor, warns: bool = True) -> None:
         """content, style: (n, 3, H, W), uint8. warns: whether many dead units of the decoder are said, once."""

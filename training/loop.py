@@ -20,25 +20,20 @@ PATHS = ("content_dir", "style_dir", "save_path", "load_path", "teacher", "cache
 STOP_INTERVAL = 16  # iterations on GPUs after which each process asks again whether another was told to stop
 
 
-# --------------------------------------------------------------------------------------------------- start
-
-
 def run_training(
     mode: str, kind: type, given: dict, fixed: Sequence[str], build: Callable, open_pictures: Callable
 ) -> int:
     """Run a mode that trains with the flags `given` on the command line. Returns the exit code.
 
-    kind: the mode's configuration; fixed: the settings that a resumed run keeps.
-    build(config, device, checkpoint) makes the trainer, see `Run`; open_pictures(config, trainer, learned, held_out,
-    tallies) the pictures to learn from, of the paths in each folder.
+    kind: the mode's configuration; fixed: the settings that a resumed run keeps. build(config, device, checkpoint)
+    makes the trainer, see `Run`; open_pictures(config, trainer, learned, held_out, tallies) the pictures to learn from.
     """
     config, checkpoint = open_config(mode, kind, given, fixed)
     device = utils.resolve_device(config.gpu_no)
     utils.allow_tf32(True)
     with utils.process_group(device):
         if checkpoint is not None and checkpoint["iteration"] >= config.max_iter:
-            note(f"the run in {config.save_path} has done its {checkpoint['iteration']} iterations; a larger "
-                 "--max_iter goes on")
+            note(f"this run has done its {checkpoint['iteration']} iterations; a larger --max_iter goes on")
             return 0
         flags = [flag for flag in ("content_dir", "style_dir") if getattr(config, flag)]
         paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
@@ -54,11 +49,8 @@ def run_training(
 
 
 def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tuple:
-    """The settings of a run, and the newest checkpoint of the one that `--resume` goes on with, else None.
-
-    With `--resume auto` a run starts where there is none. Raises UserError when the settings make no sense, or when
-    there is no such run.
-    """
+    """The settings of a run, and the newest checkpoint of the one that `--resume` goes on with, else None. Raises
+    UserError when the settings make no sense, or when there is no such run; `--resume auto` then starts one."""
     config, checkpoint = kind(**given), None
     if config.resume == "auto" and not (config.save_path and CheckpointFolder(config.save_path).newest.exists()):
         config = replace(config, resume=False)
@@ -66,8 +58,7 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
         checkpoint = CheckpointFolder.load_newest(config.save_path)
         stored = checkpoint.get(f"{mode}_config")
         if not isinstance(stored, dict) or "optimizer" not in checkpoint:
-            raise UserError(f"--resume: --save_path {config.save_path} holds no run of --mode {mode}; a network "
-                            "alone is for --load_path")
+            raise UserError(f"--resume: --save_path {config.save_path} holds no run of --mode {mode}")
         # A flag that is newer than the run stood at its default; the GPU was of the machine that the run was on.
         known = asdict(kind())
         stored = known | {name: tuple(value) if isinstance(value, list) else value
@@ -77,8 +68,7 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
         processes, now = checkpoint.get("processes"), process_count()  # an older checkpoint does not say
         if processes not in (None, now) and now * config.batch_size != processes * stored["batch_size"]:
             raise UserError(f"--resume: {processes} processes of --batch_size {stored['batch_size']} trained this run, "
-                            f"now there are {now} of {config.batch_size}: start {processes}, or give a --batch_size "
-                            f"that makes {processes * stored['batch_size']} pictures together")
+                            f"now there are {now} of {config.batch_size}: their pictures together must stay as many")
     config.check()
     return config, checkpoint
 
@@ -98,9 +88,6 @@ def _say_changes(given: dict, stored: dict, fixed: Sequence[str]) -> None:
             note(f"resuming with --{name} {value} (it was {stored[name]})")
 
 
-# ------------------------------------------------------------------------------------------------- metrics
-
-
 class MetricSums:
     """Sums of a run's metrics since the last checkpoint, scalars on the device: reading them makes a step wait."""
 
@@ -118,8 +105,7 @@ class MetricSums:
         """The latest values of some metrics, for the progress bar. Raises UserError naming all that are not finite."""
         are_finite = torch.stack([*self.sums.values()]).isfinite().tolist()
         if bad := [name for name, is_finite in zip(self.sums, are_finite) if not is_finite]:
-            raise UserError(f"iteration {self.iteration}: not finite: {', '.join(bad)}; a lower learning rate or loss "
-                            "weight may help")
+            raise UserError(f"iteration {self.iteration}: not finite: {', '.join(bad)}; a lower --lr may help")
         values = torch.stack([self.latest[name] for name in names]).tolist()
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values))
 
@@ -140,19 +126,13 @@ class MetricSums:
                 self.sums[name], self.counts[name] = value, int(count)
 
 
-# ---------------------------------------------------------------------------------------------------- loop
-
-
 class Run:
     """A training from its first or its next iteration to the last; `loop` is the training.
 
-    What it trains, a `TransferTrainer` or a `Distiller`, has a `device`, an `amp_dtype`, the names of the metrics to be
-    `shown` beside the progress bar, and does
-    begin(iteration): set what changes from step to step, as the learning rates, for an iteration, counted from 1;
-    step(*batch, all_terms): a step of the optimiser, whose metrics stay on the device, some only with `all_terms`;
-    report(folder, iteration): write what shows how far the run is; returns what joins the metrics, and a picture's path
-    or None;
-    state() and restore(checkpoint): what a checkpoint needs beside the settings; the weights are its `state_dict`.
+    It trains a `TransferTrainer` or a `Distiller`, whose begin(iteration) sets what changes from step to step, counted
+    from 1; step(*batch, all_terms) is a step of the optimiser, some of whose metrics come only with `all_terms`;
+    report(folder, iteration) writes what shows how far the run is, and returns what joins the metrics, and a picture's
+    path or None; state() and restore(checkpoint) are what a checkpoint needs beside the settings.
     """
 
     def __init__(
@@ -166,9 +146,8 @@ class Run:
         self.iteration = self.samples_seen = 0  # samples: by all processes together, where in the data the run is
         if checkpoint is not None:
             if checkpoint["picture_counts"] != self.picture_counts:
-                note(f"the folders changed: {self.picture_counts} pictures to learn from, "
-                     f"{checkpoint['picture_counts']} before; other pictures will be drawn than without the "
-                     "interruption")
+                note(f"the folders changed: {self.picture_counts} pictures to learn from, before "
+                     f"{checkpoint['picture_counts']}; the order of pictures is another one")
             trainer.restore(checkpoint)
             self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
             self.sums.restore(checkpoint["metric_sums"], trainer.device)
@@ -198,14 +177,13 @@ class Run:
     def _reason_of(self, error: BaseException | None) -> str | None:
         """What a library's error says, in words, that the user can put right; None for another error."""
         if "DataLoader worker" in str(error):
-            return (f"--num_workers {utils.worker_count(self.config.num_workers)}: a process that decodes pictures was "
-                    "killed, as a rule because memory was short; fewer need less")
+            workers = utils.worker_count(self.config.num_workers)
+            return f"--num_workers {workers}: a process that decodes pictures was killed; fewer need less memory"
         if process_count() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             return f"iteration {self.iteration + 1}: another process of this run has ended"
         # torch.compile passes on what its backends raise: no compiler, no Triton, a GPU too old for it.
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            return (f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]}); training without the "
-                    "flag needs no compiler")
+            return f"--compile: torch.compile failed ({str(error).strip().splitlines()[0]})"
         return None
 
     def _loop(self) -> int:
@@ -245,8 +223,8 @@ class Run:
         return 128 + stop.signal_number if stop else 0  # as a shell has it; 0 where another process was told to stop
 
     def _next_batch(self, batches: Iterator[tuple], stop: utils.StopRequest) -> list[Tensor]:
-        """The pictures of the next batch, on the device. Raises StopWhileWaiting where a stop signal ends the wait for
-        them; not among several processes: the others would wait for the one that left."""
+        """The pictures of the next batch, on the device. Raises StopWhileWaiting where a stop signal ends the wait; not
+        among several processes: the others would wait for the one that left."""
         with stop.while_waiting() if process_count() == 1 else nullcontext():
             *batch, failures = next(batches)
         count_failures(failures, self.tallies)
@@ -270,8 +248,7 @@ class Run:
             return
         state = self.trainer.state()
         if not all(tensor.isfinite().all() for tensor in state["state_dict"].values()):
-            raise UserError(f"iteration {self.iteration}: a weight is not finite, so no checkpoint was written; a "
-                            "lower learning rate may help")
+            raise UserError(f"iteration {self.iteration}: a weight is not finite; a lower --lr may help")
         settings = {name: list(value) if isinstance(value, tuple) else value
                     for name, value in _with_absolute_paths(asdict(self.config)).items()}
         self.folder.save(state | {

@@ -21,11 +21,8 @@ def muon_groups(parameters: Iterable[Tensor]) -> list[dict]:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T: singular values come near 1 (0.7 to 1.2).
-
-    matrix: (m, n), m <= n is quickest. Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan
-    et al., Muon: an optimizer for hidden layers in neural networks, 2024. In the matrix's own data type.
-    """
+    """About U V^T of the singular value decomposition U S V^T of a matrix, (m, n), m <= n is quickest: singular values
+    come near 1 (0.7 to 1.2). Five steps of a quintic Newton-Schulz iteration (Jordan et al., Muon, 2024)."""
     matrix = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
         square = matrix @ matrix.T
@@ -35,10 +32,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 class Muon(Optimizer):
     """Groups with `orthogonal=True` hold the weights of convs, (C', C, 3, 3), which learn as matrices (C', C * 9) by
-    Nesterov momentum made orthogonal; the other groups learn by Adam. No weight decay.
-
-    A matrix's update is scaled to the size of Adam's (Liu et al., arXiv 2502.16982, sec. 2.2), so that rates compare.
-    dtype: in which the iteration computes; bfloat16 does where the device is quick in it.
+    Nesterov momentum made orthogonal, and scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982);
+    the other groups learn by Adam. No weight decay. dtype: of the iteration; bfloat16 will do.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:

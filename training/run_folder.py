@@ -22,10 +22,8 @@ LOCK_NAME = ".lock"
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: `check_point.pth` is the newest, numbered ones lie beside it.
-
-    keep: how many numbered checkpoints stay (0: none, -1: all).
-    """
+    """The checkpoints of one run: `check_point.pth` is the newest, numbered ones lie beside it, `keep` of them (-1:
+    all)."""
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
         self.folder = Path(folder)
@@ -35,26 +33,19 @@ class CheckpointFolder:
     @classmethod
     @contextmanager
     def of_run(cls, save_path: str, keep: int, is_resumed: bool):
-        """The folder of `--save_path`, made where it is not there. Within the block no other run can write to it; a
-        kill ends that, too. Of several processes the first holds the lock. Raises UserError when another run has it, or
-        when a new run would mix with one that the folder holds."""
+        """The folder of `--save_path`, made where it is not there. Within the block no other run can write to it.
+        Raises UserError when another run does, or when a new run would mix with one that the folder holds."""
         folder = cls(make_folder(save_path, "--save_path"), keep)
-        try:
-            lock = open(folder.folder / LOCK_NAME, "w")
-        except OSError as error:
-            raise UserError(f"--save_path {save_path}: cannot be written to ({error.strerror})") from error
-        with lock:
+        with open(folder.folder / LOCK_NAME, "w") as lock:  # a kill lets go of it, too
             try:
                 if is_first_process():
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"--save_path {save_path}: another run is writing to it; wait for its end, or choose "
-                                "another --save_path") from error
+                raise UserError(f"--save_path {save_path}: another run is writing to it") from error
             except OSError:  # a file system without locks
                 pass
             if not is_resumed and folder.newest.exists():
-                raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it, another "
-                                "--save_path starts a new one")
+                raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it")
             yield folder
 
     @classmethod
@@ -68,9 +59,8 @@ class CheckpointFolder:
         try:
             return load_checkpoint(folder.newest, flag="--resume")
         except UserError as error:
-            older = ", ".join(path.name for path in folder.numbered())
-            advice = f"; copy one of the others that is whole over it to go on from there: {older}" if older else ""
-            raise UserError(f"{error}{advice}") from error
+            older = ", ".join(path.name for path in folder.numbered()) or "none"
+            raise UserError(f"{error}; to go on from an older one, copy it there: {older}") from error
 
     def numbered(self) -> list[Path]:
         """The numbered checkpoints, oldest first."""
@@ -134,7 +124,7 @@ class WandbRun:
     def __init__(self, config, folder: Path, run_id: str | None) -> None:
         """config: of a mode, whose `wb_mode` is auto, online, offline or disabled. Raises UserError when a run that was
         asked for by `online` or `offline` cannot be had."""
-        self.run, mode = None, config.wb_mode
+        self.run, self.id, mode = None, run_id, config.wb_mode
         if not is_first_process() or "disabled" in (mode, mode == "auto" and os.environ.get("WANDB_MODE")):
             return
         try:
@@ -150,16 +140,13 @@ class WandbRun:
                 project=config.wb_project, name=config.wb_name, notes=config.wb_notes, tags=config.wb_tags,
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60),
             )
-            note(f"wandb: {'online' if is_online else 'offline'}, run {self.run.id} in {self.run.dir}")
+            self.id = self.run.id
+            note(f"wandb: {'online' if is_online else 'offline'}, run {self.id} in {self.run.dir}")
         except Exception as error:  # wandb passes on its service's, the network's and its server's errors
             reason = "is not installed (pip install wandb)" if isinstance(error, ImportError) else error
             if mode != "auto":
                 raise UserError(f"--wb_mode {mode}: wandb {reason}") from error
             note(f"wandb {reason}: metrics go to metrics.jsonl")
-
-    @property
-    def id(self) -> str | None:
-        return self.run.id if self.run else None
 
     def log(self, values: dict, iteration: int, picture: Path | None = None) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""

@@ -41,12 +41,9 @@ class CropConfig:
 
 
 class PictureCache:
-    """Resized pictures on disk, decoded once: `load_picture` of the same pixels, without the decoding.
-
-    One uncompressed .npy file a picture and size, (H, W, 3), uint8, of which a crop reads only its rows. A file's name
-    tells the picture's path, and the size and time of its last change: a changed picture is decoded anew. Any number of
-    processes and runs may share a folder and be killed at any moment.
-    """
+    """Resized pictures on disk, decoded once: one uncompressed .npy file a picture and size, (H, W, 3), uint8, of which
+    a crop reads only its rows. Its name tells the picture's path, and the size and time of its last change. Any number
+    of processes and runs may share a folder and be killed at any moment."""
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self.folder = Path(folder)
@@ -54,10 +51,7 @@ class PictureCache:
         self.is_full = False
 
     def open(self, path: Path, size: int) -> np.ndarray:
-        """The picture at `path` with its shorter side at `size`: (H, W, 3), uint8, mapped from its file.
-
-        Raises PictureError as `load_picture` does.
-        """
+        """The picture with its shorter side at `size`: (H, W, 3), uint8. Raises PictureError as `load_picture` does."""
         file = self.file_of(path, size)
         with suppress(OSError, ValueError, EOFError):  # not there yet; or cut short, by a crash of the machine say
             return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -81,8 +75,7 @@ class PictureCache:
             write_atomically(file, lambda handle: np.save(handle, picture))
         except OSError as error:
             self.is_full = True
-            note(f"--cache_dir {self.folder}: cannot be written to ({error.strerror}); pictures that are not in it "
-                 "yet are decoded each time")
+            note(f"--cache_dir {self.folder}: cannot be written to ({error.strerror}); new pictures are left out")
             return
         for old in file.parent.glob(f"{file.name.split('-')[0]}-*.npy"):  # of the picture before it changed
             if old != file:
@@ -163,8 +156,8 @@ def count_failures(failures: list[Failure], tallies: Sequence[FailedPictures]) -
 
 
 def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:
-    """The positions that process `rank` draws in the coming iterations, after `seen` samples by all processes: each
-    iteration takes the next batch_size * processes, each process batch_size of them in a row."""
+    """The positions that process `rank` draws in the coming iterations, after `seen` samples by all processes: in each,
+    batch_size of the next batch_size * processes."""
     positions = np.arange(iterations * processes * batch_size).reshape(iterations, processes, batch_size)
     return (seen + positions[:, rank]).ravel().tolist()
 
@@ -173,10 +166,7 @@ def training_batches(
     pictures: TrainingPictures, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[tuple]:
     """Batches of the given positions, in order: the pictures of a sample stacked, (B, 3, H, W), uint8, each, and all
-    failures in one list. `positions` must hold whole batches.
-
-    When a worker process is killed, DataLoader raises a RuntimeError, wherever this process is at that moment.
-    """
+    failures in one list. When a worker process is killed, DataLoader raises a RuntimeError wherever this one is."""
     ending = (torch.multiprocessing if num_workers else threading).Event()
     batches = iter(DataLoader(  # a name keeps the workers until `ending` is set
         pictures, batch_size, sampler=positions, num_workers=num_workers, collate_fn=_as_arrays,
@@ -200,9 +190,8 @@ def _as_arrays(samples: list) -> tuple:
 
 
 def _begin_worker(ending, _worker: int) -> None:
-    """Let stop signals pass: Ctrl-C and a scheduler's SIGTERM reach every process, and the main process needs its
-    workers until it has saved. Only once `ending` is set does the SIGTERM by which DataLoader ends a worker that hangs
-    end it."""
+    """Let stop signals pass: they reach every process, and the main one needs its workers until it has saved. Once
+    `ending` is set, SIGTERM, by which DataLoader ends a worker that hangs, does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: ending.is_set() and os._exit(0))
 

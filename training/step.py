@@ -74,11 +74,9 @@ class TransferConfig:
                 for part, published in PUBLISHED_RATES.items()}
 
     def rate_share(self, iteration: int) -> float:
-        """What the learning rates are multiplied by in an iteration, counted from 1: a straight line up over the
-        first `warmup_iter`, and one down to 0, behind the last, over the last `decay_iter`."""
-        up = iteration / max(1, self.warmup_iter)
-        down = (self.max_iter + 1 - iteration) / (self.decay_iter + 1)
-        return min(1.0, up, down)
+        """What the learning rates are multiplied by in an iteration, counted from 1: straight lines up over the first
+        `warmup_iter`, and down to 0, behind the last, over the last `decay_iter`."""
+        return min(1.0, iteration / max(1, self.warmup_iter), (self.max_iter + 1 - iteration) / (self.decay_iter + 1))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -93,15 +91,10 @@ class TransferConfig:
 
 
 class ForwardPass(nn.Module):
-    """One forward pass of training: pictures in, the terms of the loss out.
+    """One forward pass of training: pictures in, the terms of the loss out; DistributedDataParallel can wrap it."""
 
-    A module of its own so that DistributedDataParallel can wrap it.
-    """
-
-    def __init__(
-        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig,
-        amp_dtype: torch.dtype | None, device: torch.device,
-    ) -> None:
+    def __init__(self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig,
+                 amp_dtype: torch.dtype | None, device: torch.device) -> None:
         super().__init__()
         self.network, self.loss_network = network, loss_network
         self.weights, self.style_loss = config.weights, config.style_loss
@@ -112,8 +105,12 @@ class ForwardPass(nn.Module):
         self.compact = compaction.CompactLosses(
             network.config, config.compact_layers, config.compact_cost, config.l0_eps, device)
         self.encoder_layers = len(network.config.encoder_widths) if config.compact_layers in ("encoder", "all") else 1
-        is_frozen = config.learning_rates["encoder"] == 0 and self.encoder_layers == 1
-        self.encoder_is_loss_network = is_frozen and _same_weights(network, loss_network)
+        # Features of a frozen encoder that is the loss network's beginning are computed once.
+        encoder, vgg = network.encoder.layers[0].state_dict(), loss_network.layers.state_dict()
+        self.encoder_is_loss_network = (
+            config.learning_rates["encoder"] == 0 and self.encoder_layers == 1 and network.config.pooling == "max"
+            and network.config.padding == loss_network.padding and encoder.keys() == vgg.keys()
+            and all(torch.equal(encoder[name], vgg[name]) for name in vgg))
         # The memory format of each in which convolutions are fastest. On a CPU, the gradient of a 3 x 3 conv's weight
         # in float32 takes up to twice as long in channels_last (64 channels at 128 x 128: 172 ms against 78 ms).
         is_slow = device.type == "cpu" and amp_dtype is None
@@ -130,9 +127,9 @@ class ForwardPass(nn.Module):
         """The terms of the loss for one batch (Kim & Choi, eq. 6: total = content + sum of weight * term).
 
         content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with `all_terms` measured
-        without a gradient. move: (2,), see `losses.moved`, for the shift loss. Returns the terms by name, and the
-        channel norms of the global batch by part, see `CompactLosses`; the encoder's end with the bottleneck's.
-        Averaged over processes, terms and gradients are those of one process with the whole batch.
+        without a gradient. move: (2,), see `losses.moved`. Returns the terms by name, and the channel norms of the
+        global batch by part, see `CompactLosses`; the encoder's end with the bottleneck's. Averaged over processes,
+        terms and gradients are those of one process with the whole batch.
         """
         both = torch.cat([content, style])  # (2B, 3, H, W)
         with torch.autocast(**self.autocast):
@@ -201,6 +198,9 @@ class TransferTrainer:
         self.forward_pass = ForwardPass(network, loss_network.to(device, self.dtype), config, self.amp_dtype, device)
         self.optimizer = build_optimizer(network, config, self.amp_dtype or self.dtype)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
+        self.optimized = [[names[each], list(each.shape)] for group in self.optimizer.param_groups
+                          for each in group["params"]]
         side = torch.arange(network.config.stride, device=device)
         self.moves = torch.cartesian_prod(side, side)[1:]  # of the shift loss, all but (0, 0)
         self.census = self.steering = None
@@ -239,11 +239,9 @@ class TransferTrainer:
             group["lr"] = rate * self.config.rate_share(iteration)
 
     def step(self, content: Tensor, style: Tensor, all_terms: bool = False) -> dict[str, Tensor]:
-        """One step of the optimiser. content, style: (B, 3, H, W), uint8.
-
-        Returns scalars on the device: the terms, see `ForwardPass`, their weighted total, how many bottleneck channels
-        are on for a picture, and off for all and for some, and what is left of the network, where that is followed.
-        """
+        """One step of the optimiser. content, style: (B, 3, H, W), uint8. Returns scalars on the device: the terms, see
+        `ForwardPass`, their weighted total, how many bottleneck channels are on for a picture, off for all and for
+        some, and what is left of the network, where that is followed."""
         if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,10 +267,6 @@ class TransferTrainer:
             "channels_off_for_some": off.any(dim=0).sum().float(),
         }
 
-    def layer_widths(self) -> list[int]:
-        """The channels on in each selected layer, encoder then decoder, in forward order."""
-        return torch.cat(list(self.census.widths().values())).int().tolist()
-
     @torch.no_grad()
     def report(self, folder: Path, iteration: int) -> tuple[dict, Path]:
         """Count dead units, and what is left of compacted layers; write a picture with the rows content, style, output
@@ -282,30 +276,25 @@ class TransferTrainer:
         with torch.autocast(**self.forward_pass.autocast):
             output = self.network(content, style)
         save_picture(picture_grid([content, style, output.float()]), path)
-        widths = {} if self.config.compact_layers == "bottleneck" else {"layer_widths": self.layer_widths()}
-        return self.dead_units.count(self.network) | widths, path
+        counts = self.dead_units.count(self.network)
+        if self.config.compact_layers != "bottleneck":  # encoder, then decoder, in forward order
+            counts["layer_widths"] = torch.cat([*self.census.widths().values()]).int().tolist()
+        return counts, path
 
     def state(self) -> dict:
         """What a checkpoint needs to go on; it is a model file too."""
-        state = {"optimizer": self.optimizer.state_dict(), "optimized": self._optimized()}
+        state = {"optimizer": self.optimizer.state_dict(), "optimized": self.optimized}
         if self.census is not None:
             state["census"] = self.census.batches_off
         if self.steering is not None:
             state["steering"] = {"log_change": self.steering.log_change}
         return model_checkpoint(self.network, vgg_weights=self.vgg_origin, **state)
 
-    def _optimized(self) -> list[list]:
-        """Name and shape of each parameter that learns, in the optimiser's order."""
-        names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
-        return [[names[parameter], list(parameter.shape)]
-                for group in self.optimizer.param_groups for parameter in group["params"]]
-
     def restore(self, checkpoint: dict) -> None:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts
         were trained. What the run did not count or steer before starts anew."""
-        if checkpoint.get("optimized", self._optimized()) != self._optimized():
-            raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; "
-                            "start a new run with --load_path for that")
+        if checkpoint.get("optimized", self.optimized) != self.optimized:
+            raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; start a new run for that")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:
@@ -325,9 +314,3 @@ def build_optimizer(network: StyleTransferNetwork, config: TransferConfig, dtype
             groups += [group | {"lr": rate} for group in added]
     return Muon(groups, dtype) if config.optimizer == "muon" else torch.optim.Adam(groups, fused=True)
 
-
-def _same_weights(network: StyleTransferNetwork, loss_network: LossNetwork) -> bool:
-    """Whether encoder and loss network compute the same: then their features are computed once."""
-    encoder, vgg = network.encoder.layers[0].state_dict(), loss_network.layers.state_dict()
-    return (network.config.pooling == "max" and network.config.padding == loss_network.padding
-            and encoder.keys() == vgg.keys() and all(torch.equal(encoder[name], vgg[name]) for name in vgg))

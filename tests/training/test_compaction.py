@@ -274,7 +274,7 @@ def test_layers_of_a_selection_are_the_ones_that_are_compared():
     for layers, count in widths.items():
         trainer = make_trainer(small_network(), compact_layers=layers)
         actual = trainer.step(*random_batch())
-        assert len(trainer.layer_widths()) == count
+        assert sum(len(widths) for widths in trainer.census.widths().values()) == count
         for name in ("nonzero_channels", "channels_off_for_all", "channels_off_for_some"):
             assert torch.equal(actual[name], desired[name]), (layers, name)
 
@@ -288,9 +288,7 @@ def test_channels_go_off_in_every_part():
         for _ in range(10):
             metrics = trainer.step(*random_batch(), all_terms=True)
         assert metrics.keys() == {*METRICS, "macs"}
-        layers = trainer.layer_widths()
-        widths[weight] = {"encoder": sum(layers[:9]), "decoder": sum(layers[9:])}
-        assert len(layers) == 17
+        widths[weight] = {part: each.sum() for part, each in trainer.census.widths().items()}
     for part in ("encoder", "decoder"):
         assert widths[1e3][part] < widths[0.0][part] - 50, (part, widths)
 

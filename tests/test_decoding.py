@@ -151,14 +151,6 @@ BAD_CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_CHUNKS)
-def test_png_chunks_that_pillow_refuses(tmp_path, name):
-    """They cost neither the picture nor its orientation, whether they stand before its pixels or behind them."""
-    for behind in (False, True):
-        path = with_png_chunks(write_map(tmp_path / f"{behind}.png"), png_chunk(b"eXIf", exif_block(), spoil=behind))
-        assert_is_map(with_png_chunks(path, BAD_CHUNKS[name], behind=behind), 6)
-
-
 def test_large_chunks_are_read(tmp_path):
     """A picture editor's XMP, of which the orientation counts; a profile."""
     xmp = b'<x tiff:Orientation="3"/>' + b"A" * LARGE
@@ -172,16 +164,22 @@ def test_large_chunks_are_read(tmp_path):
 
 
 BAD_SEGMENTS = {
-    "profile": (0xE2, b"ICC_PROFILE\0\1"), "pages": (0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\1\0\0\0\2"),
+    "icc": (0xE2, b"ICC_PROFILE\0\1"), "pages": (0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\1\0\0\0\2"),
     "jfif": (0xE0, b"JFIF\0"), "adobe": (0xEE, b"Adobe"), "photoshop_cut": (0xED, b"Photoshop 3.0\x008BIM\0\0"),
     "comment": (0xFE, b"\xff" * 9),
 }
 
 
-@pytest.mark.parametrize("name", BAD_SEGMENTS)
-def test_jpeg_segments_that_pillow_refuses(tmp_path, name):
-    path = with_jpeg_segments(write_map(tmp_path / "a.jpg"), (0xE1, b"Exif\0\0" + exif_block()), BAD_SEGMENTS[name])
-    assert_is_map(path, 6, 4)
+@pytest.mark.parametrize("name", [*BAD_CHUNKS, *BAD_SEGMENTS])
+def test_what_pillow_refuses_costs_neither_the_picture_nor_its_orientation(tmp_path, name):
+    """Chunks of a PNG, before its pixels or behind them, and segments of a JPEG."""
+    if name in BAD_SEGMENTS:
+        path = with_jpeg_segments(write_map(tmp_path / "a.jpg"), (0xE1, b"Exif\0\0" + exif_block()), BAD_SEGMENTS[name])
+        assert_is_map(path, 6, 4)
+        return
+    for behind in (False, True):
+        path = with_png_chunks(write_map(tmp_path / "a.png"), png_chunk(b"eXIf", exif_block(), spoil=behind))
+        assert_is_map(with_png_chunks(path, BAD_CHUNKS[name], behind=behind), 6)
 
 
 def test_preview_of_a_raw_file_is_no_picture(tmp_path):
@@ -199,7 +197,7 @@ def test_damaged_metadata_does_not_excuse_cut_pixels(tmp_path, suffix):
     if suffix == ".png":
         with_png_chunks(path, BAD_CHUNKS["gamma"])
     elif suffix == ".jpg":
-        with_jpeg_segments(path, BAD_SEGMENTS["profile"])
+        with_jpeg_segments(path, BAD_SEGMENTS["icc"])
     pixels(load_picture(path))
     whole = path.read_bytes()
     for share in (0.4, 0.8):

@@ -168,24 +168,21 @@ def test_time_is_shared_out_by_the_measured_rate(speedrun, tmp_path):
 
 
 def test_iterations_that_fit(tmp_path):
+    """0.1 s an iteration, 5 s a check; of 70 s that the last 400 and 2 checks took, 20 were for the start."""
     (tmp_path / "samples").mkdir()
     for name, time in (("check_point_0000600.pth", 100), ("samples/iteration_0000800.png", 120),
                        ("check_point_0000800.pth", 125)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (10**9 + time, 10**9 + time))
-
-    def fitting(took: float, seconds: float, checks: int, most: int = 10**6) -> int:
-        return fit.iterations_that_fit(tmp_path, 800, 200, took, seconds, checks, most)
-
-    # 0.1 s an iteration, 5 s a check; of 70 s that the last 400 and 2 checks took, 20 were for the start.
-    assert fitting(70, 300, 4) == 800 + (300 - 20 - 4 * 5) * 10
-    assert fitting(70, 300, 4, most=1000) == 1000
-    assert fitting(70, -5, 4) == 800
+    for took, seconds, checks, most, desired in (
+        (70, 300, 4, 10**6, 800 + (300 - 20 - 4 * 5) * 10), (70, 300, 4, 1000, 1000), (70, -5, 4, 10**6, 800),
+    ):
+        assert fit.iterations_that_fit(tmp_path, 800, 200, took, seconds, checks, most) == desired
     (tmp_path / "samples" / "iteration_0000800.png").rename(tmp_path / "student.pth")  # of a distillation
-    assert fitting(50, 60, 0) == 800 + 600
+    assert fit.iterations_that_fit(tmp_path, 800, 200, 50, 60, 0, 10**6) == 800 + 600
     (tmp_path / "check_point_0000600.pth").unlink()
     with pytest.raises(FileNotFoundError):
-        fitting(50, 60, 0)
+        fit.iterations_that_fit(tmp_path, 800, 200, 50, 60, 0, 10**6)
 
 
 @pytest.mark.parametrize("arguments, environment, needed", [
@@ -206,12 +203,12 @@ def test_bad_usage_is_one_line(speedrun, tmp_path, arguments, environment, neede
 
 
 @pytest.mark.parametrize("arguments, needed", [
-    (["a.pth", "photos", "paintings"], "got 3 arguments; BASELINE PHOTOS PAINTINGS OUT"),
-    (["a.pth", "photos", "paintings", "out", "smaller_0.5"], "smaller_0.5: compaction_BUDGET,"),
+    ("a.pth photos paintings", "got 3 arguments; BASELINE PHOTOS PAINTINGS OUT"),
+    ("a.pth photos paintings out smaller_0.5", "smaller_0.5: compaction_BUDGET,"),
 ])
 def test_comparison_of_compaction_refuses_in_one_line(tmp_path, arguments, needed):
-    done = subprocess.run(["bash", ROOT / "benchmarks" / "compaction.sh", *arguments], capture_output=True, text=True,
-                          cwd=tmp_path)
+    done = subprocess.run(["bash", ROOT / "benchmarks" / "compaction.sh", *arguments.split()], capture_output=True,
+                          text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {needed}") and done.stderr.count("\n") == 1
 
 

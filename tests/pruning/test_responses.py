@@ -102,7 +102,7 @@ def test_planted_channels_are_found(measured):
     assert 5 in found.off_for_all
 
 
-def test_the_bottleneck_alone_is_measured_alike_and_twice_gives_the_same(measured):
+def test_the_bottleneck_alone_is_measured_alike_and_twice_gives_the_same(measured, tmp_path):
     network, config, found = measured
     again = measure_responses(network, config, *choose_pictures(config))
     alone = measure_responses(network, replace(config, prune_layers="bottleneck"), *choose_pictures(config))
@@ -110,11 +110,9 @@ def test_the_bottleneck_alone_is_measured_alike_and_twice_gives_the_same(measure
     np.testing.assert_array_equal(alone.l2, found.l2)
     for name, layer in found.layers.items():
         np.testing.assert_array_equal(again.layers[name].importance, layer.importance)
-
-
-def test_more_styles_than_contents_start_the_contents_over(measured, tmp_path):
+    # Of more styles than contents, the contents start over.
     config = replace(make_folders(tmp_path, contents=2, styles=4), prune_layers="all")
-    found = measure_responses(measured[0], config, *choose_pictures(config))
+    found = measure_responses(network, config, *choose_pictures(config))
     assert len(found.layers["encoder.layers.0.0"].l2) == 4 and len(found.layers["decoder.layers.0.25"].l2) == 3
 
 
@@ -177,12 +175,9 @@ def test_responses_round_trip(measured, tmp_path):
                 np.testing.assert_array_equal(getattr(actual.layers[name], key), array)
         with np.load(tmp_path / "responses.npz", allow_pickle=False) as file:
             np.testing.assert_allclose(file["l0"], desired.l2 / (desired.l2 + np.float32(1e-5)), rtol=1e-6)
-
-
-def test_an_older_file_has_no_pairs(tmp_path):
     np.savez(tmp_path / "old.npz", l2=L2, paths=np.array(RESPONSES.paths), contents=np.array(2))
-    found = Responses.load(tmp_path / "old.npz", FIVE)
-    assert found.paths == RESPONSES.paths and found.pairs == [] and found.layers == {}
+    older = Responses.load(tmp_path / "old.npz", FIVE)
+    assert older.paths == RESPONSES.paths and older.pairs == [] and older.layers == {}
 
 
 def test_responses_of_another_network_are_refused(measured, tmp_path):

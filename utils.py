@@ -142,15 +142,6 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
-def average_over_processes(values: Tensor) -> Tensor:
-    """The mean of `values` over all processes; each must call this."""
-    if process_count() == 1:
-        return values
-    values = values.clone()
-    distributed.all_reduce(values)
-    return values / process_count()
-
-
 def own_part(items: list) -> list:
     """This process's part of the items, in order: as many as any other's, or one more or less."""
     rank, count = process_rank(), process_count()

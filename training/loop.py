@@ -111,13 +111,15 @@ class MetricSums:
 
     def means(self) -> dict[str, float]:
         """The means over the iterations, and over all processes (each must call this)."""
-        return {name: (utils.average_over_processes(value).cpu() / self.counts[name]).item()
-                for name, value in self.sums.items()}
+        return {name: (total / self.counts[name]).item() for name, total in zip(self.sums, self._averages())}
 
     def state(self) -> dict:
         """For a checkpoint; of several processes each must call this."""
-        sums = [utils.average_over_processes(value).item() for value in self.sums.values()]
-        return {"names": list(self.sums), "sums": torch.tensor(sums), "counts": torch.tensor([*self.counts.values()])}
+        return {"names": list(self.sums), "sums": self._averages(), "counts": torch.tensor([*self.counts.values()])}
+
+    def _averages(self) -> Tensor:
+        """The mean of each sum over all processes."""
+        return torch.tensor(utils.gather([value.item() for value in self.sums.values()])).mean(dim=0)
 
     def restore(self, state: dict, device: torch.device) -> None:
         """Put back `state`; that of the oldest runs has no names, and is left."""

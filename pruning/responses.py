@@ -223,16 +223,16 @@ def _summarise(features: list[Tensor]) -> list[Tensor]:
 def _estimate_importance(
     network: StyleTransferNetwork, pairs: Iterable[Sequence[Tensor]], means: list[Tensor], strength: float
 ) -> list[Tensor]:
-    """How much the output changes when a channel is replaced by its mean: squared, to first order, (C,) for each conv.
+    """How much the output changes when a channel is replaced by its mean: squared, to first order, (C,) for each conv;
+    summed over the pixels and colours of the normalised output, averaged over the pairs.
 
     pairs: IMPORTANCE_PROBES content and style pictures of one size, (1, 3, H, W), uint8. means: (C,) for each conv.
 
-    A channel f becomes mean + g * (f - mean), with the gate g = 1 to keep it and 0 to cut it (gates and their
-    gradient: Molchanov et al., arXiv 1906.10771). J = d output / d g is the first-order change of the whole
-    picture, and the squared gradient of <v, output> by g, for random normal v, is |J|^2 in the mean (Hutchinson's
-    estimator): one backward pass serves all channels of all convs, in one unit. By the chain rule that gradient is
-    <d <v, output> / d f, f - mean>. Summed over the pixels and colours of the normalised output, averaged over the
-    pairs. Zero padding in the encoder makes the mean a worse substitute along the border, which is not counted.
+    A channel f becomes mean + g * (f - mean), with the gate g = 1 to keep it and 0 to cut it (gates and their gradient:
+    Molchanov et al., arXiv 1906.10771). The squared gradient of <v, output> by g, for random normal v, is the squared
+    first-order change in the mean (Hutchinson's estimator), so that one backward pass serves all channels of all convs.
+    By the chain rule that gradient is <d <v, output> / d f, f - mean>. Zero padding in the encoder makes the mean a
+    worse substitute along the border, which is not counted.
     """
     generator = torch.Generator().manual_seed(0)
     importance = [torch.zeros(len(mean), device=mean.device) for mean in means]

@@ -1,7 +1,6 @@
 """Which channels go: those that do nothing, those that are asked for, the least important down to a budget."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +20,7 @@ def select(network: StyleTransferNetwork, responses: Responses, config) -> tuple
     if not config.every_layer:
         return {bottleneck_conv(network.config): select_in_bottleneck(responses, config)}, {}
     if config.prune_rank == "magnitude":
-        weights = {layer.name: network.get_submodule(layer.name).weight
-                   for layer in conv_layers(network.config, size=0)[:-1]}
-        magnitudes = {name: weight.detach().abs().sum(dim=(1, 2, 3)).cpu().numpy() for name, weight in weights.items()}
-        return select_by_magnitude(network.config, magnitudes, config), {}
+        return select_by_magnitude(network, config), {}
     return select_channels(network.config, responses.layers, config)
 
 
@@ -79,15 +75,12 @@ def most_macs(network: NetworkConfig, config) -> float:
     before = sum(layer.macs for layer in layers)
     least = macs_of_widths(layers, least_widths(layers, config.round_to))
     if least > config.prune_macs * before:
-        rounding = f" in multiples of {config.round_to}" if config.round_to > 1 else ""
-        raise UserError(f"prune_macs {config.prune_macs}: a tenth of every layer's channels is kept{rounding}, which "
-                        f"is {math.ceil(1e4 * least / before) / 1e4} of the multiply-adds")
+        raise UserError(f"prune_macs {config.prune_macs}: a tenth of every layer's channels is kept, in multiples of "
+                        f"{config.round_to}, which is {math.ceil(1e4 * least / before) / 1e4} of the multiply-adds")
     return config.prune_macs * before
 
 
-def select_channels(
-    network: NetworkConfig, responses: Mapping[str, LayerResponses], config
-) -> tuple[Cuts, Constants]:
+def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses], config) -> tuple[Cuts, Constants]:
     """The channels to cut from every conv but the last. config: a PruneConfig.
 
     First those go that are off, and those that are constant, but for those of an encoder that pads with zeros, before
@@ -100,10 +93,10 @@ def select_channels(
     orders, values, widths = {}, {}, []
     for layer in layers[:-1]:
         found = responses[layer.name]
-        is_exact = layer.kind != "encoder" or network.padding == "reflect"
-        constant = found.constant if is_exact else []
         kind = np.zeros(layer.width, int)  # the kinds go one after the other, each by importance
-        kind[found.off], kind[constant] = -2, -1
+        if layer.kind != "encoder" or network.padding == "reflect":
+            kind[found.constant] = -1
+        kind[found.off] = -2
         orders[layer.name] = np.lexsort((found.l2.sum(axis=0, dtype=np.float64), found.importance, kind))
         values[layer.name] = np.where(kind == -1, found.largest, found.mean)
         widths.append(rounded_width(max(1, np.count_nonzero(kind == 0)), layer.width, multiple))
@@ -116,21 +109,24 @@ def select_channels(
     return cuts, constants
 
 
-def select_by_magnitude(network: NetworkConfig, magnitudes: Mapping[str, np.ndarray], config) -> Cuts:
+def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
     """Plain magnitude pruning, to compare with: each layer keeps the same fraction of its channels, the largest that
     meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
 
-    magnitudes: l1 norms of the filters, by conv, (C,). config: a PruneConfig. Nothing takes the place of a cut channel.
+    config: a PruneConfig. Nothing takes the place of a cut channel.
     """
-    layers, multiple = conv_layers(network, config.report_size), config.round_to
-    least, most = least_widths(layers, multiple), most_macs(network, config)
+    layers, multiple = conv_layers(network.config, config.report_size), config.round_to
+    least, most = least_widths(layers, multiple), most_macs(network.config, config)
     for kept in range(FRACTION_STEPS, -1, -1):
         widths = [max(floor, layer.width * kept // FRACTION_STEPS // multiple * multiple)
                   for layer, floor in zip(layers[:-1], least)]
         if macs_of_widths(layers, [*widths, layers[-1].width]) <= most:
             break
-    return {layer.name: np.argsort(magnitudes[layer.name], kind="stable")[: layer.width - width].tolist()
-            for layer, width in zip(layers, widths)}
+    cuts = {}
+    for layer, width in zip(layers, widths):
+        norms = network.get_submodule(layer.name).weight.detach().abs().sum(dim=(1, 2, 3))
+        cuts[layer.name] = norms.argsort(stable=True)[: layer.width - width].tolist()
+    return cuts
 
 
 def _cut_to_budget(

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import small_config, user_error
+import torch
+from helpers import small_config, small_network, user_error
 from test_responses import L2, RESPONSES
 from test_surgery import CONSTANT, convs
 
@@ -94,9 +95,9 @@ def test_a_budget_is_met_and_not_needlessly_undercut(backbone, macs, multiple):
 
 
 def test_of_equally_important_channels_the_one_that_saves_most_goes():
-    layers, before = conv_layers(FULL, 512), count_macs(FULL, 512)
+    before = count_macs(FULL, 512)
     equal = {layer.name: LayerResponses(np.ones((1, layer.width)), np.zeros(layer.width), *[np.ones(layer.width)] * 3)
-             for layer in layers[:-1]}
+             for layer in conv_layers(FULL, 0)[:-1]}
     saved = [before - count_macs(FULL.with_widths([*FULL.widths[:number], width - 1, *FULL.widths[number + 1 :]]), 512)
              for number, width in enumerate(FULL.widths[:-1])]
     cuts, _ = select_channels(FULL, equal, PruneConfig(prune_macs=1 - 1 / before))
@@ -133,8 +134,12 @@ def test_a_budget_below_what_is_kept_is_refused():
 ])
 def test_plain_magnitude_takes_the_same_fraction_of_every_layer(less, multiple, desired):
     """Where 7 of 10 channels of each layer just meet the budget, and where they cost a multiply-add too many."""
-    config = small_config(width=10)
-    magnitudes = {layer.name: np.array([3.0, 1, 2, 9, 8, 4, 7, 5, 6, 10]) for layer in conv_layers(config, 0)}
+    network = small_network(width=10)
+    config = network.config
+    norms = torch.tensor([3, -1, 2, 9, 8, -4, 7, 5, 6, 10.0])[:, None, None, None]
+    with torch.no_grad():
+        for name in convs(network):
+            network.get_submodule(name).weight[:] = norms
     macs = (count_macs(config.with_widths([7] * 17 + [3]), 512) - less + 0.5) / count_macs(config, 512)
-    cuts = select_by_magnitude(config, magnitudes, PruneConfig(prune_macs=macs, round_to=multiple))
+    cuts = select_by_magnitude(network, PruneConfig(prune_macs=macs, round_to=multiple))
     assert set(map(tuple, cuts.values())) == {desired}

@@ -212,13 +212,11 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
         report |= measure_losses(network, cut, responses, meter, config)
     report["column"] = column_of(report)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    figures = "l0_map.png, l2_curve.png and prune_grid.png"
     origins = {name: model.checkpoint.get(name) for name in ("iteration", "vgg_weights", "train_config")}
     if config.every_layer:
         plot_widths(report["layers"], config.report_size, folder / "widths.png")
-        figures = f"widths.png, {figures}"
         origins["pruned_layers"] = cuts
     save_checkpoint(model_checkpoint(cut, dtype=dtype, pruned_channels=report["cut_channels"], **origins),
                     folder / PRUNED_NAME)
-    note(f"wrote {PRUNED_NAME}, report.json, responses.npz, {figures} to {folder}")
+    note(f"wrote {PRUNED_NAME}, report.json, responses.npz and plots to {folder}")
     return report

@@ -16,7 +16,7 @@ from data import MAX_PIXELS, OUTPUT_FORMATS
 from folders import is_searched
 from network import count_parameters
 from painting.control import PRESERVED, check_styles
-from painting.many import Model, Outcome, PairPainter, Plan
+from painting.many import Outcome, PairPainter, Plan
 from painting.pairs import (
     Pair,
     Pictures,
@@ -30,7 +30,15 @@ from painting.pairs import (
 )
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, decode_in_half, open_mask, open_models
+from painting.stylizer import (
+    DEMO_CONTENT,
+    DEMO_STYLE,
+    OpenedModel,
+    Stylizer,
+    decode_in_half,
+    open_mask,
+    open_models,
+)
 from painting.video import check_video, makes_video, stylize_video
 from settings import amount, changed, count, fraction_below_1, rate, setting
 from utils import (
@@ -197,22 +205,22 @@ def _words(strength: float) -> str:
 # ------------------------------------------------------------------------------------------------- models
 
 
-def _open_models(config: TestConfig, device: torch.device) -> list[Model]:
-    """Every model of `--load_path`, on the device. Raises UserError for an unusable one, or the same twice."""
-    models = []
-    for opened in open_models(config):
-        stylizer = Stylizer(opened.network, device=device, upsampling=config.upsampling, tile=config.tile)
+def _make_stylizers(config: TestConfig, models: list[OpenedModel], device: torch.device) -> dict[Path, Stylizer]:
+    """One for each model, by its file."""
+    stylizers = {}
+    for model in models:
+        stylizer = Stylizer(model.network, device=device, upsampling=config.upsampling, tile=config.tile)
         if config.amp == "auto":
-            decode_in_half(stylizer, opened.name)
-        models.append(Model(opened.name, opened.file, stylizer, opened.checkpoint))
-    return models
+            decode_in_half(stylizer, model.name)
+        stylizers[model.file] = stylizer
+    return stylizers
 
 
-def _open_meter(config: TestConfig, models: list[Model], device: torch.device) -> Meter | None:
+def _open_meter(config: TestConfig, models: list[OpenedModel], device: torch.device) -> Meter | None:
     """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
     if not config.measured:
         return None
-    backbones = {model.stylizer.network.config.backbone: model.file for model in models}
+    backbones = {model.network.config.backbone: model.file for model in models}
     if config.measures_losses and len(backbones) > 1:
         found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
         raise UserError(f"metrics: {found}; their losses are not comparable, name other metrics")
@@ -240,41 +248,29 @@ def test(given: dict) -> int:
     if is_video and not is_first_process():
         return 0  # one file, one process
     target = check_video(config) if is_video else None
-    _note_unused(config, is_video)
+    unused = ("holdout", "pairs", "skip_existing", "seed") if is_video else ("frame_rate", "temporal_smoothing")
+    for flag in sorted(changed(config).intersection(unused)):
+        note(f"--{flag} has no effect on {'a video' if is_video else 'pictures'}")
     device = resolve_device(config.gpu_no)
     allow_tf32(False)
     if is_video:
-        return stylize_video(config, _open_models(config, device)[0].stylizer, target)
+        (stylizer,) = _make_stylizers(config, open_models(config), device).values()
+        return stylize_video(config, stylizer, target)
     with process_group(torch.device("cpu"), PATIENCE):  # what the processes tell each other lies in the CPU's memory
         return _stylise(config, device)
 
 
-def _note_unused(config: TestConfig, is_video: bool) -> None:
-    """Say which flags are given without an effect."""
-    unused = dict.fromkeys(("frame_rate", "temporal_smoothing"), "on pictures")
-    if is_video:
-        of_pictures = ["holdout", "pairs", "skip_existing", "seed", "style_loss"]
-        if not is_searched(config.input("content")[0][0]):
-            of_pictures.append("frame_rate")  # it is of a folder of frames
-        unused = dict.fromkeys(of_pictures, "on a video")
-    elif not config.measures_losses:
-        unused["style_loss"] = "without --metrics content or style"
-        if config.vgg_weights in VGG_SOURCES:  # a file of weights may be the encoder of a decoder.pth
-            unused["vgg_weights"] = unused["style_loss"]
-    for flag in sorted(changed(config) & unused.keys()):
-        note(f"--{flag} has no effect {unused[flag]}")
-
-
 def _stylise(config: TestConfig, device: torch.device) -> int:
     plan = _make_plan(config)
-    models = _open_models(config, device)
+    models = open_models(config)
+    stylizers = _make_stylizers(config, models, device)
     meter = _open_meter(config, models, device)
     if meter is not None:
         contents, styles = map(set, zip(*plan.pairs))
         measured = [plan.contents.paths[number] for number in contents] + [plan.styles.paths[each] for each in styles]
         for model in models:
             note_learned_from(model.name, model.checkpoint, measured)
-    outcome = PairPainter(config, plan, models, meter).run()
+    outcome = PairPainter(config, plan, stylizers, meter).run()
     if not outcome.values:
         first = next(iter(outcome.unusable.values()))
         raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {first}")
@@ -343,7 +339,7 @@ def _check_outputs(config: TestConfig, plan: Plan) -> None:
 # ------------------------------------------------------------------------------------------------- report
 
 
-def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Model], meter: Meter | None) -> None:
+def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], meter: Meter | None) -> None:
     """Write the sheets and metrics.json, print the table, and say what was written and what could not be used."""
     done = [pair for pair in plan.pairs if pair in outcome.values]
     left_out = len(plan.pairs) - len(done)
@@ -367,16 +363,16 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Model
                           *outcome.unusable.values()]))
 
 
-def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[Model], meter: Meter) -> dict:
+def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[OpenedModel], meter: Meter) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
     packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
     painters = [
         {
             "file": str(model.file),
             "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
-            "backbone": model.stylizer.network.config.backbone,
-            "bottleneck_channels": model.stylizer.network.config.bottleneck_width,
-            "parameters": count_parameters(model.stylizer.network),
+            "backbone": model.network.config.backbone,
+            "bottleneck_channels": model.network.config.bottleneck_width,
+            "parameters": count_parameters(model.network),
             "iteration": model.checkpoint.get("iteration"),
             "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
             "style_strength": strength,

@@ -12,7 +12,6 @@ from utils import UserError
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 PRESERVED = ("luma", "histogram")
-GREY = 2  # levels, of 255, that the channels of a grey picture may differ by
 ASPECT = 0.01  # relative difference in height that a mask may have, scaled to the content's width; or one pixel
 
 
@@ -51,11 +50,8 @@ class MaskedStyle:
         return [self.white, self.black], [weights, 1.0 - weights]
 
 
-def check_content(pixels: Tensor, preserve_color: str | None, mask: Image.Image | None) -> None:
-    """Raises UserError for a content picture, (1, 3, H, W), uint8, that has no colours to preserve, or another aspect
-    than the mask."""
-    if preserve_color is not None and int((pixels.amax(1) - pixels.amin(1)).max()) <= GREY:
-        raise UserError(f"preserve_color {preserve_color}: the content picture is grey; one with colours is needed")
+def check_mask(mask: Image.Image | None, pixels: Tensor) -> None:
+    """Raises UserError for a mask of another aspect than a content picture, (1, 3, H, W)."""
     height, width = pixels.shape[2:]
     if mask is not None and abs(mask.height * width / mask.width - height) > max(1.0, ASPECT * height):
         raise UserError(f"mask: {mask.width} x {mask.height} pixels, the content picture has {width} x {height}; "

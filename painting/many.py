@@ -1,7 +1,7 @@
 """Many pairs painted: each picture is decoded and encoded once; while one is painted, others are read and written."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
@@ -21,25 +21,15 @@ from data import (
     save_picture,
     to_pil,
 )
-from painting.control import MaskedStyle, Style, check_content
+from painting.control import MaskedStyle, Style, check_mask
 from painting.pairs import Pair, Pictures
 from painting.quality import MIN_SIDE, Meter
-from painting.sheets import Key, Sheet, side_by_side
+from painting.sheets import Key, Sheet
 from painting.stylizer import Stylizer, UnusablePicture, load_input, usable
 from painting.tiling import TiledPicture
 from utils import UserError, gather, make_folder, note_of_process, own_part, progress_bar, usable_cores
 
 MOST_THREADS = 8  # that read, and that write; as many pictures are read ahead
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network to paint with: its name in tables and folders, its file, and what else the file says."""
-
-    name: str
-    file: Path
-    stylizer: Stylizer
-    checkpoint: dict
 
 
 @dataclass(frozen=True)
@@ -82,9 +72,9 @@ class _Style:
 class PairPainter:
     """Paints the pairs of a plan by every model at every strength, and measures them where there is a meter."""
 
-    def __init__(self, config, plan: Plan, models: Sequence[Model], meter: Meter | None) -> None:
-        """config: a TestConfig."""
-        self.config, self.plan, self.models, self.meter = config, plan, models, meter
+    def __init__(self, config, plan: Plan, stylizers: dict[Path, Stylizer], meter: Meter | None) -> None:
+        """config: a TestConfig; stylizers: by the file of the model."""
+        self.config, self.plan, self.stylizers, self.meter = config, plan, stylizers, meter
         self.outcome = Outcome()
         self.shown = {key for sheet in plan.sheets for row in sheet.rows for key in row}
         self.cell = max((sheet.cell for sheet in plan.sheets), default=0)
@@ -101,7 +91,7 @@ class PairPainter:
         self.pairs = {content: [*own] for content, own in groupby(pairs, key=lambda pair: pair[0])}
         self.encoded: dict[int, _Style] = {}
         self.being_written = deque()
-        pictures = len(pairs) * len(self.models) * len(self.config.style_strength)
+        pictures = len(pairs) * len(self.stylizers) * len(self.config.style_strength)
         with ThreadPoolExecutor(self.threads) as self.pool, progress_bar(pictures, "stylise", "picture") as self.bar:
             self._each(self.plan.styles, sorted({style for _, style in pairs}), self._load_style, self._encode_style)
             contents = [*self.pairs] if self.encoded else []
@@ -137,30 +127,30 @@ class PairPainter:
         return [self._load(path, config, self.plan.styles) for path in self.plan.styles.groups[number]]
 
     def _load_content(self, number: int) -> Content:
-        """Raises UnusablePicture or PictureError, also where the picture is grey or has another aspect than the mask.
+        """Raises UnusablePicture or PictureError, also where the picture has another aspect than the mask.
         """
         config, (path,) = self.config, self.plan.contents.groups[number]
         picture = self._load(path, config, self.plan.contents)
         try:
-            check_content(picture, config.preserve_color, self.plan.mask)
+            check_mask(self.plan.mask, picture)
         except UserError as error:
             raise PictureError(f"{path}: {error}") from error
         alpha = load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
-        return picture, alpha, [model.stylizer.open(picture) for model in self.models]
+        return picture, alpha, [stylizer.open(picture) for stylizer in self.stylizers.values()]
 
     def _load(self, path: Path, config, pictures: Pictures) -> Tensor:
         return load_input(path, config, pictures.flag, MIN_SIDE if self.meter else 1)
 
     def _encode_style(self, number: int, pictures: list[Tensor]) -> None:
-        self._show(("style", number), side_by_side([pixels_to_pil(each) for each in pictures]))
+        self._show(("style", number), pixels_to_pil(pictures[0]))
         codes = [] if self.config.preserve_color == "histogram" else self._codes(pictures)
         measured = self.meter.open_style(pictures[0]) if self.meter else []
         self.encoded[number] = _Style(pictures if not codes else [], codes, measured)
 
     def _codes(self, pictures: list[Tensor], colors_of: Tensor | None = None) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
-        return [model.stylizer.combine(pictures, self.config.style_weights, self.plan.mask, colors_of)
-                for model in self.models]
+        return [stylizer.combine(pictures, self.config.style_weights, self.plan.mask, colors_of)
+                for stylizer in self.stylizers.values()]
 
     def _paint_content(self, number: int, content: Content) -> None:
         """Paint all pairs of a content."""
@@ -179,7 +169,7 @@ class PairPainter:
         picture, alpha, opened = content
         codes = style.codes or self._codes(style.pictures, picture)
         outputs = []
-        painters = product(zip(self.models, opened, codes), self.config.style_strength)
+        painters = product(zip(self.stylizers, opened, codes), self.config.style_strength)
         for column, ((inputs, strength), path) in enumerate(zip(painters, self.plan.files[pair])):
             painted = read_written(path) if self.config.skip_existing else None
             if painted is None:
@@ -201,17 +191,17 @@ class PairPainter:
         return outputs
 
     def _paint(
-        self, model: Model, content: TiledPicture, style: Style | MaskedStyle, strength: float
+        self, model: Path, content: TiledPicture, style: Style | MaskedStyle, strength: float
     ) -> tuple[Image.Image, Tensor | None]:
         """The painted picture, and the output that it is of where there is a meter."""
-        keeps_colors = self.config.preserve_color == "luma"
+        stylizer, keeps_colors = self.stylizers[model], self.config.preserve_color == "luma"
         try:
             if self.meter is None:
-                return model.stylizer.paint_picture(content, style, strength, keeps_colors=keeps_colors), None
-            output = model.stylizer.paint(content, style, strength, keeps_colors=keeps_colors)
+                return stylizer.paint_picture(content, style, strength, keeps_colors=keeps_colors), None
+            output = stylizer.paint(content, style, strength, keeps_colors=keeps_colors)
             return to_pil(denormalize(output)), output
         except NotFinite as error:
-            raise UserError(f"load_path {model.file}: {error}") from error
+            raise UserError(f"load_path {model}: {error}") from error
 
     def _write(self, picture: Image.Image, path: Path, alpha: Image.Image | None) -> None:
         """Have a picture written; waits while as many others as there are threads still are. Raises UserError, also for

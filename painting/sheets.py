@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -82,10 +81,3 @@ def comparison_sheet(pairs: list[tuple[int, int]], names: list[str]) -> Sheet:
     rows = [[("content", content), ("style", style), *((content, style, column) for column in range(len(names)))]
             for content, style in shown]
     return Sheet(COMPARISON, rows, ("content", "style", *names))
-
-
-def side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures in a row, all as high as the lowest."""
-    height = min(picture.height for picture in pictures)
-    return Image.fromarray(np.hstack([picture.resize((max(1, picture.width * height // picture.height), height))
-                                      for picture in pictures]))

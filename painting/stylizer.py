@@ -17,7 +17,7 @@ from painting.control import (
     PRESERVED,
     MaskedStyle,
     Style,
-    check_content,
+    check_mask,
     check_styles,
     keep_colors,
     match_colors,
@@ -182,7 +182,7 @@ class Stylizer:
                 raise UserError(f"{name}: a style that is encoded already cannot be changed; a picture is needed")
         check_styles(len(styles), style_weights, mask)
         mask = None if mask is None else open_mask(mask)
-        check_content(content.pixels, preserve_color, mask)
+        check_mask(mask, content.pixels)
         styles = [each if isinstance(each, Style) else _pixels(each, "style", style_size) for each in styles]
         code = self.combine(styles, style_weights, mask, content.pixels if preserve_color == "histogram" else None)
         return self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")

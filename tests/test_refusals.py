@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import refusal, small_network, write_model, write_noise, write_picture
+from helpers import refusal, small_network, write_model, write_noise
 from PIL import Image
 
 TEST = "--gpu_no -1 --load_path {tmp}/model.pth --content {tmp}/a.png --style {tmp}/b.png --save_path {tmp}/out.png "
@@ -137,7 +137,6 @@ PAINTING = (
     ("test", IN_TWO + "--mask {tmp}/none.png", "{tmp}/none.png: no such file"),
     ("test", IN_TWO + "--mask ''", "--mask is empty"),
     ("test", IN_TWO + "--mask {tmp}/mask.png --save_path {tmp}/mask.png", "would overwrite --mask"),
-    ("test", TEST + "--content {tmp}/grey.png --preserve_color luma", "luma: the content picture is grey"),
     ("test", TEST + "--tile 71", "--tile 71: 72 pixels or more"),
 )
 
@@ -185,7 +184,6 @@ def files(tmp_path_factory):
     for number, name in enumerate(("a.png", "b.png", *(f"{kind}/{each}.png" for kind in ("content", "style", "some")
                                                        for each in range(8 if kind == "some" else 2)))):
         write_noise(folder / name, (40, 48), number)
-    write_picture(folder / "grey.png", (48, 40), (9, 9, 9))
     for name, size in (("mask", (48, 40)), ("upright", (40, 48))):
         Image.new("L", size, 128).save(folder / f"{name}.png")
     write_model(folder / "vgg16.pth", small_network("vgg16"))

@@ -114,7 +114,6 @@ def test_weights_on_the_grid_are_means_of_the_mask(codes):
     (dict(mask=CONTENT, style_weights=(1, 1)), "style_weights, too"),
     (dict(mask="missing.png"), "mask missing.png: no such file"),
     (dict(), "style: got 2;"), (dict(preserve_color="hue"), "preserve_color hue"),
-    (dict(content=CONTENT[:, :1].repeat(1, 3, 1, 1), style_weights=(1, 1), preserve_color="luma"), "picture is grey"),
     (dict(style=CODE, style_size=24), "style_size"), (dict(style=CODE, preserve_color="histogram"), "histogram"),
 ])
 def test_what_does_not_fit_is_refused(stylizer, settings, said):

@@ -19,7 +19,7 @@ from folders import find_split
 from painting.pairs import choose_pairs
 from painting.quality import MIN_SIDE, Measurement, Meter, ssim
 from painting.stylizer import load_input, open_model
-from settings import setting
+from settings import check_needed, setting
 from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
 from weights import find_model_file
 
@@ -71,9 +71,7 @@ class ExportConfig:
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
-        for name in ("load_path", "save_path"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is needed in export mode")
+        check_needed(self, "export")
         if self.suffix not in FORMATS:
             raise UserError(f"save_path {self.save_path}: a name that ends in {', '.join(FORMATS[:-1])} or "
                             f"{FORMATS[-1]} is needed, or for a page one that ends in /")

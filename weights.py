@@ -66,7 +66,7 @@ def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tenso
 
 def _read_vgg(path: Path) -> dict:
     content = _read_file(path, "vgg_weights")
-    tensors = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    tensors = content["state_dict"] if _holds_tensors(content.get("state_dict")) else content
     if "29.weight" not in tensors and {"0.weight", "28.weight", "28.bias"} <= tensors.keys():
         # A copy of an AdaIN program's that numbers its last conv without the padding before it.
         tensors |= {f"29.{kind}": tensors.pop(f"28.{kind}") for kind in ("weight", "bias")}
@@ -124,10 +124,11 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _read_file(path: Path, flag: str) -> dict:
-    """The dictionary in a file of torch's format, or as `pack_safetensors` made it; of another safetensors file, the
-    tensors as `state_dict`. Raises UserError, naming `flag`."""
+    """The dictionary in a file of torch's format, or as `pack_safetensors` made it; tensors alone are its `state_dict`.
+    Raises UserError, naming `flag`."""
     if path.suffix != SAFETENSORS:
-        return load_checkpoint(path, flag)
+        content = load_checkpoint(path, flag)
+        return {"state_dict": content} if _holds_tensors(content) else content
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     from safetensors import SafetensorError, safe_open
@@ -279,8 +280,6 @@ def load_network(
     """
     path = find_model_file(path, flag)
     checkpoint = _read_file(path, flag)
-    if "state_dict" not in checkpoint and _holds_tensors(checkpoint):
-        checkpoint = {"state_dict": checkpoint}
     if not _holds_tensors(checkpoint.get("state_dict")):
         found = ", ".join(sorted(map(str, checkpoint))[:5]) or "nothing"
         raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed, or the "

@@ -63,19 +63,14 @@ def test_what_torch_itself_writes_is_read(tmp_path):
      "decoder.layers.0.1.bias"),
     (prefixed("module.net."), "net.encoder.layers.0."),
     (model_checkpoint(small_network()) | {"state_dict": prefixed("net.")}, "but net.encoder.layers.0."),
+    *((content, "state_dict") for content in ({}, {"iteration": 3}, {"model": STATE}, {**STATE, "epoch": 3})),
 ])
-def test_doubled_and_unknown_prefixes_are_refused(tmp_path, content, named):
+def test_what_is_no_model_of_ours_is_refused(tmp_path, content, named):
     path = tmp_path / "model.pth"
     torch.save(content, path)
     for flag in ("--load_path", "--teacher"):
         message = user_error(load_network, path, flag=flag)
         assert message.startswith(f"{flag} {path}") and named in message
-
-
-@pytest.mark.parametrize("content", [{}, {"iteration": 3}, {"model": STATE}, {**STATE, "epoch": 3}])
-def test_dictionaries_of_other_things_are_no_models(tmp_path, content):
-    torch.save(content, tmp_path / "model.pth")
-    assert "state_dict" in user_error(load_network, tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("change", ["folder renamed", "picture damaged"])

@@ -1,6 +1,5 @@
 """The networks against reference values, and every way a model or VGG file is read or refused."""
 
-import copy
 import json
 import pickle
 from collections import OrderedDict
@@ -239,22 +238,16 @@ def assert_same_network(actual: StyleTransferNetwork, desired: StyleTransferNetw
     assert actual.config == desired.config
     assert not actual.training
     assert_same_tensors(actual.state_dict(), desired.state_dict())
-    content, style = random_feature((1, 3, 16, 24), 0).double(), random_feature((1, 3, 16, 16), 1).double()
-    with torch.inference_mode():
-        outputs = [copy.deepcopy(network).double()(content, style) for network in (actual, desired)]
-    assert_close(*outputs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backbone, pooling, dtype", [("vgg19", "max", None), ("vgg16", "avg", None),
-                                                      ("vgg19", "blur", None), ("vgg16", "max", torch.float16)])
+@pytest.mark.parametrize("backbone, pooling, dtype", [("vgg19", "blur", torch.float32),
+                                                      ("vgg16", "max", torch.float16)])
 def test_checkpoint_round_trip(tmp_path, backbone, pooling, dtype):
     """In half precision too, which is loaded as float32."""
     network = small_network(backbone, pooling)
     torch.save(model_checkpoint(network, dtype, iteration=7), tmp_path / "model.pth")
     actual, checkpoint = load_network(tmp_path / "model.pth")
-    if dtype is not None:
-        network.to(dtype).float()
-    assert_same_network(actual, network)
+    assert_same_network(actual, network.to(dtype).float())
     assert checkpoint["iteration"] == 7
 
 
@@ -270,11 +263,12 @@ def test_file_of_the_original_implementation(tmp_path, backbone, pooling, cut):
 
 def test_swap_max_pool_against_the_file_is_refused(tmp_path):
     for pooling in POOLINGS:
-        torch.save(model_checkpoint(small_network(pooling=pooling)), tmp_path / f"{pooling}.pth")
-    for pooling in ("max", "blur"):
-        message = user_error(load_network, tmp_path / f"{pooling}.pth", swap_max_pool=True)
-        assert "swap_max_pool" in message and f"{pooling} pooling" in message
-    assert load_network(tmp_path / "avg.pth", swap_max_pool=True)[0].config.pooling == "avg"
+        torch.save(model_checkpoint(small_network(pooling=pooling)), tmp_path / "model.pth")
+        if pooling == "avg":
+            assert load_network(tmp_path / "model.pth", swap_max_pool=True)[0].config.pooling == "avg"
+        else:
+            message = user_error(load_network, tmp_path / "model.pth", swap_max_pool=True)
+            assert "swap_max_pool" in message and f"{pooling} pooling" in message
 
 
 def test_model_file_of_a_folder(tmp_path):
@@ -402,11 +396,9 @@ def test_vgg_file_whole_or_cut_after_the_deepest_layer(tmp_path, random_vgg, suf
     assert load_vgg("vgg19", str(path))[1] != origin  # which tells contents apart
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg, suffix):
+def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg):
     """The last is of VGG16, cut at its encoder: its loss network goes deeper."""
-    vgg19 = torchvision_state(random_vgg["vgg19"])
-    vgg16 = torchvision_state(random_vgg["vgg16"])
+    vgg19, vgg16 = (torchvision_state(random_vgg[backbone]) for backbone in BACKBONES)
     encoder = {key: tensor for key, tensor in vgg16.items() if int(key.split(".")[1]) <= 14}
     cases = [
         ("vgg19", "features.10.bias", {key: tensor for key, tensor in vgg19.items() if key != "features.10.bias"}),
@@ -414,7 +406,7 @@ def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg, suffix):
         ("vgg19", "features.0.bias", vgg19 | {"features.0.bias": torch.full((64,), float("nan"))}),
         ("vgg19", "features.16", vgg16), ("vgg16", "features.17.weight", encoder),
     ]
-    path = tmp_path / f"vgg{suffix}"
+    path = tmp_path / "vgg.pth"
     for backbone, key, state in cases:
         save_as(state, path)
         message = user_error(load_vgg, backbone, str(path))

@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --dist worksteal
-NUMERIC := tests/test_network.py tests/test_loss.py tests/test_model_store.py tests/painting/test_tiling.py \
+NUMERIC := tests/test_network.py tests/test_loss.py tests/test_model_store.py tests/painting/test_stylizer.py \
 	tests/painting/test_padding.py tests/training/test_step.py tests/training/test_muon.py tests/pruning \
 	tests/exporting/test_export.py
 

@@ -11,7 +11,6 @@ from loss import (
     channel_norm,
     content_loss,
     distillation_errors,
-    l0_norm,
     moved,
     nonzero_channels,
     shift_loss,
@@ -114,12 +113,6 @@ def test_uncorrelation_of_two_constant_channels_with_rounded_mean():
     """The mean of 35 times 0.1 or 3.3 is not exact in float32; that must not look like a correlation."""
     feature = torch.stack([torch.full((5, 7), 0.1), torch.full((5, 7), 3.3)])[None]
     assert_close(uncorrelation_loss(feature), torch.tensor(0.0), rtol=0, atol=1e-4)
-
-
-def test_channel_norm_by_hand():
-    feature = torch.tensor([3.0, 4.0, 0, 0, 0, 0, 0, 0]).reshape(1, 2, 2, 2)
-    assert_close(channel_norm(feature), torch.tensor([[5.0, 0.0]]))
-    assert_close(l0_norm(torch.tensor([0.0, 1.0, 3.0]), eps=1.0), torch.tensor([0.0, 0.5, 0.75]))
 
 
 def test_channel_loss_gradient_is_exact_up_to_large_norms():

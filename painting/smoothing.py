@@ -96,8 +96,7 @@ class Blender:
         """painted: (H, W, 3), uint8. Returns the same."""
         blended = painted.astype(np.float32)
         if motion.source is not None:
-            carried = cv2.remap(self._before, motion.source, None, cv2.INTER_CUBIC,
-                                      borderMode=cv2.BORDER_REPLICATE)
+            carried = cv2.remap(self._before, motion.source, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
             blended += self._share * motion.followed * np.clip(carried - blended, -_LARGEST, _LARGEST)
         self._before = np.clip(blended, 0.0, 255.0)
         return np.rint(self._before).astype(np.uint8)

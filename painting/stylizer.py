@@ -253,9 +253,7 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
     if isinstance(picture, (str, Path)):
         with usable(Path(picture), name):
             return prepare_picture(Path(picture), size)
-    got = type(picture).__name__
-    if isinstance(picture, (np.ndarray, Tensor)):
-        got = f"{got} of shape {tuple(picture.shape)} and type {str(picture.dtype).removeprefix('torch.')}"
+    got = f"{type(picture).__name__} {getattr(picture, 'shape', '')} {getattr(picture, 'dtype', '')}".strip()
     if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
         picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
     if isinstance(picture, Image.Image):

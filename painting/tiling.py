@@ -20,32 +20,24 @@ TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture 
 KEPT_FEATURES = 512 * 2**20  # bytes of bottleneck features that are kept; of more, each tile is encoded again
 
 
-def encoder_halo(config: NetworkConfig) -> int:
-    """Bottleneck positions on each side of a tile that the tile's own features depend on."""
-    reach, scale = 0, 1  # pixels of the picture
+def halos(config: NetworkConfig) -> tuple[int, int]:
+    """Bottleneck positions on each side of a tile that its features depend on, and that its painted pixels do."""
+    encoder, scale = 0, 1  # pixels of the picture
     for entry in ENCODERS[config.backbone]:
         if entry == POOL:
-            reach += scale * (config.pooling == "blur")  # which looks at its neighbours
+            encoder += scale * (config.pooling == "blur")  # which looks at its neighbours
             scale *= 2
         else:
-            reach += scale  # a 3 x 3 conv sees one more of its own pixels
-    return -(-reach // scale)
-
-
-def decoder_halo(config: NetworkConfig) -> int:
-    """Bottleneck positions on each side of a tile that the tile's own pixels depend on."""
-    reach = 0  # of each layer's own pixels, counted from a cut, as many are not what the whole picture gives
+            encoder += scale  # a 3 x 3 conv sees one more of its own pixels
+    decoder = 0  # of each layer's own pixels, counted from a cut, as many are not what the whole picture gives
     for entry in reversed(ENCODERS[config.backbone]):
-        if entry == POOL:
-            reach = 2 * reach + (config.upsampling == "bilinear")  # which looks at its neighbours
-        else:
-            reach += 1
-    return -(-reach // config.stride)
+        decoder = 2 * decoder + (config.upsampling == "bilinear") if entry == POOL else decoder + 1
+    return -(-encoder // scale), -(-decoder // scale)
 
 
 def least_tile(config: NetworkConfig) -> int:
     """Side in pixels of the smallest tile of which something is left without its halo."""
-    return (2 * max(encoder_halo(config), decoder_halo(config)) + 1) * config.stride
+    return (2 * max(halos(config)) + 1) * config.stride
 
 
 def memory_needed(config: NetworkConfig, pixels: int) -> int:
@@ -73,7 +65,7 @@ class TiledPicture:
         self.network, self.pixels = network, pixels
         self.stride = network.config.stride
         self.grid = tuple(max(2, -(-side // self.stride)) for side in pixels.shape[2:])  # as `pad_to_stride`
-        self.halos = encoder_halo(network.config), decoder_halo(network.config)
+        self.halos = halos(network.config)
         rows, columns = (self._spans(places, tile) for places in self.grid)
         self.tiles = [(row, column) for row in rows for column in columns]
         self.kept = None  # (B, C, *grid) once every tile has been encoded

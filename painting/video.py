@@ -126,7 +126,7 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
         if config.cropsize is not None:
             top, left = ((length - config.cropsize) // 2 for length in pixels.shape[:2])
             pixels = pixels[top : top + config.cropsize, left : left + config.cropsize]
-        last = Frame(pixels, shown, frame.duration if has_times and frame.duration else regular)
+        last = Frame(np.ascontiguousarray(pixels), shown, frame.duration if has_times and frame.duration else regular)
         yield last
 
 
@@ -364,7 +364,7 @@ def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
     style = stylizer.combine([load_input(Path(each), of_styles, style_flag) for each in styles], config.style_weights)
 
     def paint(pixels: np.ndarray) -> np.ndarray:
-        frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        frame = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         try:
             return np.asarray(stylizer.paint_picture(frame, style, strength,
                                                      keeps_colors=config.preserve_color == "luma"))

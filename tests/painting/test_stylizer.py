@@ -29,7 +29,7 @@ from painting import stylizer as stylizer_module
 from painting import tiling
 from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from painting.stylizer import Stylizer, open_mask
-from painting.tiling import Moments, TiledPicture, decoder_halo, encoder_halo, least_tile, memory_needed
+from painting.tiling import Moments, TiledPicture, halos, least_tile, memory_needed
 from weights import load_network
 
 CONTENT, *STYLES = (random_picture(seed, size) for seed, size in enumerate([(56, 75), (40, 50), (33, 61)]))
@@ -336,14 +336,14 @@ def test_halos_are_the_reach_of_the_layers(backbone, pooling, upsampling):
     seen = image.grad[0, 0].sum(0).nonzero()
     reach = middle * stride - seen.min().item()  # pixels beyond the position's own
     assert seen.max().item() - ((middle + 1) * stride - 1) == reach == REACH[backbone, pooling]
-    assert encoder_halo(network.config) == -(-reach // stride)
+    assert halos(network.config)[0] == -(-reach // stride)
 
     feature = torch.ones(1, 1, 25, 25, dtype=torch.float64, requires_grad=True)
     own = slice(middle * stride, (middle + 1) * stride)
     network.decoder(feature)[0, 0, own, own].sum().backward()
     seen = feature.grad[0, 0].sum(0).nonzero()
     reach = middle - seen.min().item()
-    assert seen.max().item() - middle == reach == decoder_halo(network.config)
+    assert seen.max().item() - middle == reach == halos(network.config)[1]
 
 
 # Each pair of two settings occurs; sides of a picture that are short, or no multiple of the stride.

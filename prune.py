@@ -24,12 +24,10 @@ from pruning.report import (
 from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
-from settings import count, count_or_zero, positive_fraction, setting
+from settings import check_needed, count, count_or_zero, positive_fraction, setting
 from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, write_text_atomically
 from weights import PRUNED_NAME, model_checkpoint
 
-PRUNED_LAYERS = ("bottleneck", "all")
-PRUNE_RANKS = ("importance", "magnitude")
 GRID_NUMBERS = (0, 100, 200, 300, 400, 470, 490, 500)  # as published
 
 
@@ -53,14 +51,14 @@ class PruneConfig:
     prune_images: int = setting(1000, "number of pictures from each folder to measure the channels with", "pruning",
                                 count)
     prune_layers: str = setting("bottleneck", "cut channels of the bottleneck alone, or of every layer", "pruning",
-                                choices=PRUNED_LAYERS)
+                                choices=("bottleneck", "all"))
     prune_macs: float | None = setting(
         None, "cut the least important channels of every layer until this fraction of the multiply-adds is left",
         "pruning", positive_fraction, none="cut only what is off or constant")
     prune_rank: str = setting(
         "importance", "what --prune_macs cuts first: by importance, the channels that change the picture least for the "
         "multiply-adds saved; by magnitude, for comparison, those of the smallest weights, an equal share of every "
-        "layer", "pruning", choices=PRUNE_RANKS)
+        "layer", "pruning", choices=("importance", "magnitude"))
     round_to: int = setting(
         1, "leave each layer a multiple of this many channels, or as many as before where that is less", "pruning",
         count)
@@ -94,9 +92,7 @@ class PruneConfig:
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
-        for name in ("load_path", "save_path", "content_dir", "style_dir"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is needed in prune mode")
+        check_needed(self, "prune")
         ways = {"prune_num": self.prune_num is not None, "prune_channels": self.prune_channels is not None,
                 "prune_layers all or prune_macs": self.every_layer}
         asked = [way for way, is_asked in ways.items() if is_asked]
@@ -176,11 +172,10 @@ def prune(given: dict) -> int:
         note(f"what the cut changes is not measured, {reason}")
     folder = make_folder(config.save_path, "--save_path")
 
-    paths = sorted({*map(Path, chain(*measured.values(), *pairs))})
     responses, reports = {}, {}
     for model in models:
         model.network.to(device, memory_format=torch.channels_last)
-        note_learned_from(model.name, model.checkpoint, paths)
+        note_learned_from(model.name, model.checkpoint, [*{*map(Path, chain(*measured.values(), *pairs))}])
         responses[model.name] = kept or measure_responses(model.network, config, measured, pairs)
         reports[model.name] = prune_model(model, responses[model.name], meter, config)
     print(format_table(reports))

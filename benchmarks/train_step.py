@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +50,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="time this trainer's step with torch.compile as well")
     parser.add_argument("--bilinear", action="store_true", help="time it with bilinear upsampling as well")
     parser.add_argument("--turns", type=int, default=7, help="timed turns behind each median")
-    parser.add_argument("--steps", type=int, help="steps a turn (default: 20 on a GPU, 1 on the CPU)")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each loader and end-to-end measurement")
     parser.add_argument("--num_workers", type=int, default=8, help="of this trainer's loader")
     parser.add_argument("--content_dir", type=Path, default=ROOT / "imgs" / "content", help="default: bundled pictures")
@@ -86,16 +86,13 @@ def measure_steps(
     generator = torch.Generator().manual_seed(1)
     shape = (config.batch_size, 3, config.cropsize, config.cropsize)
     pair = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(2)]
-    count = arguments.steps or (20 if device.type == "cuda" else 1)
+    count = 20 if device.type == "cuda" else 1  # steps a turn
 
-    def turn(step: Callable) -> Callable:
-        def run():
-            for _ in range(count):
-                step(*pair)
+    def repeat(step: Callable) -> None:
+        for _ in range(count):
+            step(*pair)
 
-        return run
-
-    times = time_in_turns([turn(step) for step in steps.values()], arguments.turns, device)
+    times = time_in_turns([partial(repeat, step) for step in steps.values()], arguments.turns, device)
     results = {}
     for name, seconds in zip(steps, times):
         result = results[name] = {"seconds": spread([each / count for each in seconds])}

@@ -125,8 +125,7 @@ def build_report(
     responses: Responses, config,
 ) -> dict:
     """What the cut changed, as plain values for `report.json`. config: a PruneConfig."""
-    size, bottleneck = config.report_size, bottleneck_conv(before.config)
-    device = next(before.parameters()).device
+    size, device = config.report_size, next(before.parameters()).device
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2)]
     with torch.inference_mode():
@@ -142,11 +141,6 @@ def build_report(
             f"latency_ms_{when}": statistics.median(taken) * 1000.0,
         }
     changes = measure_changes(before, after, responses.pairs, config)
-    off = {bottleneck: len(responses.off_for_all)}
-    off |= {name: len(found.off) for name, found in responses.layers.items()}
-    folded = {name: len(constants.get(name, {}).keys() & set(found.constant.tolist()))
-              for name, found in responses.layers.items()}
-    layers = zip(*(conv_layers(network.config, size) for network in (before, after)))
     return report | {
         "max_pixel_difference": max((change["max_pixel_difference"] for change in changes), default=None),
         "changes": changes,
@@ -159,18 +153,27 @@ def build_report(
         "size_of_macs_and_latency": size,
         "device": describe_device(device),
         "torch": torch.__version__,
-        "cut_channels": sorted(cuts[bottleneck]),
+        "cut_channels": sorted(cuts[bottleneck_conv(before.config)]),
         "prune_layers": "all" if config.every_layer else "bottleneck",
         **{name: getattr(config, name) for name in ("imsize", "cropsize", "latency_runs", "prune_macs", "prune_rank",
                                                     "round_to")},
-        "layers": [  # a row a conv, in forward order; None where channels were not measured
-            {"name": old.name, "kind": old.kind}
+        "layers": _layer_rows(before, after, constants, responses, size),
+    }
+
+
+def _layer_rows(
+    before: StyleTransferNetwork, after: StyleTransferNetwork, constants: Constants, responses: Responses, size: int
+) -> list[dict]:
+    """A dictionary for each conv, in forward order; with None where its channels were not measured."""
+    off = {bottleneck_conv(before.config): len(responses.off_for_all)}
+    off |= {name: len(found.off) for name, found in responses.layers.items()}
+    folded = {name: len(constants.get(name, {}).keys() & set(found.constant.tolist()))
+              for name, found in responses.layers.items()}
+    return [{"name": old.name, "kind": old.kind}
             | {f"{key}_{when}": getattr(layer, key) for when, layer in (("before", old), ("after", new))
                for key in ("width", "parameters", "macs")}
             | {"channels_off_for_all": off.get(old.name), "channels_constant_folded": folded.get(old.name)}
-            for old, new in layers
-        ],
-    }
+            for old, new in zip(conv_layers(before.config, size), conv_layers(after.config, size))]
 
 
 def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype) -> int:
@@ -218,6 +221,7 @@ def column_of(report: dict) -> dict[str, str]:
     column |= {METRICS[metric]: show_summary(summary) for metric, summary in report.get("metrics", {}).items()}
     column["pictures measured"] = f"{report['content_pictures']} + {report['style_pictures']}"
     column["pairs set aside"] = str(report["compared_pairs"])
+    column["times"] = f"medians of {report['latency_runs']}, {report['device']}, torch {report['torch']}"
     return column
 
 

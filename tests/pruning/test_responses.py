@@ -195,19 +195,9 @@ def test_responses_of_another_network_are_refused(measured, tmp_path):
         assert needed in user_error(Responses.load, path, config, every_layer)
 
 
-def damaged(path):
-    Responses(np.random.default_rng(0).random((50, 5), np.float32), ["x"] * 50, 25).save(path)
-    content = bytearray(path.read_bytes())
-    content[100:400] = bytes(300)
-    path.write_bytes(content)
-
-
 DAMAGES = {
-    "missing": lambda path: None,
     "text": lambda path: path.write_text("no archive"),
     "truncated": lambda path: (RESPONSES.save(path), path.write_bytes(path.read_bytes()[:-200])),
-    "damaged within": damaged,
-    "plain array": lambda path: np.save(path.open("wb"), L2),
     "one row": lambda path: np.savez(path, l2=L2[0], paths=np.array(["a"]), contents=np.array(1)),
     "pickled": lambda path: np.savez(path, l2=L2, paths=np.array(["a", None, {}], dtype=object), contents=np.array(1)),
 }

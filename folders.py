@@ -103,9 +103,8 @@ def is_held_out(path: Path, share: float) -> bool:
 
 def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
     """Pictures to learn from, and those held out, in the order given. Raises UserError when none is to learn from."""
-    learned, held_out = parts = [], []
-    for path in paths:
-        parts[is_held_out(path, share)].append(path)
+    held_out = [path for path in paths if is_held_out(path, share)]
+    learned = [path for path in paths if not is_held_out(path, share)]
     if not learned:
         raise UserError(f"--holdout {share}: all {len(paths)} pictures of {paths[0].parent} would be held out")
     return learned, held_out
@@ -123,9 +122,7 @@ def find_split(folder: Path, flag: str, holdout: float, output: Path | None = No
 def find_measured(folder: Path, flag: str, holdout: float, output: Path | None = None) -> list[Path]:
     """The pictures to measure: those that training with the same `holdout` left out; all when it is 0. Raises UserError
     where there are none."""
-    if holdout == 0:
-        return find_pictures(folder, flag, output)
-    return find_split(folder, flag, holdout, output)[1]
+    return find_split(folder, flag, holdout, output)[1] if holdout else find_pictures(folder, flag, output)
 
 
 # ---------------------------------------------------------------------------------- what cannot be used
@@ -143,14 +140,14 @@ class FailedPictures:
         if str(path) not in self.paths:
             self.paths.add(str(path))
             note_of_process(f"skipped {reason}")
-            self.check(len(self.paths), self.total, reason)
+            self.stop_if_many(len(self.paths), self.total, reason)
 
     def add_other_processes(self) -> None:
         """Count what the other processes of the run have met; each process must call this. Raises as `add` does."""
         self.paths.update(*gather(self.paths))
-        self.check(len(self.paths), self.total, "met by another process")
+        self.stop_if_many(len(self.paths), self.total, "met by another process")
 
-    def check(self, failed: int, total: int, reason: str) -> None:
+    def stop_if_many(self, failed: int, total: int, reason: str) -> None:
         """Raises UserError, with the `reason` of the last, when more than a tenth of `total` pictures have failed."""
         if failed > MAX_FAILED * total:
             raise UserError(f"{self.where}: {failed} of {total} pictures cannot be used (the last: {reason}); mend or "
@@ -180,6 +177,6 @@ def open_folder(
         broken = {path: text for path, text in zip(sample, pool.map(reason_to_skip, sample)) if text is not None}
     failed = FailedPictures(folder, flag, len(paths))
     for path, text in broken.items():
-        failed.check(len(broken), len(sample), text)  # over a tenth of a sample says the same of the folder
+        failed.stop_if_many(len(broken), len(sample), text)  # over a tenth of a sample says the same of the folder
         failed.add(path, text)
     return [path for path in paths if path not in broken], failed

@@ -221,7 +221,8 @@ def usable_cores() -> int:
 def _control_groups(controller: str) -> Iterator[Path]:
     """The folders of the control groups that this process is in, of version 2 and 1, and of those above: a container's,
     a job's under SLURM or systemd."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    listed = Path("/proc/self/cgroup")  # which not every container shows
+    for line in listed.read_text().splitlines() if listed.exists() else ():
         _, controllers, group = line.split(":", 2)
         if controllers in ("", controller):  # of version 2, of version 1
             folder = Path(f"/sys/fs/cgroup/{controllers}{group}")

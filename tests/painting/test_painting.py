@@ -461,32 +461,24 @@ def test_each_picture_is_decoded_and_encoded_once(pairs, tmp_path, monkeypatch, 
 
 
 def test_reading_painting_and_writing_overlap(pairs, tmp_path, monkeypatch):
-    """A picture is written only once the network is at the next, and the third content is read by then."""
+    """The first picture is written, and the third content is read, while the second is painted."""
     write_noise(tmp_path / "contents" / "c2.png", (24, 32), 7)
     monkeypatch.setattr(many, "usable_cores", lambda: 2)
-    met, read = threading.Barrier(2, timeout=60), threading.Event()
-    save, load, paint, painted = many.save_picture, many.load_input, Stylizer.paint_picture, []
+    together = threading.Barrier(3, timeout=60)
 
-    def wait_and_save(picture, path, alpha):
-        if path.name == "c0_s0.png":
-            met.wait()
-        save(picture, path, alpha)
+    def meet_at(number, function):
+        calls = []
 
-    def load_and_say(path, *more):
-        if path.name == "c2.png":
-            read.set()
-        return load(path, *more)
+        def call(*arguments, **settings):
+            calls.append(None)
+            if len(calls) == number:
+                together.wait()
+            return function(*arguments, **settings)
+        return call
 
-    def wait_and_paint(self, *arguments, **settings):
-        painted.append(None)
-        if len(painted) == 2:
-            met.wait()
-            assert read.wait(timeout=60)
-        return paint(self, *arguments, **settings)
-
-    for place, name, function in ((many, "save_picture", wait_and_save), (many, "load_input", load_and_say),
-                                  (Stylizer, "paint_picture", wait_and_paint)):
-        monkeypatch.setattr(place, name, function)
+    monkeypatch.setattr(many, "save_picture", meet_at(1, many.save_picture))
+    monkeypatch.setattr(many, "load_input", meet_at(4, many.load_input))  # the first is the style
+    monkeypatch.setattr(Stylizer, "paint_picture", meet_at(2, Stylizer.paint_picture))
     assert main(words(pairs | {"style": tmp_path / "styles" / "s0.png"})) == 0
 
 

@@ -51,7 +51,7 @@ from utils import (
     resolve_device,
     write_text_atomically,
 )
-from weights import COMPACT_MODEL, VGG_SOURCES, find_model_file, model_names, same_vgg
+from weights import COMPACT_MODEL, model_names, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 METRICS_NAME = "metrics.json"
@@ -301,9 +301,10 @@ def _make_plan(config: TestConfig) -> Plan:
         sheets.append(contact_sheet(pairs, columns))
     folder, files = _outputs(config, pairs, contents, styles, names)
     mask = None if config.mask is None else open_mask(config.mask)
-    plan = Plan(contents, styles, pairs, columns, others, mask, folder, files, sheets)
-    _check_outputs(config, plan)
-    return plan
+    written = [*chain.from_iterable(files.values()), *(folder / sheet.name for sheet in sheets)]
+    written += [folder / METRICS_NAME] * bool(config.measured)
+    check_outputs(config, written, (contents, styles), [path for each in others.values() for path in each.values()])
+    return Plan(contents, styles, pairs, columns, others, mask, folder, files, sheets)
 
 
 def _outputs(
@@ -322,18 +323,6 @@ def _outputs(
     taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
     named = output_names(pairs, contents, styles, endings, taken)
     return save_path, {pair: [folder / f"{name}.png" for folder in folders for name in named[pair]] for pair in pairs}
-
-
-def _check_outputs(config: TestConfig, plan: Plan) -> None:
-    """Raises UserError where the plan would overwrite what it reads, or write into a folder that it searches."""
-    written = [*chain.from_iterable(plan.files.values()), *(plan.folder / sheet.name for sheet in plan.sheets)]
-    written += [plan.folder / METRICS_NAME] * bool(config.measured)
-    read = [("--load_path", find_model_file(Path(path))) for path in config.load_path]
-    read += [("--painted", path) for files in plan.others.values() for path in files.values()]
-    read += [(f"--{flag}", Path(getattr(config, flag))) for flag in ("mask", "vgg_weights")
-             if getattr(config, flag) not in (None, *VGG_SOURCES)]
-    folders = set() if config.writes_a_file else {path.parent for path in written}
-    check_outputs(written, folders, (plan.contents, plan.styles), read)
 
 
 # ------------------------------------------------------------------------------------------------- report

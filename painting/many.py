@@ -142,7 +142,7 @@ class PairPainter:
         return load_input(path, config, pictures.flag, MIN_SIDE if self.meter else 1)
 
     def _encode_style(self, number: int, pictures: list[Tensor]) -> None:
-        self._show(("style", number), pixels_to_pil(pictures[0]))
+        self._show(("style", number), pictures[0])
         codes = [] if self.config.preserve_color == "histogram" else self._codes(pictures)
         measured = self.meter.open_style(pictures[0]) if self.meter else []
         self.encoded[number] = _Style(pictures if not codes else [], codes, measured)
@@ -154,7 +154,7 @@ class PairPainter:
 
     def _paint_content(self, number: int, content: Content) -> None:
         """Paint all pairs of a content."""
-        self._show(("content", number), pixels_to_pil(content[0]))
+        self._show(("content", number), content[0])
         measured = self.meter.open_content(content[0]) if self.meter else None
         for pair in self.pairs[number]:
             if pair[1] in self.encoded:
@@ -186,7 +186,7 @@ class PairPainter:
                 raise UserError(f"painted {name}: {files[pair]} has {other.shape[3]} x {other.shape[2]} pixels, its "
                                 f"content as it is painted {picture.shape[3]} x {picture.shape[2]} (--imsize, "
                                 "--cropsize); the same size is needed")
-            self._show((*pair, column), pixels_to_pil(other))
+            self._show((*pair, column), other)
             outputs.append(normalize(other.to(self.meter.device)))
         return outputs
 
@@ -211,9 +211,9 @@ class PairPainter:
         if len(self.being_written) > self.threads:
             self.being_written.popleft().result()
 
-    def _show(self, key: Key, picture: Image.Image) -> None:
+    def _show(self, key: Key, picture: Tensor | Image.Image) -> None:
         """Keep a small copy of a picture that a sheet shows."""
         if key in self.shown:
-            picture = picture.copy()
+            picture = pixels_to_pil(picture) if isinstance(picture, Tensor) else picture.copy()
             picture.thumbnail((self.cell, self.cell))
             self.outcome.shown[key] = picture

@@ -114,17 +114,18 @@ def output_names(
 
 
 def check_outputs(
-    files: Iterable[Path], folders: Iterable[Path], pictures: Sequence[Pictures], others: Iterable[tuple[str, Path]]
+    config, written: Sequence[Path], pictures: Sequence[Pictures] = (), painted: Sequence[Path] = ()
 ) -> None:
-    """Raises UserError where a file to write is one that is read, or a folder to write to belongs to one that is
-    searched for pictures: the next call would paint what this one wrote. others: further files that are read, each
-    with the flag that it is of."""
-    inputs = [*((f"--{each.flag}", path) for each in pictures for path in each.paths), *others]
-    read = {os.path.realpath(path): f"{flag} {path}" for flag, path in inputs}
-    for file in files:
+    """Raises UserError where a file to write is one that is read, or would lie where one of the pictures' folders is
+    searched: the next call would paint what this one wrote. config: a TestConfig; painted: by others, read, too."""
+    named = {flag: paths for paths, flag in map(config.input, ("content", "style"))} | {
+        "load_path": config.load_path, "mask": [config.mask or ""], "vgg_weights": [config.vgg_weights],
+        "painted": painted} | {each.flag: each.paths for each in pictures}
+    read = {os.path.realpath(path): f"--{flag} {path}" for flag, paths in named.items() for path in paths}
+    for file in written:
         if os.path.realpath(file) in read:
             raise UserError(f"save_path: {file} would overwrite {read[os.path.realpath(file)]}; name another")
-    for folder in folders:
+    for folder in () if config.writes_a_file else {file.parent for file in written}:
         for each in pictures:
             for root, found in each.folders.items():
                 refuse_within(folder, root, f"--{each.flag}", found)

@@ -347,9 +347,7 @@ def check_video(config) -> Path:
     if target.suffix.lower() not in VIDEO_FORMATS:
         raise UserError(f"save_path {target}: a video is written to {' '.join(VIDEO_FORMATS)}, or into a folder, "
                         "whose name ends with /")
-    read = [(f"--{content_flag}", content), *((f"--{style_flag}", Path(style)) for style in styles),
-            ("--load_path", Path(config.load_path[0]))]
-    check_outputs([target], (), (), read)
+    check_outputs(config, [target])
     return target
 
 

@@ -28,7 +28,6 @@ from distill import DistillConfig, Distiller, Student, distill, in_next_style, r
 from folders import find_pictures, split_holdout
 from main import main
 from network import adain, channel_statistics
-from train import TrainConfig, build_trainer
 from training.dead_units import DeadUnits
 from weights import STUDENT_NAME, load_network, model_checkpoint
 
@@ -210,15 +209,6 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch,
     assert f"not {other}; start a new run" in user_error(distill, resumed | {"teacher": other})
     assert "--new_weights False, not True" in user_error(distill, resumed | {"new_weights": True})
     assert "--batch_size 1" in user_error(distill, resumed | {"batch_size": 1})
-
-
-def test_training_starts_from_the_student(tmp_path):
-    assert distill(settings(tmp_path, save_path=str(tmp_path / "run"), max_iter=1)) == 0
-    start = str(tmp_path / "run" / STUDENT_NAME)
-    config = TrainConfig(content_dir="x", style_dir="x", save_path="x", load_path=start, vgg_weights="random")
-    trainer = build_trainer(config, CPU, None)
-    desired = load_network(start)[0].state_dict()
-    assert all(torch.equal(tensor, desired[name]) for name, tensor in trainer.network.state_dict().items())
 
 
 def test_one_folder_and_nothing_held_out(tmp_path):

@@ -47,32 +47,3 @@ def test_the_rest_learns_by_adam():
             parameter.grad = gradient.clone()
             optimizer.step()
     torch.testing.assert_close(pair[0], pair[1])
-
-
-def test_state_goes_through_a_file(tmp_path):
-    """Three steps in one go, or two, a file, and one: the same weights."""
-    generator = torch.Generator().manual_seed(5)
-    gradients = torch.randn(3, 8, 4, 3, 3, generator=generator), torch.randn(3, 8, generator=generator)
-
-    def start():
-        parameters = torch.nn.Parameter(torch.ones(8, 4, 3, 3)), torch.nn.Parameter(torch.ones(8))
-        groups = [{"params": [parameters[0]], "orthogonal": True}, {"params": [parameters[1]]}]
-        return parameters, Muon(groups)
-
-    def step(parameters, optimizer, number):
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient[number].clone()
-        optimizer.step()
-
-    undisturbed, optimizer = start()
-    for number in range(3):
-        step(undisturbed, optimizer, number)
-    stopped, optimizer = start()
-    for number in range(2):
-        step(stopped, optimizer, number)
-    torch.save(optimizer.state_dict(), tmp_path / "state.pth")
-    optimizer = Muon([{"params": [stopped[0]], "orthogonal": True}, {"params": [stopped[1]]}])
-    optimizer.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
-    step(stopped, optimizer, 2)
-    for actual, desired in zip(stopped, undisturbed):
-        assert torch.equal(actual, desired)

@@ -2,12 +2,10 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -16,11 +14,8 @@ import pytest
 import torch
 from helpers import (
     CONTENT_DIR,
-    ROOT,
     STYLE_DIR,
-    read_metrics,
     user_error,
-    words,
     write_map,
     write_picture,
 )
@@ -229,8 +224,9 @@ def test_changed_picture_is_decoded_anew_and_the_old_one_dropped(tmp_path, cache
 def test_sizes_and_limits_do_not_mix(tmp_path, cache):
     path = write_picture(tmp_path / "picture.png", (40, 20))
     assert cache.open(path, 10).shape == (10, 20, 3) and cache.open(path, 16).shape == (16, 32, 3)
-    with pytest.raises(PictureError, match="--max_pixels 100"):
-        PictureCache(cache.folder, max_pixels=100).open(path, 10)
+    for limit, each, said in ((100, path, "--max_pixels 100"), (MANY, tmp_path / "none.png", "none.png")):
+        with pytest.raises(PictureError, match=said):
+            PictureCache(cache.folder, limit).open(each, 10)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
@@ -255,24 +251,6 @@ def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, cache, mon
     for position in range(6):
         assert torch.equal(pictures[position][0], plain[position][0])
     assert capsys.readouterr().err.count("--cache_dir") == 1
-
-
-def test_workers_share_a_cache(tmp_path, cache):
-    batches = list(training_batches(cached_pictures(tmp_path, cache), range(24), 4, 2, False))
-    plain = make_pictures(tmp_path)
-    for number, (content, style, failures) in enumerate(batches):
-        assert not failures
-        for offset in range(4):
-            desired = plain[4 * number + offset]
-            assert torch.equal(content[offset], desired[0]) and torch.equal(style[offset], desired[1])
-    assert len(list(cache.folder.glob("??/*.npy"))) == 8
-
-
-def test_picture_that_breaks_is_reported_by_a_cache_too(tmp_path, cache):
-    pictures = cached_pictures(tmp_path, cache)
-    pictures.folders[0][0].unlink()
-    failures = [failure for position in range(5) for failure in pictures[position][2]]
-    assert any(str(pictures.folders[0][0]) == path for _, path, _ in failures)
 
 
 # ------------------------------------------------------------------------------------------------ workers
@@ -320,20 +298,26 @@ def hang(monkeypatch, after: int) -> None:
     monkeypatch.setattr(TrainingPictures, "__getitem__", picture)
 
 
+@contextmanager
+def once_saved(folder: Path, act):
+    """Within the block, `act` is called as soon as the run in the folder has its first checkpoint."""
+    def wait() -> None:
+        while not (folder / "check_point.pth").exists():
+            time.sleep(0.1)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+
+
 @pytest.mark.parametrize("number, code, workers", [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1)])
 def test_signal_while_waiting_for_data_saves_and_stops(small, tmp_path, monkeypatch, capsys, number, code, workers):
     hang(monkeypatch, after=8)  # those before are shown at checkpoints, or seen in four iterations
     settings = small | {"save_path": str(tmp_path / "run"), "num_workers": workers, "max_iter": 6, "check_iter": 4}
-
-    def stop() -> None:
-        while not (tmp_path / "run" / "check_point.pth").exists():
-            time.sleep(0.1)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    assert train(settings) == code
-    thread.join()
+    with once_saved(tmp_path / "run", lambda: os.kill(os.getpid(), number)):
+        assert train(settings) == code
     assert "stopped after iteration 4, saved" in capsys.readouterr().err
     monkeypatch.undo()
     assert train({"save_path": str(tmp_path / "run"), "resume": True}) == 0
@@ -343,31 +327,10 @@ def test_killed_worker_ends_the_run_in_one_line(small, tmp_path, monkeypatch):
     """What the kernel does when memory is short. The last checkpoint is good."""
     hang(monkeypatch, after=4 * small["batch_size"])
     settings = small | {"save_path": str(tmp_path / "run"), "num_workers": 2, "max_iter": 20, "check_iter": 2}
-
-    def kill() -> None:
-        while not (tmp_path / "run" / "check_point.pth").exists():
-            time.sleep(0.1)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    message = user_error(train, settings)
-    thread.join()
+    with once_saved(tmp_path / "run", lambda: multiprocessing.active_children()[0].kill()):
+        message = user_error(train, settings)
     assert "--num_workers 2: a process that decodes pictures was killed" in message
     assert "check_point.pth, go on with: python main.py --mode train --resume --save_path" in message
-
-
-@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
-def test_a_small_dev_shm_is_enough(small, tmp_path):
-    settings = small | {"save_path": tmp_path / "run", "num_workers": 4, "max_iter": 4, "batch_size": 8, "cropsize": 64,
-                        "imsize": 64}
-    command = " ".join([sys.executable, str(ROOT / "main.py"), "--mode", "train", *words(settings)])
-    mounted = f"mount -t tmpfs -o size=256k tmpfs /dev/shm || exit 77; {command}"
-    result = subprocess.run(["unshare", "-m", "bash", "-c", mounted], text=True, capture_output=True, timeout=300)
-    if result.returncode in (1, 77) and "training on" not in result.stderr:
-        pytest.skip(f"no file system of its own here: {result.stderr[-200:]}")
-    assert result.returncode == 0, result.stderr
-    assert len(read_metrics(tmp_path / "run")) == 4
 
 
 def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):

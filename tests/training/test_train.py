@@ -105,11 +105,11 @@ def test_what_a_resumed_run_keeps_and_what_may_change(small, tmp_path):
     assert checkpoint_of(tmp_path)["processes"] == 1
 
 
-@pytest.mark.parametrize("after", [{"encoder_lr": 1e-5, "decoder_lr": 0.0}, {"encoder_lr": 1e-5}])
-def test_a_frozen_part_stays_frozen(small, tmp_path, after):
+def test_a_frozen_part_stays_frozen(small, tmp_path):
+    """The other one has as many tensors."""
     train(small | {"encoder_lr": 0.0, "save_path": str(tmp_path), "max_iter": 1})
     again = {"save_path": str(tmp_path), "resume": True, "max_iter": 2}
-    assert "freezes or thaws a part" in user_error(train, again | after)
+    assert "freezes or thaws a part" in user_error(train, again | {"encoder_lr": 1e-5, "decoder_lr": 0.0})
     assert train(again) == 0
 
 
@@ -129,7 +129,6 @@ def test_a_run_is_resumed_from_another_folder(small, tmp_path, monkeypatch):
     ("bundled (sha256 00aa)", "/a/b.pth (sha256 00aa)", True),
     ("bundled (sha256 00aa)", "bundled (sha256 00ab)", False),
     ("imagenet (torchvision X)", "imagenet (torchvision X, sha256 00aa)", True),
-    ("imagenet (torchvision X)", "imagenet (torchvision Y, sha256 00aa)", False),
     ("random (He initialisation, seed 0)", "random (He initialisation, seed 1)", False),
     (None, None, True),
     (None, "bundled (sha256 00aa)", False),
@@ -285,19 +284,8 @@ def test_wandb_gets_what_metrics_jsonl_gets_and_ends_no_training(small, tmp_path
             assert logged[row.pop("iteration")] == row | picture
 
 
-class NoWandb:
-    """Finds no package wandb, wherever it lies."""
-
-    @staticmethod
-    def find_spec(name, *_):
-        if name == "wandb":
-            raise ModuleNotFoundError(name)
-
-
 def test_training_without_wandb_says_so_once(small, tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [NoWandb, *sys.meta_path])
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what cannot be imported
     assert train(small | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "auto"}) == 0
     assert capsys.readouterr().err.count("wandb is not installed") == 1
     message = user_error(train, small | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "offline"})
@@ -308,7 +296,7 @@ def test_cached_run_equals_run_without_a_cache(small, tmp_path):
     settings = small | {"max_iter": 3}
     train(settings | {"save_path": str(tmp_path / "plain")})
     for name in ("first", "second"):  # fills the cache, then uses it
-        train(settings | {"save_path": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "num_workers": 1})
+        train(settings | {"save_path": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "num_workers": 2})
         assert read_metrics(tmp_path / name) == read_metrics(tmp_path / "plain")
     assert list((tmp_path / "cache").glob("??/*.npy"))
 

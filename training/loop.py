@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import utils
 from folders import FailedPictures, open_folder, split_holdout
 from training.run_folder import CheckpointFolder, MetricFile, WandbRun
-from training.sampling import TrainingPictures, count_failures, shard_positions, training_batches
+from training.sampling import TrainingPictures, count_failures, training_batches
 from utils import UserError, is_first_process, note, process_count
 from weights import VGG_SOURCES
 
@@ -191,10 +192,10 @@ class Run:
     def _loop(self) -> int:
         config, trainer, processes = self.config, self.trainer, process_count()
         on_cpu = trainer.device.type == "cpu"
-        positions = shard_positions(
-            self.samples_seen, config.max_iter - self.iteration, config.batch_size, utils.process_rank(), processes)
-        batches = training_batches(
-            self.pictures, positions, config.batch_size, utils.worker_count(config.num_workers), pin_memory=not on_cpu)
+        left = (config.max_iter - self.iteration, processes, config.batch_size)
+        positions = self.samples_seen + np.arange(np.prod(left)).reshape(left)[:, utils.process_rank()]
+        batches = training_batches(self.pictures, positions.ravel().tolist(), config.batch_size,
+                                   utils.worker_count(config.num_workers), pin_memory=not on_cpu)
         bar = utils.progress_bar(config.max_iter, self.mode, "it", initial=self.iteration)
         shown, is_due, stopping = time.perf_counter(), False, False
         with utils.catch_stop_signals() as stop, bar, closing(batches):

@@ -46,9 +46,7 @@ class PictureCache:
     of processes and runs may share a folder and be killed at any moment."""
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
-        self.folder = Path(folder)
-        self.max_pixels = max_pixels
-        self.is_full = False
+        self.folder, self.max_pixels, self.is_full = Path(folder), max_pixels, False
 
     def open(self, path: Path, size: int) -> np.ndarray:
         """The picture with its shorter side at `size`: (H, W, 3), uint8. Raises PictureError as `load_picture` does."""
@@ -93,13 +91,9 @@ class TrainingPictures(Dataset):
     folder once, in an order of its own. A picture that fails is replaced by another, drawn by the same position.
     """
 
-    def __init__(
-        self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, cache: PictureCache | None = None
-    ) -> None:
+    def __init__(self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, cache: PictureCache | None = None):
         """folders: the pictures of each."""
-        self.folders = folders
-        self.crop = crop
-        self.seed = seed
+        self.folders, self.crop, self.seed = folders, crop, seed
         self.load = cache.open if cache else partial(load_picture, max_pixels=crop.max_pixels)
 
     def __getitem__(self, position: int) -> tuple[Tensor | list[Failure], ...]:
@@ -153,13 +147,6 @@ def count_failures(failures: list[Failure], tallies: Sequence[FailedPictures]) -
         tallies[number].add(path, reason)
     if len(failures) >= MAX_DRAWS:
         raise UserError(f"{len(failures)} pictures in a row cannot be used (the last: {failures[-1][2]})")
-
-
-def shard_positions(seen: int, iterations: int, batch_size: int, rank: int, processes: int) -> list[int]:
-    """The positions that process `rank` draws in the coming iterations, after `seen` samples by all processes: in each,
-    batch_size of the next batch_size * processes."""
-    positions = np.arange(iterations * processes * batch_size).reshape(iterations, processes, batch_size)
-    return (seen + positions[:, rank]).ravel().tolist()
 
 
 def training_batches(

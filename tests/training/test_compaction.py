@@ -44,9 +44,6 @@ def macs_of(config: NetworkConfig) -> float:
     return count_macs(config, 64) / count_macs(FULL, 64)
 
 
-# ------------------------------------------------------------------------------------------ selection, costs
-
-
 def test_cost_of_channels_on_is_that_of_the_network_cut_to_them():
     """ODD's widths as the channels that are on in the full network, in each selection of layers."""
     cost = NetworkCost(FULL, CPU)
@@ -62,13 +59,10 @@ def test_cost_of_channels_on_is_that_of_the_network_cut_to_them():
         assert cost(channels_on).item() == pytest.approx(macs_of(cut), rel=1e-5)
 
 
-def norms_of(config: NetworkConfig, layers: str, value: float, rows: int = 2) -> dict[str, torch.Tensor]:
-    return {part: torch.full((rows, sum(widths)), value) for part, widths in selected_widths(config, layers).items()}
-
-
 def test_gradient_goes_to_the_channels_that_cost_most():
     """By hand: the derivative by a layer's channels is factor * (channels before) + factor * (channels after)."""
-    norms = {part: norm.requires_grad_() for part, norm in norms_of(FULL, "all", 1.0).items()}
+    norms = {part: torch.ones(2, sum(widths), requires_grad=True)
+             for part, widths in selected_widths(FULL, "all").items()}
     compact = CompactLosses(FULL, "all", "macs", 1.0, CPU)
     compact.channel_loss(compact.spared(norms)).backward()
     widths = [3, *(0.5 * width for width in (*FULL.encoder_widths, *FULL.decoder_widths[:-1])), 3]  # l0 is 1/2
@@ -117,9 +111,6 @@ def test_losses_of_several_layers_by_hand():
     assert_close(macs, torch.tensor(desired / count_macs(FULL, 64)), rtol=1e-5, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------- epsilon
-
-
 @pytest.mark.parametrize("text, desired", [("1e-5", 1e-5), ("relative:0.01", "relative:0.01"), *(
     (bad, None) for bad in ("relative:", "relative:0", "share:0.1", "relative:-1", "0", "inf", "nan", "relative:1:2"))])
 def test_epsilon_of_the_command_line(text, desired):
@@ -147,9 +138,6 @@ def test_relative_epsilon_does_not_see_the_scale_of_a_layer():
         compact = CompactLosses(config, "all", cost, "relative:0.1", CPU)
         assert_close(compact.channel_loss(scaled), compact.channel_loss(norms))
         assert_close(compact.xor_loss(scaled), compact.xor_loss(norms))
-
-
-# ----------------------------------------------------------------------------------------- census, steering
 
 
 def test_census_counts_channels_that_were_on_lately():
@@ -196,9 +184,6 @@ def test_steered_weight_stays_in_its_range_and_comes_back():
         weight = held.update(torch.tensor(1.0), iteration)
     assert weight.item() == pytest.approx(10.0 * TargetSteering.RANGE, rel=1e-3)
     assert held.update(torch.tensor(0.0), iteration) < weight
-
-
-# ------------------------------------------------------------------------------------------------ the step
 
 
 def run_layers(part: nn.Module, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -262,9 +247,6 @@ def test_layers_of_a_selection_are_the_ones_that_are_compared():
         assert sum(len(widths) for widths in trainer.census.widths().values()) == count
         for name in ("nonzero_channels", "channels_off_for_all", "channels_off_for_some"):
             assert torch.equal(actual[name], desired[name]), (layers, name)
-
-
-# -------------------------------------------------------------------------------------------- whole trainings
 
 
 def test_bottleneck_run_goes_on_with_more_layers(tmp_path):

@@ -32,7 +32,6 @@ from training.sampling import (
     PictureCache,
     TrainingPictures,
     count_failures,
-    shard_positions,
     training_batches,
 )
 from utils import worker_count
@@ -165,18 +164,6 @@ def test_mixed_pictures_take_the_folders_in_turn(monkeypatch):
     assert len(set(seen)) == 16  # an epoch shows each picture once
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_the_positions_of_one_run(processes):
-    """Together the processes draw what one process with the whole batch draws, iteration by iteration."""
-    shards = [shard_positions(24, 5, 2, rank, processes) for rank in range(processes)]
-    actual = [[position for shard in shards for position in shard[2 * i : 2 * i + 2]] for i in range(5)]
-    desired = [list(range(24 + 2 * processes * i, 24 + 2 * processes * (i + 1))) for i in range(5)]
-    assert actual == desired
-
-
-# -------------------------------------------------------------------------------------------------- cache
-
-
 @pytest.fixture
 def cache(tmp_path) -> PictureCache:
     (tmp_path / "cache").mkdir()
@@ -251,9 +238,6 @@ def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, cache, mon
     for position in range(6):
         assert torch.equal(pictures[position][0], plain[position][0])
     assert capsys.readouterr().err.count("--cache_dir") == 1
-
-
-# ------------------------------------------------------------------------------------------------ workers
 
 
 def test_batches_go_through_the_pipe_and_not_through_shared_memory():

@@ -24,9 +24,6 @@ def relative_error(actual: torch.Tensor, desired: torch.Tensor) -> float:
     return ((actual - desired).norm() / desired.norm()).item()
 
 
-# ------------------------------------------------------------------------------------- against the plain step
-
-
 def one_step_each(dtype: torch.dtype, **settings) -> tuple[dict, dict, float]:
     """The losses of the fast and the plain step from the same weights, and the largest relative difference of a
     gradient. The picture is noise: max pooling meets no ties."""
@@ -70,9 +67,6 @@ def test_shared_features_give_the_same_losses():
         assert_close(actual[name], desired[name], rtol=1e-9, atol=0, msg=name)
 
 
-# ------------------------------------------------------------------------------------------------- its parts
-
-
 def test_rates_rise_stay_and_fall():
     config = TrainConfig(max_iter=8, warmup_iter=2, decay_iter=3)
     assert [config.rate_share(iteration) for iteration in range(1, 9)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
@@ -106,9 +100,6 @@ def test_channel_and_xor_losses_switch_channels_off():
         end = trainer.step(*random_batch())
     assert end["nonzero_channels"] < start["nonzero_channels"] - 20
     assert end["channels_off_for_all"] > start["channels_off_for_all"] + 10
-
-
-# -------------------------------------------------------------------------------------------------- shift loss
 
 
 def test_shift_loss_of_the_step():

@@ -31,7 +31,6 @@ from network import NetworkConfig, StyleTransferNetwork
 from pruning.surgery import cut_bottleneck
 from train import TrainConfig, build_trainer, train
 from training import step as step_module
-from training.loop import MetricSums
 from utils import save_checkpoint
 from weights import BUNDLED_VGG19, load_network, same_vgg
 
@@ -42,9 +41,6 @@ WANDB = dict(wb_name="trial", wb_tags=("channel loss", "xor loss"), wb_notes="a 
 
 def checkpoint_of(folder: Path) -> dict:
     return torch.load(folder / "check_point.pth", weights_only=True)
-
-
-# ------------------------------------------------------------------------------------------------ resume
 
 
 @pytest.mark.parametrize("more", [{"shift_loss_weight": 30.0}, STEERED], ids=["bottleneck", "every layer"])
@@ -137,9 +133,6 @@ def test_origins_of_the_same_weights(first, second, desired):
     assert same_vgg(first, second) == same_vgg(second, first) == desired
 
 
-# ------------------------------------------------------------------------------------------ where a run starts
-
-
 @pytest.mark.parametrize("name, value, other", [("upsampling", "bilinear", "nearest"), ("pooling", "blur", "max")])
 def test_the_file_says_how_to_sample_unless_another_way_is_asked_for(small, tmp_path, name, value, other):
     train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, name: value})
@@ -175,9 +168,6 @@ def test_vgg16_and_average_pooling_train(tmp_path):
     assert (network.config.backbone, network.config.pooling) == ("vgg16", "avg")
 
 
-# ------------------------------------------------------------------------------------------ kill, bad losses
-
-
 def test_a_second_run_is_refused_and_a_kill_leaves_a_good_checkpoint(small, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(REPORTING_MAIN), "--mode", "train", *words(small | {"max_iter": 5000})]
@@ -205,14 +195,6 @@ def test_loss_that_is_not_finite_stops_the_run(small, tmp_path):
     assert (tmp_path / "check_point.pth").read_bytes() == good
 
 
-def test_terms_that_are_not_finite_are_named():
-    sums, good = MetricSums(), {name: torch.tensor(1.0) for name in METRICS}
-    sums.add(good, 6)
-    assert sums.show(("content", "total")) == "content 1, total 1"
-    sums.add(good | {"style": torch.tensor(float("nan")), "total": torch.tensor(float("inf"))}, 7)
-    assert "iteration 7: not finite: style, total; " in user_error(sums.show, METRICS)
-
-
 def test_compile_without_a_compiler_is_one_line(small, tmp_path, monkeypatch, capsys):
     """The step is cut short to its first loss: what is compiled does not matter where nothing can be."""
     import torch._inductor.config as inductor
@@ -233,9 +215,6 @@ def test_only_convolutions_of_a_training_may_use_tf32(small, tmp_path):
     stylise({"load_path": (small["load_path"],), "content": (picture,), "style": (picture,), "gpu_no": -1,
              "save_path": str(tmp_path / "out.png")})
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-
-
-# ------------------------------------------------------------------------------------------- what is written
 
 
 def test_every_check_writes_metrics_grid_and_checkpoint(small, tmp_path):

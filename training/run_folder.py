@@ -7,16 +7,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from utils import (
-    CHECKPOINT_NAME,
-    UserError,
-    is_first_process,
-    load_checkpoint,
-    make_folder,
-    note,
-    save_checkpoint,
-    write_text_atomically,
-)
+import utils
+from utils import CHECKPOINT_NAME, UserError, is_first_process, note, save_checkpoint
 
 LOCK_NAME = ".lock"
 
@@ -35,7 +27,7 @@ class CheckpointFolder:
     def of_run(cls, save_path: str, keep: int, is_resumed: bool):
         """The folder of `--save_path`, made where it is not there. Within the block no other run can write to it.
         Raises UserError when another run does, or when a new run would mix with one that the folder holds."""
-        folder = cls(make_folder(save_path, "--save_path"), keep)
+        folder = cls(utils.make_folder(save_path, "--save_path"), keep)
         with open(folder.folder / LOCK_NAME, "w") as lock:  # a kill lets go of it, too
             try:
                 if is_first_process():
@@ -57,7 +49,7 @@ class CheckpointFolder:
         if not folder.newest.exists():
             raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
         try:
-            return load_checkpoint(folder.newest, flag="--resume")
+            return utils.load_checkpoint(folder.newest, flag="--resume")
         except UserError as error:
             older = ", ".join(path.name for path in folder.numbered()) or "none"
             raise UserError(f"{error}; to go on from an older one, copy it there: {older}") from error
@@ -93,12 +85,10 @@ class MetricFile:
             return
         kept = []
         for line in self.path.read_text().splitlines():
-            try:
+            with suppress(json.JSONDecodeError, KeyError):  # the half-written last line of a killed run
                 if json.loads(line)["iteration"] <= iteration:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue  # the half-written last line of a killed run
-        write_text_atomically(self.path, "".join(kept))
+        utils.write_text_atomically(self.path, "".join(kept))
 
     def append(self, row: dict) -> None:
         """Raises UserError when the file cannot be written to."""

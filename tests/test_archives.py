@@ -4,7 +4,6 @@ import io
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from data import load_picture
 from folders import find_pictures, is_searched, open_folder
 from main import main
 from train import train
-from training.sampling import CropConfig, PictureCache, TrainingPictures
+from training.sampling import PictureCache
 from weights import load_network
 
 MANY = 10**8
@@ -165,19 +164,6 @@ def test_threads_and_processes_read_at_once(photos, tmp_path):
     assert archives.members(archive) is archives.members(archive)
 
 
-def test_large_archives_are_opened_once_and_not_sent_to_workers(tmp_path, monkeypatch):
-    count = 20_000
-    with zipfile.ZipFile(tmp_path / "train2014.zip", "w") as file:
-        for number in range(count):
-            file.writestr(f"train2014/COCO_train2014_{number:012d}.jpg", b"x")
-    opened = []
-    monkeypatch.setattr(archives, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
-    paths = find_pictures(tmp_path / "train2014.zip", "--content_dir")
-    assert len(paths) == count and archives.find(paths[-1])[1].file_size == 1 and len(opened) == 1
-    pictures = TrainingPictures((paths, paths[:1]), CropConfig(20, 16, False, MANY), seed=0)
-    assert len(pickle.dumps(pictures)) < 150 * count  # the paths
-
-
 # ------------------------------------------------------------------------------------------------- names
 
 
@@ -224,13 +210,6 @@ def test_empty_and_broken_members_are_bad_pictures(tmp_path):
     for name, said in (("empty", "empty"), ("text", "not a readable"), ("half", "not a readable"), ("none", "no such")):
         assert said in refused(archive / f"{name}.png")
     assert "3 of 3 pictures" in user_error(open_folder, archive, "--style_dir", MANY)
-
-
-def test_an_archive_that_was_cut_short_is_refused(photos, tmp_path):
-    whole = pack(photos, tmp_path / "photos.zip").read_bytes()
-    for share in (0.99, 0.5, 0.01):
-        (tmp_path / "photos.zip").write_bytes(whole[: int(share * len(whole))])
-        assert "not a whole .zip archive" in user_error(find_pictures, tmp_path / "photos.zip", "--content_dir")
 
 
 # ------------------------------------------------------------------------------------------------- cache

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import refused, user_error, write_map, write_noise, write_picture
+from helpers import refused, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
@@ -71,11 +71,6 @@ def test_cmyk_jpeg(tmp_path, ink, desired):
     assert np.abs(pixels(load_picture(tmp_path / "cmyk.jpg")) - desired).max() <= 3
 
 
-def test_floating_point_pixels_are_refused(tmp_path):
-    Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "float.tif")
-    assert "floating-point" in refused(tmp_path / "float.tif")
-
-
 # ---------------------------------------------------------------------------------------- broken pictures
 
 
@@ -85,16 +80,6 @@ def test_what_is_no_picture_is_refused(tmp_path, content):
     assert ("not a readable picture" if content else "empty") in refused(tmp_path / "text.jpg")
     assert "no such file" in refused(tmp_path / "none.jpg")
     assert "folder" in refused(tmp_path)
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_truncated_file(tmp_path, suffix):
-    path = write_noise(tmp_path / f"cut{suffix}", (64, 64), 0)
-    whole = path.read_bytes()
-    for share in (0.2, 0.5, 0.9):
-        path.write_bytes(whole[: int(share * len(whole))])
-        for imsize in (None, 8):
-            refused(path, imsize=imsize)
 
 
 # -------------------------------------------------------------------------------------------------- sizes
@@ -164,9 +149,7 @@ def test_normalize_by_hand_and_back():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_no_picture(value):
-    image = torch.zeros(1, 3, 2, 2)
-    image[0, 1, 0, 1] = value
-    assert "not finite" in user_error(denormalize, image)
+    assert "not finite" in user_error(denormalize, torch.tensor([0.0, value]).expand(1, 3, 1, 2))
 
 
 @pytest.mark.parametrize("name, kind, tolerance", [

@@ -192,17 +192,20 @@ def test_preview_of_a_raw_file_is_no_picture(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
-def test_damaged_metadata_does_not_excuse_cut_pixels(tmp_path, suffix):
+def test_cut_pixels_are_refused_and_damaged_metadata_excuses_them_not(tmp_path, suffix):
     path = write_noise(tmp_path / f"cut{suffix}", (64, 64), 0)
-    if suffix == ".png":
-        with_png_chunks(path, BAD_CHUNKS["gamma"])
-    elif suffix == ".jpg":
-        with_jpeg_segments(path, BAD_SEGMENTS["icc"])
-    pixels(load_picture(path))
-    whole = path.read_bytes()
-    for share in (0.4, 0.8):
-        path.write_bytes(whole[: int(share * len(whole))])
-        assert "not a readable picture" in refused(path)
+    for is_damaged in (False, True):
+        if is_damaged and suffix == ".png":
+            with_png_chunks(path, BAD_CHUNKS["gamma"])
+        elif is_damaged and suffix == ".jpg":
+            with_jpeg_segments(path, BAD_SEGMENTS["icc"])
+        pixels(load_picture(path))
+        whole = path.read_bytes()
+        for share in (0.2, 0.5, 0.9):
+            path.write_bytes(whole[: int(share * len(whole))])
+            for imsize in (None, 8):
+                assert "not a readable picture" in refused(path, imsize=imsize)
+        path.write_bytes(whole)
 
 
 # ----------------------------------------------------------------------------------------------- colours

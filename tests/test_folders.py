@@ -9,7 +9,7 @@ from PIL import Image, features
 
 import folders
 from data import load_picture
-from folders import FailedPictures, find_pictures, open_folder
+from folders import find_pictures, open_folder
 
 MANY = 10**9
 KINDS = {"a.tif": "TIFF", "b.bmp": "BMP", "c.gif": "GIF", "d.jfif": "JPEG", "e.ppm": "PPM", "f.tga": "TGA",
@@ -99,14 +99,16 @@ def make_folder(folder: Path, good: int, broken: int) -> Path:
     return folder
 
 
-def test_one_broken_picture_of_20_is_skipped_and_said_once(tmp_path, capsys):
+def test_broken_pictures_are_skipped_and_said_once_until_they_are_more_than_a_tenth(tmp_path, capsys):
     paths, failed = open_folder(make_folder(tmp_path, 19, 1), "--content_dir", MANY)
     assert paths == [tmp_path / f"good_{number:02}.png" for number in range(19)]
     broken = tmp_path / "broken_00.jpg"
     failed.add(broken, f"{broken}: again")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"skipped {broken}: ")
-    assert failed.summary() == f"--content_dir {tmp_path}: 20 pictures, 1 skipped"
+    failed.add(paths[0], "gone")
+    assert failed.summary() == f"--content_dir {tmp_path}: 20 pictures, 2 skipped"
+    assert f"--content_dir {tmp_path}: 3 of 20" in user_error(failed.add, paths[1], "gone")
 
 
 @pytest.mark.parametrize(("good", "broken"), [(18, 2), (10, 1), (9, 1), (9, 0), (17, 3), (8, 1), (0, 5)])
@@ -130,11 +132,3 @@ def test_large_pictures_broken_links_and_pipes_count_as_failed(tmp_path, capsys)
     assert failed.paths == {str(tmp_path / name) for name in ("large.png", "link.jpg", "pipe.jpg")}
     said = capsys.readouterr().err
     assert "large.png: 100 x 100" in said and "link.jpg: no such file" in said and "pipe, socket or device" in said
-
-
-def test_tally_stops_when_more_than_a_tenth_failed_later(tmp_path, capsys):
-    failed = FailedPictures(tmp_path, "--style_dir", 20)
-    for name in ("a", "a", "b"):
-        failed.add(tmp_path / f"{name}.jpg", f"{name}.jpg: gone")
-    message = user_error(failed.add, tmp_path / "c.jpg", "c.jpg: gone")
-    assert "--style_dir" in message and "3 of 20" in message

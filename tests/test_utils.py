@@ -72,13 +72,7 @@ WRITERS = {
     "text": lambda path: write_text_atomically(path, "text " * 10_000),
     "metrics": lambda path: MetricFile(path).append({"loss": "1" * 30_000}),
     "page": lambda path: write_page(path.parent / "page", {"index.html": b"x" * 30_000}),
-    "stream": lambda path: write_stream(path),  # as a video is written
 }
-
-
-def write_stream(path: Path) -> None:
-    with replacing(path) as file:
-        file.write(b"x" * 30_000)
 
 
 @pytest.mark.parametrize("kind", WRITERS)

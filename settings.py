@@ -22,9 +22,6 @@ TOPICS = ("pictures to read", "networks", "stylising", "output", "losses", "lear
           "the run", "the device", "wandb")
 
 
-# -------------------------------------------------------------------------------------------- value types
-
-
 def _number(kind: Callable, fits: Callable, needed: str) -> Callable:
     """What reads a number of a kind that `fits`; argparse's error says what is `needed`."""
     def parse(text: str):
@@ -49,9 +46,6 @@ fraction_to_0_9 = _number(float, lambda value: 0 <= value <= 0.9, "a number from
 proper_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 rate = _number(lambda text: float(Fraction(text)), lambda value: 0 < value <= 1000,
                "a number above 0, at most 1000, or a fraction such as 30000/1001")
-
-
-# ------------------------------------------------------------------------------------------------- fields
 
 
 def _said(*said, **more) -> dict:
@@ -119,9 +113,6 @@ SHARED = {
     "gpu_no": _said("number of the GPU, or -1 for the CPU", "the device", int, none="GPU 0, or the CPU without one"),
     "amp": _said("mixed precision", "the device", choices=("auto", "off", "bf16")),
 }
-
-
-# -------------------------------------------------------------------------------------------------- flags
 
 
 def flags_of(config: type) -> dict[str, dict]:

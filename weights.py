@@ -171,9 +171,10 @@ def _keys(indices: Iterable[int]) -> list[str]:
 
 
 def _is_adain_vgg(tensors: dict) -> bool:
-    shapes = [tuple(getattr(tensors.get(key), "shape", ())) for key in ("0.weight", "0.bias", "2.weight", "2.bias")]
-    return (set(_keys(ADAIN_VGG)) <= tensors.keys() and shapes[:2] == [(3, 3, 1, 1), (3,)]
-            and shapes[2] == (*shapes[3], 3, 3, 3))
+    if not _holds_tensors(tensors) or not set(_keys((0, *ADAIN_VGG))) <= tensors.keys():
+        return False
+    colours, offset, weight, bias = (tuple(tensors[key].shape) for key in _keys((0, 2)))
+    return (colours, offset) == ((3, 3, 1, 1), (3,)) and weight == (*bias, 3, 3, 3)
 
 
 def for_normalised_rgb(weight: Tensor, bias: Tensor, matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

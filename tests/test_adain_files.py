@@ -158,7 +158,8 @@ def test_the_last_conv_may_be_numbered_without_its_padding(files, tmp_path):
 
 def test_what_does_not_fit_is_one_line_that_says_what_was_looked_for(files, flags, tmp_path, capsys):
     looked_for = "vgg_normalised.pth is needed, with a 1x1 conv called 0 and 3x3 convs 2, 5, 9, 12, 16, 19, 22, 25, 29"
-    short, narrow, cut = (tmp_path / f"{name}.pth" for name in ("short", "narrow", "cut"))
+    short, narrow, cut, odd = (tmp_path / f"{name}.pth" for name in ("short", "narrow", "cut", "odd"))
+    torch.save(files[0].state_dict() | {"5.weight": [1.0]}, odd)
     torch.save({key: tensor for key, tensor in files[0].state_dict().items() if key != "29.bias"}, short)
     torch.save(make_vgg(SMALL_VGG).state_dict(), narrow)
     torch.save({key: tensor for key, tensor in files[1].state_dict().items() if key[:2] != "28"}, cut)
@@ -166,7 +167,7 @@ def test_what_does_not_fit_is_one_line_that_says_what_was_looked_for(files, flag
         ({"vgg_weights": "bundled"}, f"--vgg_weights bundled: --load_path {flags['load_path']} is the decoder of an "
                                      f"AdaIN program, its {looked_for}"),
         ({"vgg_weights": short}, f"--vgg_weights {short} is no encoder of --load_path"),
-        ({"vgg_weights": short}, looked_for),
+        ({"vgg_weights": odd}, looked_for),
         ({"vgg_weights": narrow}, "decoder.layers.0.1.weight has shape (256, 512, 3, 3), not (256, 14, 3, 3)"),
         ({"vgg_weights": tmp_path / "none.pth"}, f"--vgg_weights {tmp_path}/none.pth: no such file"),
         ({"load_path": cut}, "nor AdaIN's decoder.pth, 1, 5, 8, 11, 14, 18, 21, 25, 28"),

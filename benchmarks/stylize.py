@@ -94,11 +94,8 @@ def main() -> None:
                                  "tile": arguments.tile, "sizes": {}, "megapixels": {}}
     print(f"{report['device']}, torch {report['torch']}, Python {report['python']}; median (least to greatest) of "
           f"{arguments.runs} runs")
-    if arguments.megapixels:
-        print(f"{'megapixels':>10}  {'model':42}{'tiles':>8}{'seconds':>24}{'MiB':>8}")
-    else:
-        print(f"{'side':>10}  {'model':42}{'parameters':>11}{'10^9 MAC':>10}{'pair, ms':>28}{'content only, ms':>28}"
-              f"{'MiB':>7}")
+    print(f"{'megapixels':>10}  {'model':42}{'tiles':>8}{'seconds':>24}{'MiB':>8}" if arguments.megapixels else
+          f"{'side':>10}  {'model':42}{'parameters':>11}{'10^9 MAC':>10}{'pair, ms':>28}{'content, ms':>28}{'MiB':>7}")
     for megapixels in arguments.megapixels or ():
         of_size = report["megapixels"][f"{megapixels:g}"] = {name: {} for name in networks}
         for name, network in networks.items():

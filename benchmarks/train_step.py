@@ -1,7 +1,6 @@
 """Time this trainer's step against a plain one (`plain.py`), and the loader against the step.
 
-    python benchmarks/train_step.py                                      # GPU, published settings
-    python benchmarks/train_step.py --compile                            # with torch.compile
+    python benchmarks/train_step.py --compile                                # GPU, published settings
     python benchmarks/train_step.py --gpu_no -1 --cropsize 128 --imsize 256
 
 All in one process and run; variants take turns, so that a change in the machine's speed meets all alike. The
@@ -177,8 +176,7 @@ def main() -> None:
     base = TrainConfig(imsize=arguments.imsize, cropsize=arguments.cropsize, batch_size=arguments.batch_size,
                        amp=arguments.amp)
     report = versions(device) | {"steps": {}, "end_to_end": {}}
-    print(f"{report['device']}, torch {report['torch']}, torchvision {report['torchvision']}, "
-          f"Python {report['python']}")
+    print(f"{report['device']}, torch {report['torch']}, Python {report['python']}")
     paths = [find_pictures(getattr(arguments, name), f"--{name}") for name in ("content_dir", "style_dir")]
     with tempfile.TemporaryDirectory() as folder:
         cache = PictureCache(Path(folder))

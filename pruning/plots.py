@@ -68,7 +68,7 @@ def plot_widths(layers: list[dict], size: int, path: Path) -> None:
     axes.set_xticks(places, [layer["name"].replace(".layers.0.", " ") for layer in layers], rotation=60, ha="right",
                     rotation_mode="anchor", fontsize=8)
     before, after = (sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after"))
-    axes.set(ylabel="channels", title=f"multiply-adds at {size} x {size}: {before:.2f} to {after:.2f} x $10^9$")
+    axes.set(ylabel="channels", title=f"multiply-adds at {size} x {size}: {before:.4g} to {after:.4g} x $10^9$")
     axes.legend(frameon=False)
     save_figure(figure, path)
 

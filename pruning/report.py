@@ -207,7 +207,7 @@ def column_of(report: dict) -> dict[str, str]:
         "off for some": str(report["channels_zero_for_some"]),
         "bottleneck channels": change("channels", 1, ".0f"),
         "parameters": change("parameters", 1, ",.0f"),
-        f"multiply-adds at {size}, 10⁹": change("macs", 1e9, ".2f"),
+        f"multiply-adds at {size}, 10⁹": change("macs", 1e9, ".4g"),
         "model file, MiB": change("file_bytes", 2**20, ".2f"),
         f"a pair at {size}, ms": change("latency_ms", 1, ".1f"),
     }

@@ -99,11 +99,11 @@ class Responses:
             for layer in conv_layers(network, size=0)[:-1] if every_layer else ():
                 measured = layers[layer.name].l2.shape[1] if layer.name in layers else 0
                 if measured != layer.width:
-                    raise ValueError(f"{layer.name} has {layer.width} channels, measured were {measured}; prune_layers "
-                                     "all and prune_macs need a file that was measured with one of them")
+                    raise ValueError(f"{measured} channels of {layer.name} were measured, the network has "
+                                     f"{layer.width}; prune_layers all and prune_macs need a file that they wrote")
             if found.l2.shape != (len(found.paths), network.bottleneck_width):
-                raise ValueError(f"the bottleneck has {network.bottleneck_width} channels, l2 has shape "
-                                 f"{found.l2.shape} for {len(found.paths)} pictures")
+                raise ValueError(f"l2 has shape {found.l2.shape} for {len(found.paths)} pictures, the network has "
+                                 f"{network.bottleneck_width} bottleneck channels")
         # NumPy passes on what the zip reader, zlib and the array parser met in a damaged file.
         except Exception as error:
             raise UserError(f"responses {path}: not the responses.npz of this network ({error})") from error
@@ -193,7 +193,7 @@ def measure_responses(
     layers = {}
     if config.every_layer:
         mean_of = [found[:, 3].mean(dim=0) for found in encoder + decoder]
-        mean_of[len(encoder) - 1] = torch.stack(means).mean(dim=0)
+        mean_of[len(encoder) - 1] = torch.stack(means).mean(dim=0)  # the bottleneck's: of the decoder's input
         most = max(map(len, paths.values()))
         numbers = [place * most // IMPORTANCE_PROBES for place in range(IMPORTANCE_PROBES)]  # evenly spread
         probes = ([load_input(Path(each[number % len(each)]), config, name) for name, each in paths.items()]

@@ -186,10 +186,10 @@ def test_responses_of_another_network_are_refused(measured, tmp_path):
     some = {name: layer for name, layer in full.layers.items() if name != "decoder.layers.0.5"}
     other = network.config.with_widths([8, 8, 5, *[8] * 14, 3])
     for written, config, every_layer, needed in (
-        (RESPONSES, network.config, False, "the bottleneck has 8 channels, l2 has shape (3, 5)"),
-        (RESPONSES, FIVE, True, "measured were 0; prune_layers all"),
-        (replace(full, layers=some), network.config, True, "decoder.layers.0.5 has 8 channels, measured were 0"),
-        (full, other, True, "encoder.layers.0.5 has 5 channels, measured were 8"),
+        (RESPONSES, network.config, False, "l2 has shape (3, 5) for 3 pictures, the network has 8"),
+        (RESPONSES, FIVE, True, "the network has 5; prune_layers all"),
+        (replace(full, layers=some), network.config, True, "0 channels of decoder.layers.0.5 were measured"),
+        (full, other, True, "8 channels of encoder.layers.0.5 were measured, the network has 5"),
     ):
         written.save(path)
         assert needed in user_error(Responses.load, path, config, every_layer)

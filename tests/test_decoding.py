@@ -237,10 +237,9 @@ def gamma_curve(gamma: float) -> bytes:
 
 def rgb_profile(primaries: np.ndarray, gamma: float) -> bytes:
     """primaries: (3, 3), rows red, green, blue as XYZ at D50."""
-    tags = {}
-    for name, row in zip(b"rgb", primaries):
-        tags[bytes([name]) + b"XYZ"] = icc_tag(b"XYZ ", struct.pack(">3i", *(round(v * 65536) for v in row)))
-        tags[bytes([name]) + b"TRC"] = gamma_curve(gamma)
+    tags = {name + b"TRC": gamma_curve(gamma) for name in (b"r", b"g", b"b")}
+    for name, row in zip((b"r", b"g", b"b"), primaries):
+        tags[name + b"XYZ"] = icc_tag(b"XYZ ", struct.pack(">3i", *(round(value * 65536) for value in row)))
     return icc_profile(b"RGB ", tags)
 
 
@@ -345,6 +344,8 @@ def test_a_picture_at_hand_is_as_from_its_file(tmp_path):
     with Image.open(tmp_path / "upload.png") as opened:
         assert (from_pil(opened) == prepare_picture(tmp_path / "upload.png")).all()
         assert opened.info["icc_profile"] and opened.size == (40, 30)  # it is the caller's, and stays as it is
+    for mode, white in {"LAB": (255, 128, 128), "YCbCr": (255, 128, 128), "HSV": (0, 0, 255)}.items():
+        assert (from_pil(Image.new(mode, (4, 4), white)) >= 252).all()
     with pytest.raises(PictureError, match="floating-point"):
         from_pil(Image.new("F", (4, 4)))
 
@@ -375,6 +376,9 @@ def test_alpha_of_every_kind(tmp_path):
     for name in ("a.png", "a.webp", "a.tif"):
         path = write_ramp(tmp_path / name, **{"lossless": True} if name == "a.webp" else {})
         assert (np.asarray(load_alpha(path)) == 255 - 6 * np.arange(40)).all()
+    for mode, name in (("RGB", "a.jpg"), ("RGB", "a.png"), ("RGBA", "a.png"), ("RGBA", "a.webp"), ("L", "a.png")):
+        Image.new(mode, (8, 6), "black").save(tmp_path / name)
+        assert load_alpha(tmp_path / name, 4, 4) is None  # all is opaque
     Image.new("LA", (4, 2), (100, 51)).save(tmp_path / "grey.png")
     assert (np.asarray(load_alpha(tmp_path / "grey.png")) == 51).all()
     image = Image.fromarray(np.array([[0, 0, 1, 1]] * 2, np.uint8))
@@ -382,13 +386,6 @@ def test_alpha_of_every_kind(tmp_path):
     for name in ("a.gif", "a.png"):
         image.save(tmp_path / name, transparency=1)
         assert np.asarray(load_alpha(tmp_path / name)).tolist() == [[255, 255, 0, 0]] * 2
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "opaque.png", "grey.png", "opaque.webp"])
-def test_opaque_pictures_have_no_alpha(tmp_path, name):
-    mode, colour = ("RGBA", (1, 2, 3, 255)) if "opaque" in name else ("L", 7) if "grey" in name else ("RGB", (1, 2, 3))
-    Image.new(mode, (8, 6), colour).save(tmp_path / name)
-    assert load_alpha(tmp_path / name, 4, 4) is None
 
 
 def png(path, bits: int, kind: int, rows: bytes, *chunks: bytes, size=(2, 1)):
@@ -422,12 +419,6 @@ def test_16_bits(tmp_path):
     for name in ("deep.tif", "deep.pgm", "deep.png"):
         Image.fromarray(grey).save(tmp_path / name)
         assert pixels(load_picture(tmp_path / name))[0, :, 0].tolist() == [0, 77, 77, 78, 255]
-
-
-@pytest.mark.parametrize(("mode", "white"), [("LAB", (255, 128, 128)), ("YCbCr", (255, 128, 128)),
-                                             ("HSV", (0, 0, 255))])
-def test_other_colour_spaces(mode, white):
-    assert (from_pil(Image.new(mode, (4, 4), white)) >= 252).all()
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif", pytest.param("a.avif", marks=needs_avif)])

@@ -307,7 +307,6 @@ def test_first_signal_is_remembered_and_the_second_acts(number):
 @pytest.mark.parametrize("name, host, variables, desired", [
     ("none", "", {}, False),
     ("none", "", {"WANDB_API_KEY": "0123456789abcdef"}, True),
-    ("none", "", {"WANDB_API_KEY": ""}, False),
     (".netrc", "api.wandb.ai", {}, True),
     ("_netrc", "api.wandb.ai", {}, True),
     (".netrc", "wandb.example.org", {}, False),

@@ -13,6 +13,7 @@ from painting.quality import MIN_SIDE, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, load_input, open_models
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
 from pruning.report import (
+    GRID_NUMBERS,
     MEASURED,
     build_report,
     column_of,
@@ -27,8 +28,6 @@ from pruning.surgery import cut_bottleneck, cut_channels
 from settings import check_needed, count, count_or_zero, positive_fraction, setting
 from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, write_text_atomically
 from weights import PRUNED_NAME, model_checkpoint
-
-GRID_NUMBERS = (0, 100, 200, 300, 400, 470, 490, 500)  # as published
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,6 @@ class PruneConfig:
     @property
     def every_layer(self) -> bool:
         return self.prune_layers == "all" or self.prune_macs is not None
-
-    def grid_numbers(self, width: int) -> list[int]:
-        """The numbers of cut channels to show of a network of so many bottleneck channels."""
-        return [number for number in self.prune_nums or GRID_NUMBERS if number < width]
 
     def check(self) -> None:
         """Raises UserError for what is missing or contradicts itself."""
@@ -200,8 +195,7 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
         parameter.data = parameter.data.to(dtype).float()
     plot_l0_maps({model.name: responses}, folder / "l0_map.png")
     plot_l2_curve(responses, folder / "l2_curve.png")
-    paint_grid(network, responses, config.grid_numbers(network.config.bottleneck_width), config,
-               folder / "prune_grid.png")
+    paint_grid(network, responses, config, folder / "prune_grid.png")
     report = build_report(model.file, network, cut, cuts, constants, responses, config)
     if meter is not None:
         report |= measure_losses(network, cut, responses, meter, config)

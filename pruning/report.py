@@ -30,7 +30,9 @@ from weights import model_checkpoint
 
 STRENGTHS = (1.0, 0.5)  # that changes are measured at, beside the one that is asked for
 MEASURED = ("content", "style", "flat")  # of METRICS, for several networks
-CURVE_NUMBERS = tuple(range(0, 501, 50))  # of channels that are cut
+# Of channels that are cut: in the picture grid, as published, and at the points of the loss curves.
+GRID_NUMBERS = (0, 100, 200, 300, 400, 470, 490, 500)
+CURVE_NUMBERS = tuple(range(0, 501, 50))
 
 
 def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tensor]:
@@ -88,8 +90,10 @@ def paint_with_cuts(
     return outputs
 
 
-def paint_grid(network: StyleTransferNetwork, responses: Responses, numbers: list[int], config, path: Path) -> None:
-    """Content, style, and the output after cutting the n weakest channels, for each n. config: a PruneConfig."""
+def paint_grid(network: StyleTransferNetwork, responses: Responses, config, path: Path) -> None:
+    """Content, style, and the output after cutting the n weakest channels, for each n that the network has. config: a
+    PruneConfig."""
+    numbers = [number for number in config.prune_nums or GRID_NUMBERS if number < network.config.bottleneck_width]
     device = next(network.parameters()).device
     pair = [normalize(picture) for picture in load_pair((config.content, config.style), config, device)]
     outputs = paint_with_cuts(network, responses, *pair, numbers, config.style_strength)

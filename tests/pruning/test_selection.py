@@ -104,12 +104,6 @@ def test_of_equally_important_channels_the_one_that_saves_most_goes():
     assert [len(cut) for cut in cuts.values()] == [int(number == np.argmax(saved)) for number in range(17)]
 
 
-def test_a_layer_that_is_off_keeps_a_channel():
-    config, name = small_config(), "decoder.layers.0.8"
-    drawn = drawn_responses(config) | {name: LayerResponses(np.zeros((1, 6)), *[np.zeros(6)] * 4)}
-    assert len(select_channels(config, drawn, PruneConfig(prune_layers="all"))[0][name]) == 5
-
-
 @pytest.mark.parametrize("multiple, desired", [(1, 5), (2, 6), (4, 8), (8, 8), (16, 10)])
 def test_widths_are_rounded_up_by_keeping_the_strongest(multiple, desired):
     config = small_config(width=10)
@@ -119,6 +113,9 @@ def test_widths_are_rounded_up_by_keeping_the_strongest(multiple, desired):
     cuts, _ = select_channels(config, drawn, PruneConfig(prune_layers="all", round_to=multiple))
     # Off are 7, 6, 3, 1, 0, of rising importance; the most important of them stay.
     assert set(map(tuple, cuts.values())) == {(7, 6, 3, 1, 0)[: 10 - desired]}
+    drawn["decoder.layers.0.8"] = LayerResponses(np.zeros((1, 10)), *[np.zeros(10)] * 4)  # all off: a channel stays
+    cuts, _ = select_channels(config, drawn, PruneConfig(prune_layers="all", round_to=multiple))
+    assert len(cuts["decoder.layers.0.8"]) == 10 - min(multiple, 10)
 
 
 def test_a_budget_below_what_is_kept_is_refused():

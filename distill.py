@@ -17,7 +17,7 @@ from network import NetworkConfig, StyleTransferNetwork, adain, channel_statisti
 from settings import check_needed, setting
 from training.dead_units import DeadUnits
 from training.loop import run_training
-from training.sampling import CropConfig, MixedPictures, first_pictures
+from training.sampling import MixedPictures, first_pictures
 from utils import UserError, autocast_dtype, process_count, save_checkpoint
 from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint
 
@@ -54,7 +54,7 @@ class DistillConfig:
     seed: int = 0
     num_workers: int | None = None  # None: one a core, at most 8
     gpu_no: int | None = None
-    wb_mode = "disabled"  # no setting of this mode
+    cencrop, cache_dir, wb_mode = False, None, "disabled"  # no settings of this mode
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
@@ -161,6 +161,16 @@ class Distiller:
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.lr, fused=True)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
+    def show(self, pictures: MixedPictures, held_out: Sequence[list[Path]], tallies: Sequence[FailedPictures]) -> None:
+        """Have `report` look at the first pictures, and measure some of those held out of each folder."""
+        (shown,) = first_pictures(pictures, DeadUnits.PAIRS, tallies)
+        self.dead_units = DeadUnits(shown, shown.roll(-1, dims=0))
+        if measured := [(each, tally) for each, tally in zip(held_out, tallies) if each]:
+            folders, their_tallies = zip(*measured)
+            count = max(1, HELD_OUT_PICTURES // self.config.batch_size) * self.config.batch_size
+            held_out = MixedPictures(folders, pictures.crop, self.config.seed)
+            (self.held_out,) = first_pictures(held_out, count, their_tallies)
+
     def errors(self, pictures: Tensor) -> Tensor:
         """pictures: (B, 3, H, W), uint8. Returns `metrics`, (3,): the loss, and what it is the sum of."""
         pictures = normalize(pictures).contiguous(memory_format=torch.channels_last)
@@ -217,22 +227,6 @@ class Distiller:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
 
-def open_pictures(
-    config: DistillConfig, trainer: Distiller, learned: Sequence[list[Path]], held_out: Sequence[list[Path]],
-    tallies: Sequence[FailedPictures],
-) -> MixedPictures:
-    """The pictures of a run; the trainer gets some of them to look at, and some held out. See `run_training`."""
-    crop = CropConfig(config.imsize, config.cropsize, False, config.max_pixels)
-    pictures = MixedPictures(learned, crop, config.seed)
-    (shown,) = first_pictures(pictures, DeadUnits.PAIRS, tallies)
-    trainer.dead_units = DeadUnits(shown, shown.roll(-1, dims=0))
-    if measured := [(each, tally) for each, tally in zip(held_out, tallies) if each]:
-        folders, their_tallies = zip(*measured)
-        count = max(1, HELD_OUT_PICTURES // config.batch_size) * config.batch_size
-        (trainer.held_out,) = first_pictures(MixedPictures(folders, crop, config.seed), count, their_tallies)
-    return pictures
-
-
 def distill(given: dict) -> int:
     """Run `--mode distill` with the flags given on the command line. Returns the exit code."""
-    return run_training("distill", DistillConfig, given, FIXED, Distiller, open_pictures)
+    return run_training("distill", DistillConfig, given, FIXED, Distiller, MixedPictures)

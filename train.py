@@ -1,21 +1,17 @@
 """`--mode train`: learn style transfer while the channel and xor losses switch channels off."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from data import MAX_PIXELS
-from folders import FailedPictures
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
 from settings import check_needed, setting
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, selected_widths
-from training.dead_units import DeadUnits
 from training.loop import run_training
-from training.sampling import CropConfig, PictureCache, TrainingPictures, first_pictures
+from training.sampling import TrainingPictures
 from training.step import TransferConfig, TransferTrainer
-from utils import UserError, make_folder, note, process_count
+from utils import UserError, note, process_count
 from weights import load_network, load_vgg, same_vgg
 
 # Settings that a resumed run keeps.
@@ -59,10 +55,6 @@ class TrainConfig(TransferConfig):
     wb_name: str | None = setting(None, "name of the run", "wandb", metavar="TEXT", none="chosen by wandb")
     wb_notes: str | None = setting(None, "notes on the run", "wandb", metavar="TEXT")
     wb_tags: tuple[str, ...] | None = setting(None, "tags of the run", "wandb", metavar="TEXT")
-
-    @property
-    def crop(self) -> CropConfig:
-        return CropConfig(self.imsize, self.cropsize, self.cencrop, self.max_pixels)
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
@@ -120,17 +112,6 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
     return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, origin)
 
 
-def open_pictures(
-    config: TrainConfig, trainer: TransferTrainer, learned: Sequence[list[Path]], held_out: Sequence[list[Path]],
-    tallies: Sequence[FailedPictures],
-) -> TrainingPictures:
-    """The pictures of a run; the trainer gets the first of them to show. See `run_training`."""
-    cache = config.cache_dir and PictureCache(make_folder(config.cache_dir, "--cache_dir"), config.max_pixels)
-    pictures = TrainingPictures(learned, config.crop, config.seed, cache)
-    trainer.show(*first_pictures(pictures, DeadUnits.PAIRS, tallies))
-    return pictures
-
-
 def train(given: dict) -> int:
     """Run `--mode train` with the flags given on the command line. Returns the exit code."""
-    return run_training("train", TrainConfig, given, FIXED, build_trainer, open_pictures)
+    return run_training("train", TrainConfig, given, FIXED, build_trainer, TrainingPictures)

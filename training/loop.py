@@ -13,7 +13,7 @@ from torch import Tensor
 import utils
 from folders import FailedPictures, open_folder, split_holdout
 from training.run_folder import CheckpointFolder, MetricFile, WandbRun
-from training.sampling import TrainingPictures, count_failures, training_batches
+from training.sampling import CropConfig, PictureCache, TrainingPictures, count_failures, training_batches
 from utils import UserError, is_first_process, note, process_count
 from weights import VGG_SOURCES
 
@@ -21,13 +21,11 @@ PATHS = ("content_dir", "style_dir", "save_path", "load_path", "teacher", "cache
 STOP_INTERVAL = 16  # iterations on GPUs after which each process asks again whether another was told to stop
 
 
-def run_training(
-    mode: str, kind: type, given: dict, fixed: Sequence[str], build: Callable, open_pictures: Callable
-) -> int:
+def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build: Callable, dataset: type) -> int:
     """Run a mode that trains with the flags `given` on the command line. Returns the exit code.
 
     kind: the mode's configuration; fixed: the settings that a resumed run keeps. build(config, device, checkpoint)
-    makes the trainer, see `Run`; open_pictures(config, trainer, learned, held_out, tallies) the pictures to learn from.
+    makes the trainer, see `Run`; dataset: `TrainingPictures` or a subclass.
     """
     config, checkpoint = open_config(mode, kind, given, fixed)
     device = utils.resolve_device(config.gpu_no)
@@ -42,7 +40,10 @@ def run_training(
         trainer = build(config, device, checkpoint)
         with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
             learned, held_out = zip(*(split_holdout(each, config.holdout) for each in paths))
-            pictures = open_pictures(config, trainer, learned, held_out, tallies)
+            cache = config.cache_dir and PictureCache(utils.make_folder(config.cache_dir, "--cache_dir"),
+                                                      config.max_pixels)
+            pictures = dataset(learned, CropConfig.of(config), config.seed, cache)
+            trainer.show(pictures, held_out, tallies)
             counts = " and ".join(f"{len(each)} pictures of --{flag}" for each, flag in zip(learned, flags))
             note(f"training on {utils.describe_device(device)}, {'bfloat16' if trainer.amp_dtype else 'float32'}; "
                  f"{counts}")

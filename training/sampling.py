@@ -35,6 +35,11 @@ class CropConfig:
     centered: bool
     max_pixels: int
 
+    @classmethod
+    def of(cls, config) -> "CropConfig":
+        """What a mode's settings say."""
+        return cls(config.imsize, config.cropsize, config.cencrop, config.max_pixels)
+
     @property
     def shorter_side(self) -> int:
         return max(self.imsize, self.cropsize)  # a picture smaller than the crop is enlarged to it

@@ -1,6 +1,7 @@
 """The training step of style transfer: one forward pass, the terms of the loss, backward."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from torch.optim import Optimizer
 
 import loss as losses
 from data import normalize, picture_grid, save_picture
+from folders import FailedPictures
 from network import LossNetwork, StyleTransferNetwork, adain, channel_statistics
 from settings import amount, count_or_zero, proper_fraction, setting
 from training import compaction
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
 from training.dead_units import DeadUnits
 from training.muon import Muon, muon_groups
+from training.sampling import TrainingPictures, first_pictures
 from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, process_count
 from weights import model_checkpoint
 
@@ -225,8 +228,9 @@ class TransferTrainer:
             warnings.filterwarnings("ignore", message="torch.searchsorted")
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
-    def show(self, content: Tensor, style: Tensor) -> None:
-        """Have `report` paint and look at these pictures, (n, 3, H, W), uint8, each."""
+    def show(self, pictures: TrainingPictures, _held_out, tallies: Sequence[FailedPictures]) -> None:
+        """Have `report` paint and look at the first pictures."""
+        content, style = first_pictures(pictures, DeadUnits.PAIRS, tallies)  # (n, 3, H, W), uint8, each
         self.shown_pictures = content[:PREVIEW_PICTURES], style[:PREVIEW_PICTURES]
         # Units of a decoder that is to be compacted are meant to die.
         self.dead_units = DeadUnits(content, style, warns="decoder" not in COMPACT_LAYERS[self.config.compact_layers])

@@ -133,10 +133,10 @@ class MetricSums:
 class Run:
     """A training from its first or its next iteration to the last; `loop` is the training.
 
-    It trains a `TransferTrainer` or a `Distiller`, whose begin(iteration) sets what changes from step to step, counted
-    from 1; step(*batch, all_terms) is a step of the optimiser, some of whose metrics come only with `all_terms`;
-    report(folder, iteration) writes what shows how far the run is, and returns what joins the metrics, and a picture's
-    path or None; state() and restore(checkpoint) are what a checkpoint needs beside the settings.
+    Its trainer is a `TransferTrainer` or a `Distiller`: begin(iteration) sets what changes from step to step, counted
+    from 1; step(*batch, all_terms) returns metrics, some only with `all_terms`, of which `shown` go beside the progress
+    bar; report(folder, iteration) writes what shows how far the run is, and returns what joins the metrics, and a
+    picture's path or None; state() and restore(checkpoint) are what a checkpoint needs beside the settings.
     """
 
     def __init__(

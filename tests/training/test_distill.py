@@ -184,8 +184,8 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch,
     resumed = {"save_path": str(tmp_path / "halves"), "resume": True}
     assert distill(resumed | {"num_workers": 1}) == 0
     checkpoints = [torch.load(tmp_path / name / "check_point.pth", weights_only=True) for name in ("halves", "whole")]
-    for name, tensor in checkpoints[1]["state_dict"].items():
-        assert torch.equal(checkpoints[0]["state_dict"][name], tensor), name
+    halves, whole = (each["state_dict"] for each in checkpoints)
+    assert all(torch.equal(halves[name], tensor) for name, tensor in whole.items())
     assert read_metrics(tmp_path / "halves") == read_metrics(tmp_path / "whole")
     rows = read_metrics(tmp_path / "whole")
     assert [row["iteration"] for row in rows] == [3, 6]
@@ -212,11 +212,8 @@ def test_one_folder_with_a_broken_picture_and_nothing_held_out(tmp_path, capsys)
     assert not any(name.startswith("held_out") for name in row)
 
 
-def test_runs_of_other_modes_are_not_resumed(tmp_path):
+def test_several_processes_and_runs_of_other_modes_are_refused(tmp_path, monkeypatch):
     torch.save({"state_dict": {}, "train_config": {}, "optimizer": {}}, tmp_path / "check_point.pth")
     assert "holds no run of --mode distill" in user_error(distill, {"save_path": str(tmp_path), "resume": True})
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs in one process" in user_error(distill, settings(tmp_path, save_path=str(tmp_path / "run")))

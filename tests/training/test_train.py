@@ -164,8 +164,7 @@ def test_new_weights_keep_the_widths_alone(tmp_path):
 def test_vgg16_and_average_pooling_train(tmp_path):
     settings = {"backbone": "vgg16", "swap_max_pool": True, "style_loss": "gram", "max_iter": 2}
     train(SMALL_TRAINING | settings | {"save_path": str(tmp_path)})
-    network, _ = load_network(tmp_path)
-    assert (network.config.backbone, network.config.pooling) == ("vgg16", "avg")
+    assert load_network(tmp_path)[0].config == NetworkConfig.full("vgg16", "avg")
 
 
 def test_a_second_run_is_refused_and_a_kill_leaves_a_good_checkpoint(small, tmp_path):

@@ -209,7 +209,8 @@ def measure_responses(
 def _encode(network: StyleTransferNetwork, pictures: Tensor, every_layer: bool = True) -> list[Tensor]:
     """The features of the encoder's convs after their ReLUs, (B, C, H, W) each; of the bottleneck alone without
     `every_layer`. pictures: (B, 3, H, W), uint8."""
-    image = pad_to_stride(normalize(pictures.to(next(network.parameters()).device)), network.config.stride)
+    weight = next(network.parameters())
+    image = pad_to_stride(normalize(pictures.to(weight.device)).to(weight.dtype), network.config.stride)
     return network.encoder.features(image) if every_layer else [network.encoder(image)]
 
 
@@ -235,7 +236,7 @@ def _estimate_importance(
     worse substitute along the border, which is not counted.
     """
     generator = torch.Generator().manual_seed(0)
-    importance = [torch.zeros(len(mean), device=mean.device) for mean in means]
+    importance = [torch.zeros_like(mean) for mean in means]
     with progress_bar(IMPORTANCE_PROBES, "rank channels", "pair") as bar:
         for pair in pairs:
             with torch.enable_grad():

@@ -213,10 +213,9 @@ class Distiller:
         return self.measure() | self.dead_units.count(network.to(self.device)), None
 
     def state(self) -> dict:
-        """What a checkpoint needs to go on."""
+        """What a checkpoint needs beside the optimiser to go on."""
         weights = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
-        return {"state_dict": weights, "optimizer": self.optimizer.state_dict(), "vgg_weights": self.vgg_origin,
-                "student_config": self.network.config.to_dict()}
+        return {"state_dict": weights, "vgg_weights": self.vgg_origin, "student_config": self.network.config.to_dict()}
 
     def restore(self, checkpoint: dict) -> None:
         """Put back `state`. Raises UserError when the teacher is not as it was."""
@@ -224,7 +223,6 @@ class Distiller:
         if width != self.network.projection.out_channels:
             raise UserError(f"--resume: --teacher {self.config.teacher} had a bottleneck of {width} channels")
         self.network.load_state_dict(checkpoint["state_dict"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
 
 
 def distill(given: dict) -> int:

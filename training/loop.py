@@ -153,6 +153,7 @@ class Run:
                 note(f"the folders changed: {self.picture_counts} pictures to learn from, before "
                      f"{checkpoint['picture_counts']}; the order of pictures is another one")
             trainer.restore(checkpoint)
+            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
             self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
             self.sums.restore(checkpoint["metric_sums"], trainer.device)
         self.metrics = MetricFile(folder.folder / "metrics.jsonl")
@@ -257,6 +258,7 @@ class Run:
                     for name, value in _with_absolute_paths(asdict(self.config)).items()}
         self.folder.save(state | {
             "format": utils.CHECKPOINT_FORMAT, "iteration": self.iteration, f"{self.mode}_config": settings,
-            "metric_sums": metric_sums, "samples_seen": self.samples_seen, "processes": process_count(),
-            "picture_counts": self.picture_counts, "wandb_id": self.wandb_run.id,
+            "optimizer": self.trainer.optimizer.state_dict(), "metric_sums": metric_sums,
+            "samples_seen": self.samples_seen, "processes": process_count(), "picture_counts": self.picture_counts,
+            "wandb_id": self.wandb_run.id,
         }, self.iteration)

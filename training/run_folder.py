@@ -101,11 +101,10 @@ class MetricFile:
 
 def wandb_key_is_configured() -> bool:
     """Whether wandb would find an API key without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     from requests.utils import get_netrc_auth  # comes with wandb
 
-    return get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(server))
 
 
 class WandbRun:
@@ -138,14 +137,13 @@ class WandbRun:
                 raise UserError(f"--wb_mode {mode}: wandb {reason}") from error
             note(f"wandb {reason}: metrics go to metrics.jsonl")
 
-    def log(self, values: dict, iteration: int, picture: Path | None = None) -> None:
+    def log(self, values: dict, iteration: int, picture: Path) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
         try:
             if self.run is not None:
                 import wandb
 
-                pictures = {} if picture is None else {"pictures": wandb.Image(str(picture))}
-                self.run.log(values | pictures, step=iteration)
+                self.run.log(values | {"pictures": wandb.Image(str(picture))}, step=iteration)
         except Exception as error:
             note(f"wandb failed ({error}): from here on metrics go to metrics.jsonl only")
             self.run = None

@@ -72,9 +72,8 @@ class TransferConfig:
     @property
     def learning_rates(self) -> dict[str, float]:
         """The rate of each part; 0 freezes it."""
-        given = {"encoder": self.encoder_lr, "decoder": self.decoder_lr}
-        return {part: next(rate for rate in (given[part], self.lr, published) if rate is not None)
-                for part, published in PUBLISHED_RATES.items()}
+        given = {part: (getattr(self, f"{part}_lr"), self.lr, rate) for part, rate in PUBLISHED_RATES.items()}
+        return {part: next(rate for rate in rates if rate is not None) for part, rates in given.items()}
 
     def rate_share(self, iteration: int) -> float:
         """What the learning rates are multiplied by in an iteration, counted from 1: straight lines up over the first
@@ -286,8 +285,8 @@ class TransferTrainer:
         return counts, path
 
     def state(self) -> dict:
-        """What a checkpoint needs to go on; it is a model file too."""
-        state = {"optimizer": self.optimizer.state_dict(), "optimized": self.optimized}
+        """What a checkpoint needs beside the optimiser to go on; it is a model file too."""
+        state = {"optimized": self.optimized}
         if self.census is not None:
             state["census"] = self.census.batches_off
         if self.steering is not None:
@@ -299,7 +298,6 @@ class TransferTrainer:
         were trained. What the run did not count or steer before starts anew."""
         if checkpoint.get("optimized", self.optimized) != self.optimized:
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; start a new run for that")
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:
             for part, batches_off in checkpoint["census"].items():

@@ -12,16 +12,7 @@ from painting.pairs import note_learned_from
 from painting.quality import MIN_SIDE, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, load_input, open_models
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
-from pruning.report import (
-    GRID_NUMBERS,
-    MEASURED,
-    build_report,
-    column_of,
-    format_table,
-    measure_losses,
-    paint_grid,
-    write_comparison,
-)
+from pruning.report import GRID_NUMBERS, MEASURED, build_report, format_table, paint_grid, write_comparison
 from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
@@ -196,10 +187,7 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
     plot_l0_maps({model.name: responses}, folder / "l0_map.png")
     plot_l2_curve(responses, folder / "l2_curve.png")
     paint_grid(network, responses, config, folder / "prune_grid.png")
-    report = build_report(model.file, network, cut, cuts, constants, responses, config)
-    if meter is not None:
-        report |= measure_losses(network, cut, responses, meter, config)
-    report["column"] = column_of(report)
+    report = build_report(model.file, network, cut, cuts, constants, responses, meter, config)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     origins = {name: model.checkpoint.get(name) for name in ("iteration", "vgg_weights", "train_config")}
     if config.every_layer:

@@ -126,9 +126,9 @@ def measure_losses(
 
 def build_report(
     model_file: Path, before: StyleTransferNetwork, after: StyleTransferNetwork, cuts: Cuts, constants: Constants,
-    responses: Responses, config,
+    responses: Responses, meter: Meter | None, config,
 ) -> dict:
-    """What the cut changed, as plain values for `report.json`. config: a PruneConfig."""
+    """What the cut changed, as plain values for `report.json`; with a meter the losses, too. config: a PruneConfig."""
     size, device = config.report_size, next(before.parameters()).device
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2)]
@@ -145,7 +145,7 @@ def build_report(
             f"latency_ms_{when}": statistics.median(taken) * 1000.0,
         }
     changes = measure_changes(before, after, responses.pairs, config)
-    return report | {
+    report |= {
         "max_pixel_difference": max((change["max_pixel_difference"] for change in changes), default=None),
         "changes": changes,
         "compared_pairs": len(responses.pairs),
@@ -163,6 +163,9 @@ def build_report(
                                                     "round_to")},
         "layers": _layer_rows(before, after, constants, responses, size),
     }
+    if meter is not None:
+        report |= measure_losses(before, after, responses, meter, config)
+    return report | {"column": _column(report)}
 
 
 def _layer_rows(
@@ -198,7 +201,7 @@ def format_table(reports: dict[str, dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def column_of(report: dict) -> dict[str, str]:
+def _column(report: dict) -> dict[str, str]:
     """What the table says of a network, by the title of the row: the report's "column"."""
     size = f"{report['size_of_macs_and_latency']}²"
 

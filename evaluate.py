@@ -202,9 +202,6 @@ def _words(strength: float) -> str:
     return repr(float(strength)).removesuffix(".0")
 
 
-# ------------------------------------------------------------------------------------------------- models
-
-
 def _make_stylizers(config: TestConfig, models: list[OpenedModel], device: torch.device) -> dict[Path, Stylizer]:
     """One for each model, by its file."""
     stylizers = {}
@@ -234,9 +231,6 @@ def _open_meter(config: TestConfig, models: list[OpenedModel], device: torch.dev
         if trained_style != config.style_loss:
             note(f"{model.name} was trained with --style_loss {trained_style}; measured is {config.style_loss}")
     return meter
-
-
-# --------------------------------------------------------------------------------------------------- mode
 
 
 def test(given: dict) -> int:
@@ -323,9 +317,6 @@ def _outputs(
     taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
     named = output_names(pairs, contents, styles, endings, taken)
     return save_path, {pair: [folder / f"{name}.png" for folder in folders for name in named[pair]] for pair in pairs}
-
-
-# ------------------------------------------------------------------------------------------------- report
 
 
 def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], meter: Meter | None) -> None:

@@ -107,8 +107,10 @@ def output_names(
     `taken`, and short enough for a file system."""
     stems = []
     for content, style in pairs:
-        stem = os.fsencode(f"{contents.names[content]}_{styles.names[style]}")[:LONGEST_NAME]
-        stems += [stem.decode(errors="ignore") + ending for ending in endings]
+        stem = f"{contents.names[content]}_{styles.names[style]}"
+        if len(os.fsencode(stem)) > LONGEST_NAME:
+            stem = os.fsencode(stem)[:LONGEST_NAME].decode(errors="ignore")
+        stems += [stem + ending for ending in endings]
     names = iter(distinct(stems, taken))
     return {pair: [next(names) for _ in endings] for pair in pairs}
 
@@ -116,8 +118,9 @@ def output_names(
 def check_outputs(
     config, written: Sequence[Path], pictures: Sequence[Pictures] = (), painted: Sequence[Path] = ()
 ) -> None:
-    """Raises UserError where a file to write is one that is read, or would lie where one of the pictures' folders is
-    searched: the next call would paint what this one wrote. config: a TestConfig; painted: by others, read, too."""
+    """Raises UserError where a file to write is one that is read, or where its folder is searched for pictures: the
+    next call would paint what this one wrote. config: a TestConfig; painted: pictures by others, which are read, too.
+    """
     named = {flag: paths for paths, flag in map(config.input, ("content", "style"))} | {
         "load_path": config.load_path, "mask": [config.mask or ""], "vgg_weights": [config.vgg_weights],
         "painted": painted} | {each.flag: each.paths for each in pictures}

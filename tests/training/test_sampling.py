@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -37,8 +38,6 @@ from training.sampling import (
 from utils import worker_count
 
 MANY = 10**9
-
-
 CROP = CropConfig(imsize=30, cropsize=16, centered=False, max_pixels=MANY)
 
 
@@ -126,8 +125,7 @@ def test_picture_that_breaks_later_is_replaced_and_reported_once(tmp_path, capsy
 
 def test_folder_that_went_away_stops_the_run(tmp_path, capsys):
     pictures = make_pictures(tmp_path, contents=200)
-    for path in pictures.folders[0]:
-        path.unlink()
+    shutil.rmtree(tmp_path / "content")
     _, _, failures = pictures[0]
     tallies = tuple(FailedPictures(tmp_path, flag, 10_000) for flag in ("--content_dir", "--style_dir"))
     assert len(failures) == sampling.MAX_DRAWS
@@ -252,7 +250,7 @@ def test_the_end_of_the_batches_ends_workers_that_hang_and_no_other_process(tmp_
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     batches = training_batches(make_pictures(tmp_path), range(8), 2, 1, False)
-    assert len(next(batches)[0]) == 2
+    next(batches)
     (worker,) = set(multiprocessing.active_children()) - {other}
     os.kill(worker.pid, signal.SIGTERM)  # a scheduler's, which reaches all: the main process is not done
     worker.join(0.5)

@@ -82,7 +82,7 @@ pictures=(--content_dir "$content" --style_dir "$style" --holdout "$holdout")
 device=()
 [ -z "$GPU" ] || device=(--gpu_no "$GPU")
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
-failed=0 longest_measurement=-1 measurements_left=7 shares_left=20
+failed=0 longest_measurement=-1 measurements_left=8 shares_left=20
 
 # run NAME COMMAND...: with its output in NAME.log, too; its time is added to NAME.seconds.
 run() {
@@ -198,5 +198,7 @@ done
 measure compared "${main[@]}" --mode test --load_path "${models[@]}" "${pictures[@]}" "${device[@]}" --pairs $pairs \
     "${measured[@]}" --metrics content style ssim --vgg_weights "$VGG" --save_path "$out/compared"
 measure latency "$py" benchmarks/stylize.py "${models[@]}" "${device[@]}" "${latency[@]}"
+measure curves "$py" benchmarks/plot_runs.py --runs "$out"/{baseline,uncorrelation,ch_xor,compact,tiny} --save_path \
+    "$out/curves.png"
 echo "$out/report.md has tables, figures, times and commands"
 exit $failed

@@ -128,7 +128,8 @@ def trainings(out: Path) -> list[str]:
     if not rows:
         return []
     return ["", "## Trainings", *table("training", rows), "",
-            "*Means since the check before the last; the loss against the teacher is of held-out pictures.*"]
+            "*Means since the check before the last; the loss against the teacher is of held-out pictures.*",
+            *figure(out, out / "curves.png", "Channels off, content and style loss over the iterations")]
 
 
 def read_stages(out: Path) -> dict[str, dict]:

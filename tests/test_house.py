@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 
 import pytest
 from helpers import ROOT
@@ -70,6 +71,18 @@ def test_wings_use_only_the_wings_that_they_may(wing):
     used = {other.split(".")[0] for module, path in MODULES.items() if module.split(".")[0] == wing
             for other in imported(path.read_text()) & MODULES.keys()}
     assert not used & set(WINGS) - {wing, *MAY_USE[wing]}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"painting.smoothing"}))
+def test_a_package_of_an_extra_is_imported_where_it_is_used(module):
+    """A program without wandb, onnx, PyAV or OpenCV imports every module but that for smooth videos."""
+    head = [node for node in ast.parse(MODULES[module].read_text()).body
+            if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = imported("\n".join(map(ast.unparse, head)))
+    assert "painting.smoothing" not in names
+    packages = {name.split(".")[0] for name in names} - {name.split(".")[0] for name in MODULES}
+    assert packages - sys.stdlib_module_names <= {"torch", "torchvision", "numpy", "PIL", "tqdm", "psutil",
+                                                  "matplotlib"}
 
 
 WRITTEN = {"report.md", "table.md", "gradients.py"}  # by speedrun.sh, by prune mode, and by a test

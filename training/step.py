@@ -37,9 +37,8 @@ class TransferConfig:
                                        none=f"--lr, or {PUBLISHED_RATES['encoder']:g}")
     decoder_lr: float | None = setting(None, "learning rate of the decoder; 0 freezes it", "learning", amount,
                                        none=f"--lr, or {PUBLISHED_RATES['decoder']:g}")
-    optimizer: str = setting(
-        "adam", "adam, as published, or muon (Jordan et al., 2024), which makes the updates of the filters orthogonal",
-        "learning", choices=("adam", "muon"))
+    optimizer: str = setting("adam", "adam, as published, or muon (Jordan et al., 2024): updates made orthogonal",
+                             "learning", choices=("adam", "muon"))
     warmup_iter: int = setting(0, "first iterations, over which the learning rates rise", "learning", count_or_zero)
     decay_iter: int = setting(0, "last iterations, over which the learning rates fall to 0", "learning", count_or_zero)
     max_iter: int = 80_000
@@ -55,19 +54,16 @@ class TransferConfig:
         losses.L0_EPS, "epsilon of the channel and xor losses, in units of a channel's l2 norm; a larger one switches "
         "off stronger channels; relative:N is N times the mean norm of each layer", "compaction",
         compaction.l0_epsilon, metavar="N")
-    compact_layers: str = setting(
-        "bottleneck", "layers that the channel and xor losses act on; bottleneck is as published", "compaction",
-        choices=tuple(COMPACT_LAYERS))
-    compact_cost: str = setting(
-        "count", "what the channel loss measures: the share of channels that are on, or of the multiply-adds that they "
-        "cost", "compaction", choices=COMPACT_COSTS)
+    compact_layers: str = setting("bottleneck", "layers of the channel and xor losses; bottleneck is as published",
+                                  "compaction", choices=tuple(COMPACT_LAYERS))
+    compact_cost: str = setting("count", "share that the channel loss measures: of channels that are on, or of their "
+                                "multiply-adds", "compaction", choices=COMPACT_COSTS)
     target_macs: float | None = setting(
         None, "adjust the weight of the channel loss, starting from --channel_loss_weight, so that the run ends at "
         "this fraction of the full network's multiply-adds", "compaction", proper_fraction)
     amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
-    compile: bool = setting(
-        False, "faster training by torch.compile, after a minute or more of compiling; on a CPU this needs a C++ "
-        "compiler", "the device")
+    compile: bool = setting(False, "faster training by torch.compile, after a minute or more of compiling; on a CPU it "
+                            "needs a C++ compiler", "the device")
 
     @property
     def learning_rates(self) -> dict[str, float]:

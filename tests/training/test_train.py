@@ -195,16 +195,19 @@ def test_loss_that_is_not_finite_stops_the_run(small, tmp_path):
 
 
 def test_compile_without_a_compiler_is_one_line(small, tmp_path, monkeypatch, capsys):
-    """The step is cut short to its first loss: what is compiled does not matter where nothing can be."""
+    """The step is cut short to its first loss: what is compiled does not matter where nothing can be. What it would
+    leave in the cache is for processors with this one's instructions."""
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(step_module.ForwardPass, "forward",
                         lambda self, content, style, all_terms, move: ({"content": content.sin().sum()}, {}))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     with inductor.patch({"cpp.cxx": ("/no/compiler",)}):
         line = refusal(capsys, "--mode", "train",
                        *words(small | {"save_path": tmp_path, "max_iter": 1, "compile": True}))
     assert "error: --compile: torch.compile failed" in line and "/no/compiler" in line
+    assert torch.compiler.config.cache_key_tag == torch.backends.cpu.get_cpu_capability()
 
 
 def test_only_convolutions_of_a_training_may_use_tf32(small, tmp_path):

@@ -218,8 +218,8 @@ class TransferTrainer:
             self.model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if config.compile:  # batches have one shape; one GPU replays the step as CUDA graphs
             mode = "reduce-overhead" if device.type == "cuda" and is_alone else "default"
-            # Kernels in the cache of torch.compile are made for the vectors of one processor, which their keys leave out
-            # (torch 2.14): another processor, or ATEN_CPU_CAPABILITY, crashes with them.
+            # What torch.compile keeps is for the vector length of one processor, which its keys leave out (torch
+            # 2.14): another processor, or ATEN_CPU_CAPABILITY, would crash.
             if hasattr(torch.compiler, "config"):
                 torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
             self.model = torch.compile(self.model, dynamic=False, mode=mode)

@@ -21,7 +21,7 @@ from folders import find_pictures, is_searched, open_folder
 from main import main
 from train import train
 from training.sampling import PictureCache
-from weights import load_network
+from weights import BUNDLED_VGG19, load_network
 
 MANY = 10**8
 
@@ -106,18 +106,19 @@ def test_a_folder_may_be_called_as_an_archive(photos, tmp_path):
 
 
 def test_training_goes_on_from_another_folder_as_it_would_unpacked(small, tmp_path, monkeypatch):
-    sources = {}
-    for kind in ("content", "style"):
-        folder = Path(small[f"{kind}_dir"])
-        pack(folder, tmp_path / f"{kind}.zip", zipfile.ZIP_DEFLATED)
-        sources[f"{kind}_dir"] = f"{kind}.zip"
+    """From photographs in an archive, paintings in a folder, a file of VGG weights, through a cache."""
+    pack(Path(small["content_dir"]), tmp_path / "content.zip", zipfile.ZIP_DEFLATED)
+    shutil.copytree(small["style_dir"], tmp_path / "style")
+    shutil.copy(BUNDLED_VGG19, tmp_path / "vgg.pth")
+    sources = {"content_dir": "content.zip", "style_dir": "style", "vgg_weights": "vgg.pth", "cache_dir": "cache"}
     whole, halves, more = tmp_path / "whole", tmp_path / "halves", {"max_iter": 3, "holdout": 0.2}
-    train(small | more | {"save_path": str(whole)})
+    train(small | more | {"vgg_weights": "bundled", "save_path": str(whole)})
     monkeypatch.chdir(tmp_path)
-    train(small | more | sources | {"max_iter": 1, "save_path": str(halves), "cache_dir": "cache"})
+    train(small | more | sources | {"max_iter": 1, "save_path": "halves"})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert train({"resume": True, "save_path": str(halves), "max_iter": 3, "num_workers": 1}) == 0
+    again = {"resume": True, "save_path": "../halves", "content_dir": "../content.zip"}
+    assert train(again | {"max_iter": 3, "num_workers": 1}) == 0 and list((tmp_path / "cache").glob("??/*.npy"))
     for actual, desired in zip(load_network(halves)[0].parameters(), load_network(whole)[0].parameters()):
         assert torch.equal(actual, desired)
     assert read_metrics(halves) == read_metrics(whole)

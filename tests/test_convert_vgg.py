@@ -6,14 +6,13 @@ import sys
 import convert_vgg
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import user_error
 from PIL import Image
 
 from data import normalize, prepare_picture
 from folders import find_pictures
 from network import LossNetwork
-from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, for_normalised_rgb, load_vgg
+from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, load_vgg
 
 PHOTOGRAPH = MODEL_STORE.parent / "imgs" / "content" / "parrot.jpg"
 
@@ -61,17 +60,6 @@ def test_the_script_makes_the_bundled_file_up_to_the_factors_of_its_photographs(
         torch.testing.assert_close(weight, factor * desired[0], rtol=2e-3, atol=1e-4)
         before *= factor
         torch.testing.assert_close(bias, before * desired[1], rtol=5e-3, atol=1e-4)
-
-
-def test_first_conv_takes_normalised_rgb_for_caffes_input():
-    """One white pixel's worth of each colour, by hand: a filter that reads blue reads 255 - 103.939 of it."""
-    weight, bias = torch.zeros(1, 3, 3, 3), torch.zeros(1)
-    weight[0, 0, 1, 1] = 2.0  # blue is first in BGR
-    weight, bias = for_normalised_rgb(weight, bias, 255 * torch.eye(3).flip(0),
-                                      -torch.tensor(convert_vgg.CAFFE_MEAN_BGR))
-    white = normalize(torch.full((1, 3, 3, 3), 255, dtype=torch.uint8))
-    actual = F.conv2d(white, weight, bias).item()
-    assert actual == pytest.approx(2.0 * (255 - 103.939), rel=1e-5)
 
 
 def test_another_file_is_refused(tmp_path):

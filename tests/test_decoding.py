@@ -396,12 +396,12 @@ def png(path, bits: int, kind: int, rows: bytes, *chunks: bytes, size=(2, 1)):
     return path
 
 
-@pytest.mark.parametrize(
-    ("bits", "kind", "rows", "key"),
-    [(1, 0, b"\0\x40", b"\0\1"), (2, 0, b"\0\x20", b"\0\2"), (4, 0, b"\0\x0c", b"\0\x0c"),
-     (8, 0, b"\0\0\x80", b"\0\x80"),
-     (16, 0, b"\0\0\0\x80\x01", b"\x80\x01"), (8, 2, b"\0\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
-     (16, 2, b"\0" + b"\0" * 6 + b"\x10\0\x20\0\x30\0", b"\x10\0\x20\0\x30\0")])
+@pytest.mark.parametrize("bits, kind, rows, key", [
+    (1, 0, b"\0\x40", b"\0\1"), (2, 0, b"\0\x20", b"\0\2"), (4, 0, b"\0\x0c", b"\0\x0c"),
+    (8, 0, b"\0\0\x80", b"\0\x80"), (16, 0, b"\0\0\0\x80\x01", b"\x80\x01"),
+    (8, 2, b"\0\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
+    (16, 2, b"\0" + b"\0" * 6 + b"\x10\0\x20\0\x30\0", b"\x10\0\x20\0\x30\0"),
+])
 def test_transparent_colour_of_every_depth(tmp_path, bits, kind, rows, key):
     """Two pixels: black, and another, which is the transparent one."""
     path = png(tmp_path / "key.png", bits, kind, rows, png_chunk(b"tRNS", key))

@@ -10,7 +10,6 @@ from loss import (
     channel_loss,
     channel_norm,
     content_loss,
-    distillation_errors,
     moved,
     nonzero_channels,
     shift_loss,
@@ -91,17 +90,14 @@ def as_feature(channels: torch.Tensor, pictures: int = 1) -> torch.Tensor:
     return channels[None].repeat(pictures, 1, 1).reshape(pictures, len(channels), 2, 2)
 
 
-@pytest.mark.parametrize(
-    ("channels", "share"),
-    [
-        (torch.stack([PATTERNS[0], 2 * PATTERNS[0] + 3]), 1.0),  # correlated
-        (torch.stack([PATTERNS[0], 5 - 0.5 * PATTERNS[0]]), 1.0),  # anti-correlated counts alike
-        (PATTERNS + 2, 0.0),
-        (torch.stack([PATTERNS[0], PATTERNS[1], -PATTERNS[0] + 1]), 2 / 6),  # 1 of 3 pairs
-        (torch.stack([PATTERNS[0], PATTERNS[0], torch.zeros(4)]), 2 / 6),  # a dead channel correlates with nothing
-        (torch.stack([PATTERNS[0], PATTERNS[0], torch.full((4,), 0.5)]), 2 / 6),  # nor does a constant one
-    ],
-)
+@pytest.mark.parametrize("channels, share", [
+    (torch.stack([PATTERNS[0], 2 * PATTERNS[0] + 3]), 1.0),  # correlated
+    (torch.stack([PATTERNS[0], 5 - 0.5 * PATTERNS[0]]), 1.0),  # anti-correlated counts alike
+    (PATTERNS + 2, 0.0),
+    (torch.stack([PATTERNS[0], PATTERNS[1], -PATTERNS[0] + 1]), 2 / 6),  # 1 of 3 pairs
+    (torch.stack([PATTERNS[0], PATTERNS[0], torch.zeros(4)]), 2 / 6),  # a dead channel correlates with nothing
+    (torch.stack([PATTERNS[0], PATTERNS[0], torch.full((4,), 0.5)]), 2 / 6),  # nor does a constant one
+])
 def test_uncorrelation_of_planted_channels(channels, share):
     for pictures in (1, 3):
         actual = uncorrelation_loss(as_feature(channels, pictures))
@@ -212,14 +208,6 @@ def test_shift_loss_by_hand():
     shift_loss(output, moved_output, torch.tensor([2, 1]), 8).backward()
     assert_close(shift_loss(output, moved_output, torch.tensor([2, 1]), 8), torch.tensor(36.0 / 48.0))
     assert output.grad.nonzero().tolist() == [[0, 1, 5, 5]]
-
-
-def test_distillation_errors_by_hand():
-    """Outputs 3 apart: 9. Features 1 apart, the teacher's mean square 4: 1/4."""
-    teacher_feature = torch.full((2, 5, 2, 2), 2.0)
-    output, teacher_output = torch.full((1, 3, 4, 4), 3.0), torch.zeros(1, 3, 4, 4)
-    actual = distillation_errors(output, teacher_output, teacher_feature - 1.0, teacher_feature)
-    assert [each.item() for each in actual] == [9.0, 0.25]
 
 
 TARGET = wave((3, 4, 6, 6), 0.53, 3.0)

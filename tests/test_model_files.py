@@ -1,21 +1,9 @@
-"""Model files as others save them: wrapped networks, bare state dicts; and responses whose pictures moved."""
-
-import json
-from pathlib import Path
+"""Model files as others save them: wrapped networks, bare state dicts."""
 
 import pytest
 import torch
-from helpers import (
-    refusal,
-    small_config,
-    small_network,
-    user_error,
-    words,
-    write_model,
-    write_noise,
-)
+from helpers import small_config, small_network, user_error
 
-from main import main
 from weights import load_network, load_teacher, model_checkpoint
 
 STATE = small_network().state_dict()
@@ -71,26 +59,3 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path, content, named):
     for flag in ("--load_path", "--teacher"):
         message = user_error(load_network, path, flag=flag)
         assert message.startswith(f"{flag} {path}") and named in message
-
-
-@pytest.mark.parametrize("change", ["folder renamed", "picture damaged"])
-def test_responses_of_pictures_that_moved_are_refused_before_anything_is_written(tmp_path, capsys, change):
-    for number in range(3):
-        for kind in ("content", "style"):
-            write_noise(tmp_path / kind / f"{number}.png", (32, 40), number)
-    model = write_model(tmp_path / "model.pth", small_network())
-    flags = {"mode": "prune", "gpu_no": -1, "load_path": model, "content_dir": tmp_path / "content",
-             "style_dir": tmp_path / "style", "imsize": 32, "cropsize": 32, "report_size": 32, "latency_runs": 1,
-             "prune_num": 1, "prune_nums": 0, "save_path": tmp_path / "pruned"}
-    assert main(words(flags)) == 0
-    flags |= {"responses": tmp_path / "pruned" / "responses.npz", "save_path": tmp_path / "again"}
-    picture = Path(json.loads((tmp_path / "pruned" / "report.json").read_text())["pairs_set_aside"][0][1])
-    match change:
-        case "folder renamed":
-            (tmp_path / "style").rename(tmp_path / "paintings")
-            flags["style_dir"] = tmp_path / "paintings"
-        case "picture damaged":
-            picture.write_bytes(b"no picture")
-    capsys.readouterr()
-    assert f"responses {picture}: " in refusal(capsys, *words(flags))
-    assert not (tmp_path / "again").exists()

@@ -172,20 +172,17 @@ def test_config_round_trip():
         config.pooling = "max"
 
 
-@pytest.mark.parametrize(
-    ("change", "needed"),
-    [
-        ({"backbone": "resnet50"}, "resnet50"),
-        ({"pooling": "median"}, "pooling 'median' is none of max, avg, blur"),
-        ({"upsampling": "cubic"}, "upsampling 'cubic' is none of nearest, bilinear"),
-        ({"padding": "circular"}, "padding 'circular' is none of zeros, reflect"),
-        ({"encoder_widths": (4,) * 6}, "7 whole numbers"),
-        ({"decoder_widths": (*(4,) * 7, 3)}, "7 whole numbers"),
-        ({"encoder_widths": (0, *(4,) * 6)}, "encoder"),
-        ({"encoder_widths": (4.0, *(4,) * 6)}, "encoder"),
-        ({"decoder_widths": (4,) * 7}, "3 is needed"),
-    ],
-)
+@pytest.mark.parametrize("change, needed", [
+    ({"backbone": "resnet50"}, "resnet50"),
+    ({"pooling": "median"}, "pooling 'median' is none of max, avg, blur"),
+    ({"upsampling": "cubic"}, "upsampling 'cubic' is none of nearest, bilinear"),
+    ({"padding": "circular"}, "padding 'circular' is none of zeros, reflect"),
+    ({"encoder_widths": (4,) * 6}, "7 whole numbers"),
+    ({"decoder_widths": (*(4,) * 7, 3)}, "7 whole numbers"),
+    ({"encoder_widths": (0, *(4,) * 6)}, "encoder"),
+    ({"encoder_widths": (4.0, *(4,) * 6)}, "encoder"),
+    ({"decoder_widths": (4,) * 7}, "3 is needed"),
+])
 def test_config_errors(change, needed):
     with pytest.raises(ValueError, match=needed):
         replace(small_config("vgg16"), **change)
@@ -291,17 +288,14 @@ def test_damaged_tensors_are_refused(tmp_path, named, with_config):
     assert str(tmp_path / "model.pth") in message and (named in message or ".layers." not in named)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        None, [], {}, {"backbone": "vgg19"},
-        {**small_config().to_dict(), "backbone": ["vgg19"]},
-        {**small_config().to_dict(), "encoder_widths": 7},
-        {**small_config().to_dict(), "encoder_widths": ["6"] * 9},
-        {**small_config().to_dict(), "encoder_widths": [6] * 8 + [7]},  # not what the tensors say
-        {**small_config().to_dict(), "depth": 5},  # a property of a version to come
-    ],
-)
+@pytest.mark.parametrize("config", [
+    None, [], {}, {"backbone": "vgg19"},
+    {**small_config().to_dict(), "backbone": ["vgg19"]},
+    {**small_config().to_dict(), "encoder_widths": 7},
+    {**small_config().to_dict(), "encoder_widths": ["6"] * 9},
+    {**small_config().to_dict(), "encoder_widths": [6] * 8 + [7]},  # not what the tensors say
+    {**small_config().to_dict(), "depth": 5},  # a property of a version to come
+])
 def test_damaged_configuration_is_refused(tmp_path, config):
     path = tmp_path / "model.pth"
     torch.save({**model_checkpoint(small_network()), "config": config}, path)

@@ -24,14 +24,7 @@ import loss as losses
 from data import normalize
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, conv_layers, count_macs, least_kept
 from train import train
-from training.compaction import (
-    ChannelCensus,
-    CompactLosses,
-    NetworkCost,
-    TargetSteering,
-    l0_epsilon,
-    selected_widths,
-)
+from training.compaction import ChannelCensus, CompactLosses, NetworkCost, TargetSteering, l0_epsilon, selected_widths
 from utils import save_checkpoint
 from weights import load_network
 
@@ -61,6 +54,7 @@ def test_cost_of_channels_on_is_that_of_the_network_cut_to_them():
 
 def test_gradient_goes_to_the_channels_that_cost_most():
     """By hand: the derivative by a layer's channels is factor * (channels before) + factor * (channels after)."""
+    assert (least_kept(11), least_kept(64)) == (2, 7)  # as many of each layer are spared
     norms = {part: torch.ones(2, sum(widths), requires_grad=True)
              for part, widths in selected_widths(FULL, "all").items()}
     compact = CompactLosses(FULL, "all", "macs", 1.0, CPU)
@@ -75,26 +69,6 @@ def test_gradient_goes_to_the_channels_that_cost_most():
         gradient = gradient[:, (gradient != 0).all(dim=0)]  # the channels that are not spared
         assert_close(gradient, torch.full((2, width - least_kept(width)), desired), rtol=1e-4, atol=0)
         first += width
-
-
-def test_strongest_channels_of_every_layer_are_spared():
-    config = replace(FULL, encoder_widths=(11, *FULL.encoder_widths[1:]))
-    generator = torch.Generator().manual_seed(0)
-    for layers, expected in (("all", [least_kept(11)] + [least_kept(width) for width in FULL.encoder_widths[1:]]),
-                             ("bottleneck", [0])):
-        norms = {part: (torch.rand(3, sum(widths), generator=generator) + 0.1).requires_grad_()
-                 for part, widths in selected_widths(config, layers).items()}
-        compact = CompactLosses(config, layers, "count", 1.0, CPU)
-        spared_norms = compact.spared(norms)
-        (compact.channel_loss(spared_norms) + compact.xor_loss(spared_norms)).backward()
-        widths = selected_widths(config, layers)["encoder"]
-        for norm, grad, count in zip(norms["encoder"].split(widths, dim=1), norms["encoder"].grad.split(widths, dim=1),
-                                     expected):
-            spared = (grad == 0).all(dim=0)
-            assert int(spared.sum()) == count
-            if count:
-                assert norm.mean(dim=0)[spared].min() > norm.mean(dim=0)[~spared].max()
-    assert least_kept(11) == 2
 
 
 def test_losses_of_several_layers_by_hand():

@@ -13,13 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CONTENT_DIR,
-    STYLE_DIR,
-    user_error,
-    write_map,
-    write_picture,
-)
+from helpers import CONTENT_DIR, STYLE_DIR, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import pytest
 from helpers import user_error, write_map, write_picture
 from PIL import Image, features
 
@@ -109,17 +108,6 @@ def test_broken_pictures_are_skipped_and_said_once_until_they_are_more_than_a_te
     failed.add(paths[0], "gone")
     assert failed.summary() == f"--content_dir {tmp_path}: 20 pictures, 2 skipped"
     assert f"--content_dir {tmp_path}: 3 of 20" in user_error(failed.add, paths[1], "gone")
-
-
-@pytest.mark.parametrize(("good", "broken"), [(18, 2), (10, 1), (9, 1), (9, 0), (17, 3), (8, 1), (0, 5)])
-def test_a_tenth_of_a_folder_may_fail(tmp_path, capsys, good, broken):
-    make_folder(tmp_path, good, broken)
-    if broken > 0.1 * (good + broken):
-        message = user_error(open_folder, tmp_path, "--content_dir", MANY)
-        assert f"--content_dir {tmp_path}: {broken} of {good + broken} pictures" in message and "broken_0" in message
-        return
-    paths, failed = open_folder(tmp_path, "--content_dir", MANY)
-    assert len(paths) == good and len(failed.paths) == broken
 
 
 def test_large_pictures_broken_links_and_pipes_count_as_failed(tmp_path, capsys):

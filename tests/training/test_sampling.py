@@ -64,14 +64,6 @@ def test_crops_are_windows_inside_the_picture(tmp_path):
     assert len(lefts) > 20 and {0, 24} <= lefts
 
 
-def test_same_position_gives_the_same_crop_in_any_order(tmp_path):
-    pictures, fresh = make_pictures(tmp_path), make_pictures(tmp_path)
-    forward = {position: pictures[position] for position in range(20)}
-    for position in (*reversed(range(20)), 7, 19, 0):
-        for each in (pictures, fresh):
-            assert all(torch.equal(*pair) for pair in zip(each[position][:2], forward[position][:2]))
-
-
 def test_number_of_workers_changes_nothing(tmp_path):
     positions = range(6, 18)
     alone, shared = (list(training_batches(make_pictures(tmp_path), positions, 4, workers, pin_memory=False))

@@ -22,7 +22,6 @@ from helpers import (
     user_error,
     words,
     write_model,
-    write_picture,
 )
 from torch.testing import assert_close
 
@@ -253,14 +252,3 @@ def test_training_without_wandb_says_so_once(small, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.count("wandb is not installed") == 1
     message = user_error(train, small | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "offline"})
     assert "--wb_mode offline: wandb is not installed" in message
-
-
-def test_broken_pictures_are_skipped_logged_once_and_counted(small, tmp_path, capsys):
-    folder = tmp_path / "content"
-    for number in range(11):
-        write_picture(folder / f"{number}.jpg")
-    (folder / "broken.jpg").write_bytes((folder / "0.jpg").read_bytes()[:300])
-    train(small | {"content_dir": str(folder), "save_path": str(tmp_path / "run"), "max_iter": 8})
-    errors = capsys.readouterr().err
-    assert errors.count("broken.jpg") == 1
-    assert f"--content_dir {folder}: 12 pictures, 1 skipped" in errors

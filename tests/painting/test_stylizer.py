@@ -29,7 +29,7 @@ from painting import stylizer as stylizer_module
 from painting import tiling
 from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from painting.stylizer import Stylizer, open_mask
-from painting.tiling import Moments, TiledPicture, halos, least_tile, memory_needed
+from painting.tiling import Moments, least_tile, memory_needed
 from weights import load_network
 
 CONTENT, *STYLES = (random_picture(seed, size) for seed, size in enumerate([(56, 75), (40, 50), (33, 61)]))
@@ -139,14 +139,6 @@ def test_what_does_not_fit_is_refused(stylizer, settings, said):
     assert said in user_error(stylizer.stylize, **{"content": CONTENT, "style": STYLES} | settings)
 
 
-def test_mask_files_and_pictures_are_the_same_mask(stylizer, tmp_path):
-    values = np.zeros((56, 75), np.uint8)
-    values[20:, 30:] = 255
-    Image.fromarray(values).save(tmp_path / "mask.png")
-    masks = (values, tmp_path / "mask.png", Image.open(tmp_path / "mask.png"), np.repeat(values[..., None], 3, axis=2))
-    assert len({stylizer.stylize(CONTENT, STYLES, mask=mask).tobytes() for mask in masks}) == 1
-
-
 # ------------------------------------------------------------------------------------------------ colours
 
 
@@ -178,17 +170,6 @@ def test_luma_keeps_chroma_and_takes_lightness():
     assert (fits | at_limit).all()
 
 
-def test_luma_of_a_painted_picture(stylizer):
-    content = smooth_picture(0, 100, 150)
-    plain, kept = (stylizer.stylize(content, STYLES[0], preserve_color=each) for each in (None, "luma"))
-    plain, kept = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None].double() for each in (plain, kept))
-    assert (luma(plain) - luma(kept)).abs().max() <= 1.0
-    inside = ((kept > 0) & (kept < 255)).all(1, keepdim=True)
-    assert inside.double().mean() > 0.5
-    difference = (chroma(kept) - chroma(content.double())).abs()
-    assert (difference * inside).max() <= 1.0 < (chroma(plain) - chroma(content.double())).abs().max()
-
-
 def test_histogram_gives_the_style_the_colour_statistics_of_the_content():
     style, content = smooth_picture(1), smooth_picture(2, 90, 160, (30, 70))
     matched = match_colors(style, content)
@@ -198,6 +179,10 @@ def test_histogram_gives_the_style_the_colour_statistics_of_the_content():
     assert (moments(style)[1] - moments(content)[1]).abs().max() > 50
     # Matched to itself, nothing changes: A is the unit matrix.
     assert (match_colors(style, style).int() - style.int()).abs().max() <= 1
+    # A grey one varies along grey as the content does; no noise is stretched to colours.
+    grey = random_picture(0, (30, 30))[:, :1].expand(1, 3, 30, 30)
+    values = torch.linalg.eigvalsh(moments(match_colors(grey, content))[1])
+    assert values[2] > 50 and values[1] < 1.0
 
 
 def moments(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,19 +190,14 @@ def moments(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return colours.mean(1), torch.cov(colours, correction=0)
 
 
-def test_a_grey_style_stays_without_the_variation_it_lacks():
-    """Along grey it gets the content's; no noise is stretched to colours."""
-    grey = random_picture(0, (30, 30))[:, :1].expand(1, 3, 30, 30)
-    matched = match_colors(grey, smooth_picture(2))
-    values = torch.linalg.eigvalsh(moments(matched)[1])
-    assert values[2] > 50 and values[1] < 1.0
-
-
-def test_histogram_paints_in_the_matched_style(stylizer):
+def test_ways_to_keep_the_colours_are_those_of_the_functions(stylizer):
     content = smooth_picture(0)
-    desired = stylizer.stylize(content, match_colors(STYLES[0], content))
-    assert stylizer.stylize(content, STYLES[0], preserve_color="histogram").tobytes() == desired.tobytes()
-    assert desired.tobytes() != stylizer.stylize(content, STYLES[0]).tobytes()
+    plain = denormalize(stylizer.paint(content, stylizer.encode_style(STYLES[0])))
+    matched = stylizer.stylize(content, match_colors(STYLES[0], content))
+    for way, desired in {"luma": to_pil(keep_colors(content / 255.0, plain)), "histogram": matched}.items():
+        actual = np.asarray(stylizer.stylize(content, STYLES[0], preserve_color=way), int)
+        assert np.abs(actual - np.asarray(desired, int)).max() <= 1
+        assert np.abs(actual - np.asarray(to_pil(plain), int)).max() > 5
 
 
 # --------------------------------------------------------------------------------------------------- size
@@ -268,33 +248,17 @@ def test_each_flag_paints_what_the_class_does(stylizer, flags, tmp_path, name, v
     assert not np.array_equal(actual, painted_by(flags | {"style": first, "style_strength": 0.8}))
 
 
-def test_joined_styles_are_one_for_many_contents(flags, tmp_path):
-    """Their pictures are named by both, and stand in one column of the sheet."""
-    contents = [flags["content"], write_noise(tmp_path / "d.png", (40, 56), 8)]
-    flags |= {"content": contents, "style_weights": (1, 3), "save_path": tmp_path / "out"}
-    assert main(words(flags)) == 0
+def test_joined_styles_are_one_for_many_contents(flags, tmp_path, capsys):
+    """Their pictures are named by both, and stand in one column of the sheet; a content that the mask does not fit is
+    skipped."""
+    mask, other = write_noise(tmp_path / "mask.png", (20, 28), 9), write_noise(tmp_path / "other.png", (56, 40), 3)
+    contents = [flags["content"], other, write_noise(tmp_path / "d.png", (40, 56), 8)]
+    assert main(words(flags | {"content": contents, "mask": mask, "save_path": tmp_path / "out"})) == 1
+    assert f"content {other}: mask: 28 x 20 pixels" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "d_s0+s1.png", "contact_sheet.png"}
-    single = painted_by(flags | {"content": contents[1], "save_path": tmp_path / "one.png"})
+    single = painted_by(flags | {"content": contents[2], "mask": mask})
     assert np.array_equal(single, read_pixels(tmp_path / "out" / "d_s0+s1.png"))
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 3 * 256)
-
-
-def test_luma_is_what_is_measured(flags, tmp_path, capsys):
-    flags |= {"style": flags["style"][0], "metrics": "ssim", "save_path": tmp_path / "out"}
-    values = []
-    for more in ({}, {"preserve_color": "luma"}):
-        assert main(words(flags | more)) == 0
-        values.append(capsys.readouterr().out)
-    assert values[0] != values[1]
-
-
-def test_contents_that_do_not_fit_are_skipped_among_others(flags, tmp_path, capsys):
-    Image.new("L", (56, 40), 255).save(tmp_path / "white.png")
-    other = write_noise(tmp_path / "other.png", (56, 40), 3)
-    flags |= {"content": [flags["content"], other], "mask": tmp_path / "white.png", "save_path": tmp_path / "out"}
-    assert main(words(flags)) == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "contact_sheet.png"}
-    assert f"content {other}: mask: 56 x 40 pixels" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
@@ -304,88 +268,27 @@ STORE = ROOT / "model-store"
 TILE = 104  # pixels: 24 x 24 of them within the halo of the bilinear VGG19
 
 
-def paint_whole_and_tiled(network, tile=TILE, size=(110, 123), pictures=1, style=None) -> list[torch.Tensor]:
-    """The same pictures painted in one piece and in tiles. style: from a stylizer to what is painted."""
-    outputs = []
-    for stylizer in (Stylizer(network), Stylizer(network, tile=tile)):
-        code = style(stylizer) if style else stylizer.encode_style(random_picture(1, (61, 90)))
-        outputs.append(stylizer.paint(random_picture(0, size, pictures), code, 0.7))
-    return outputs
-
-
-# Pixels on each side of a bottleneck position's own that it depends on: of the 3 x 3 convs 1, 2, 4 or 8 each, by how
-# often the picture was halved before them, and of the blur poolings 1, 2 and 4.
-REACH = {("vgg19", "avg"): 30, ("vgg16", "avg"): 18, ("vgg19", "blur"): 37, ("vgg16", "blur"): 21}
-
-
-@pytest.mark.parametrize("backbone, pooling, upsampling", [
-    ("vgg19", "avg", "nearest"), ("vgg19", "blur", "bilinear"), ("vgg16", "avg", "bilinear"),
-    ("vgg16", "blur", "nearest"),
-])
-def test_halos_are_the_reach_of_the_layers(backbone, pooling, upsampling):
-    """By gradients, of layers that let every one through: no conv cancels, no pooling chooses, no ReLU is off."""
-    network = small_network(backbone, pooling, width=1)
-    network.use(upsampling)
-    with torch.no_grad():
-        for parameter in network.double().parameters():
-            parameter.fill_(0.1)
-    stride, middle = network.config.stride, 12
-
-    image = torch.ones(1, 3, 25 * stride, 25 * stride, dtype=torch.float64, requires_grad=True)
-    network.encoder(image)[0, 0, middle, middle].backward()
-    seen = image.grad[0, 0].sum(0).nonzero()
-    reach = middle * stride - seen.min().item()  # pixels beyond the position's own
-    assert seen.max().item() - ((middle + 1) * stride - 1) == reach == REACH[backbone, pooling]
-    assert halos(network.config)[0] == -(-reach // stride)
-
-    feature = torch.ones(1, 1, 25, 25, dtype=torch.float64, requires_grad=True)
-    own = slice(middle * stride, (middle + 1) * stride)
-    network.decoder(feature)[0, 0, own, own].sum().backward()
-    seen = feature.grad[0, 0].sum(0).nonzero()
-    reach = middle - seen.min().item()
-    assert seen.max().item() - middle == reach == halos(network.config)[1]
-
-
 # Each pair of two settings occurs; sides of a picture that are short, or no multiple of the stride.
 @pytest.mark.parametrize("backbone, pooling, padding, upsampling, size", [
     ("vgg19", "max", "zeros", "nearest", (110, 123)), ("vgg19", "blur", "reflect", "bilinear", (105, 129)),
     ("vgg16", "max", "reflect", "nearest", (112, 40)), ("vgg16", "blur", "zeros", "bilinear", (3, 110)),
     ("vgg19", "max", "zeros", "bilinear", (121, 5)), ("vgg16", "blur", "reflect", "nearest", (1, 1)),
 ])
-def test_tiles_are_the_whole_picture(backbone, pooling, padding, upsampling, size):
-    """In float64, at the smallest tile and at a larger one."""
+def test_tiles_are_the_whole_picture(backbone, pooling, padding, upsampling, size, monkeypatch):
+    """In float64, two pictures at once: of the smallest tiles, whose features are kept, and of larger ones, which are
+    encoded twice, in two styles divided by a mask."""
     network = small_network(backbone, pooling).double()
     network.use(upsampling, padding)
     least = least_tile(network.config)
     assert user_error(Stylizer, network, tile=least - 1) == f"tile {least - 1}: {least} pixels or more are needed"
-    for tile in (least, least + 16):
-        whole, tiled = paint_whole_and_tiled(network, tile, size)
-        assert whole.shape == (1, 3, *size) and whole.dtype == torch.float64
+    codes = [Stylizer(network).encode_style(picture) for picture in STYLES]
+    masked = MaskedStyle(*codes, open_mask(random_picture(3, size)))
+    for tile, kept, style in ((least, 2**40, codes[0]), (least + 16, 0, masked)):
+        monkeypatch.setattr(tiling, "KEPT_FEATURES", kept)
+        whole, tiled = (Stylizer(network, tile=each).paint(random_picture(0, size, 2), style, 0.7)
+                        for each in (None, tile))
+        assert whole.shape == (2, 3, *size) and whole.dtype == torch.float64
         assert_close(tiled, whole, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("limit", [0, 2**40])
-def test_tiles_encoded_twice_or_kept(monkeypatch, limit):
-    """Several pictures at once."""
-    monkeypatch.setattr(tiling, "KEPT_FEATURES", limit)
-    network = small_network().double()
-    picture = TiledPicture(network, random_picture(0, (110, 120)), tile=TILE)
-    picture.statistics()
-    assert len(picture.tiles) > 4 and (picture.kept is None) == (limit == 0)
-    whole, tiled = paint_whole_and_tiled(network, pictures=2)
-    assert_close(tiled, whole, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("is_masked", [False, True])
-def test_regions_are_the_same_in_tiles(is_masked):
-    def style(stylizer: Stylizer) -> Style | MaskedStyle:
-        codes = [stylizer.encode_style(random_picture(seed, (40, 50))) for seed in (1, 2)]
-        if is_masked:
-            return MaskedStyle(*codes, open_mask(random_picture(3, (110, 123))))
-        return Style(codes[0].mean, codes[1].std)
-
-    whole, tiled = paint_whole_and_tiled(small_network().double(), style=style)
-    assert_close(tiled, whole, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["compact", "tiny", "ch_xor_pruned", "baseline"])
@@ -504,8 +407,12 @@ def test_every_kind_of_picture_is_the_same_picture(stylizer, tmp_path):
     for kind in (str, Image.open, lambda path: np.asarray(Image.open(path)),
                  lambda path: torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]):
         assert stylizer.stylize(*map(kind, paths)).tobytes() == desired.tobytes()
-    style = stylizer.encode_style(paths[1])
-    assert stylizer.stylize(paths[0], style).tobytes() == desired.tobytes()
+        style = stylizer.encode_style(kind(paths[1]))
+        assert stylizer.stylize(stylizer.open(kind(paths[0])), style).tobytes() == desired.tobytes()
+    mask = np.asarray(Image.open(paths[0]))[..., 0]
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    masks = (mask, tmp_path / "mask.png", Image.open(tmp_path / "mask.png"), np.dstack([mask] * 3))
+    assert len({stylizer.stylize(*paths[:1], STYLES, mask=each).tobytes() for each in masks}) == 1
 
 
 def test_transparent_pixels_of_a_pillow_picture_are_white(stylizer):
@@ -516,17 +423,6 @@ def test_transparent_pixels_of_a_pillow_picture_are_white(stylizer):
     picture = Image.fromarray(np.concatenate([hidden, alpha], axis=2))
     assert stylizer.stylize(picture, hidden).tobytes() == stylizer.stylize(seen, hidden).tobytes()
     assert picture.mode == "RGBA"
-
-
-def test_content_is_encoded_once_for_several_styles(stylizer, monkeypatch):
-    content, calls = random_picture(0), []
-    styles = [stylizer.encode_style(random_picture(seed)) for seed in (1, 2)]
-    desired = [stylizer.paint(content, style) for style in styles]
-    forward = stylizer.network.encoder.forward
-    monkeypatch.setattr(stylizer.network.encoder, "forward", lambda image: calls.append(image.shape) or forward(image))
-    opened = stylizer.open(content)
-    assert all(torch.equal(stylizer.paint(opened, style), each) for style, each in zip(styles, desired))
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("wrong", [None, 3, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)),

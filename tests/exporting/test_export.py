@@ -124,28 +124,17 @@ def test_onnx_files_say_what_they_take_and_are(exported, name, inputs, outputs):
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 
-def test_safetensors_file_holds_the_whole_model(exported):
-    path = exported / "files" / "weights.safetensors"
+def test_safetensors_file_holds_the_whole_model_and_is_exported_again(exported, tmp_path):
+    file = exported / "files" / "weights.safetensors"
     desired, checkpoint = load_network(exported / "weights.safetensors.pth")
-    actual, stored = load_network(path)
+    actual, stored = load_network(file)
     assert actual.config == desired.config and not actual.training
     assert (stored["vgg_weights"], stored["iteration"]) == (checkpoint["vgg_weights"], checkpoint["iteration"])
-    for tensors in (actual.state_dict(), load_file(path)):
-        assert_close(tensors, desired.state_dict(), rtol=0, atol=0)
-
-
-def test_a_safetensors_file_paints_and_is_exported_again(exported, tmp_path):
-    """The pixels of the file that it was made from, and the same tensors and metadata."""
-    file = exported / "files" / "weights.safetensors"
-    content, style = (write_noise(tmp_path / f"{number}.png", (21, 30), number) for number in range(2))
-    for number, path in enumerate((exported / "weights.safetensors.pth", file)):
-        assert main(words({"mode": "test", "gpu_no": -1, "load_path": path, "content": content, "style": style,
-                           "save_path": tmp_path / f"painted{number}.png"})) == 0
-    assert (tmp_path / "painted0.png").read_bytes() == (tmp_path / "painted1.png").read_bytes()
     assert main(words({"mode": "export", "load_path": file, "save_path": tmp_path / "again.safetensors"})) == 0
+    for tensors in (actual.state_dict(), load_file(file), load_file(tmp_path / "again.safetensors")):
+        assert_close(tensors, desired.state_dict(), rtol=0, atol=0)
     with safe_open(tmp_path / "again.safetensors", "pt") as again, safe_open(file, "pt") as first:
-        assert again.metadata() == first.metadata() and set(again.keys()) == set(first.keys())
-        assert all(torch.equal(again.get_tensor(name), first.get_tensor(name)) for name in first.keys())
+        assert again.metadata() == first.metadata()
 
 
 def test_safetensors_files_of_others(tmp_path):

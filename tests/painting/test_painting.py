@@ -1,6 +1,5 @@
 """Test mode: where it may write, under which names, with which alpha, what it does when it cannot; many pairs."""
 
-import errno
 import json
 import os
 import resource
@@ -68,21 +67,23 @@ def refused(capsys, flags: dict, folder: Path) -> str:
 # --------------------------------------------------------------------------------------------- save_path
 
 
-@pytest.mark.parametrize("name", ["out.pgn", "out.gif", "out.JPGE", "a.b.heic", "new/out.svg", "out.jpg2"])
-def test_suffixes_that_are_not_written_are_refused(tmp_path, name):
-    message = user_error(TestConfig(save_path=str(tmp_path / name)).check)
-    assert message.startswith(f"save_path {tmp_path / name}") and all(suffix in message for suffix in OUTPUT_FORMATS)
-
-
-@pytest.mark.parametrize("name, is_file", [
-    *((name, False) for name in ("out", "runs/v1.0", "out.2024", "out.png/", "my.photographs", "a.2x/b", "run.old")),
-    *((f"out{suffix}", True) for suffix in (*OUTPUT_FORMATS, ".PNG", ".Jpg")),
+@pytest.mark.parametrize("name, kind", [
+    *((name, "a folder") for name in ("out", "runs/v1.0", "out.2024", "out.png/", "my.photographs", "a.2x/b",
+                                      "run.old")),
+    *((f"out{suffix}", "a file") for suffix in (*OUTPUT_FORMATS, ".PNG", ".Jpg")),
+    *((name, "refused") for name in ("out.pgn", "out.gif", "out.JPGE", "a.b.heic", "new/out.svg", "out.jpg2")),
 ])
-def test_folders_are_named_by_no_suffix_or_by_a_slash_or_are_there(tmp_path, name, is_file):
+def test_the_suffix_says_what_is_written(tmp_path, name, kind):
+    """Folders have none, or end with a slash, or are there."""
     (tmp_path / "run.old").mkdir()
     config = TestConfig(save_path=f"{tmp_path}/{name}")
-    config.check()
-    assert config.writes_a_file == is_file
+    if kind == "refused":
+        message = user_error(config.check)
+        assert message.startswith(f"save_path {tmp_path / name}")
+        assert all(suffix in message for suffix in OUTPUT_FORMATS)
+    else:
+        config.check()
+        assert config.writes_a_file == (kind == "a file")
 
 
 @pytest.mark.parametrize("flag, output", [
@@ -92,10 +93,8 @@ def test_output_that_is_an_input_is_refused(flags, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.png").symlink_to(flags["style"])
     (tmp_path / "here").symlink_to(tmp_path, target_is_directory=True)
-    line = refusal(capsys, *words(flags | {"save_path": output.format(tmp_path.name)}))
+    line = refused(capsys, flags | {"save_path": output.format(tmp_path.name)}, tmp_path)
     assert "would overwrite" in line and f"--{flag} {flags[flag]}" in line
-    assert np.array_equal(read_pixels(flags[flag]), random_picture({"content": 1, "style": 2}[flag], (24, 32))[0]
-                          .permute(1, 2, 0).numpy())
 
 
 def test_model_file_default_output_and_pictures_of_a_folder_are_not_overwritten(flags, tmp_path, capsys, monkeypatch):
@@ -106,9 +105,12 @@ def test_model_file_default_output_and_pictures_of_a_folder_are_not_overwritten(
     del flags["save_path"]
     write_noise(tmp_path / "stylised.png", (16, 16), 3)
     assert "--content" in refused(capsys, flags | {"content": "stylised.png"}, tmp_path)
-    style = write_noise(tmp_path / "work" / "photo_style.png", (16, 16), 3)  # named as the output will be
+    work = tmp_path / "work"  # of pictures that are named as outputs will be
+    style = write_noise(work / "photo_style.png", (16, 16), 3)
     style.with_name("photo_photo_style.png").symlink_to(style)
-    assert "--style" in refused(capsys, flags | {"style": style, "save_path": tmp_path / "work"}, tmp_path)
+    contents = [flags["content"], write_noise(work / "photo_paint.png", (16, 16), 3)]
+    for kind, given in (("style", style), ("content", contents)):
+        assert f"--{kind}" in refused(capsys, flags | {kind: given, "save_path": work}, tmp_path)
 
 
 @pytest.mark.parametrize("mode, kind, where", [
@@ -169,17 +171,6 @@ def test_outputs_of_different_inputs_never_collide(tmp_path, contents, styles):
     assert distinct(["a", "A", "a-1"], taken=["B"]) == ["a", "A-1", "a-1-1"]  # only where they must
 
 
-def test_content_dir_and_style_dir_mean_content_and_style(flags, tmp_path):
-    for kind in ("photos", "paintings"):
-        for number in range(2):
-            write_noise(tmp_path / kind / f"{kind[1]}{number}.png", (16, 24), number)
-    flags |= {"content_dir": tmp_path / "photos", "style_dir": tmp_path / "paintings", "save_path": tmp_path / "out"}
-    del flags["content"], flags["style"]
-    assert main(words(flags)) == 0
-    assert names_in(tmp_path / "out") == {
-        "contact_sheet.png", *(f"h{content}_a{style}.png" for content in range(2) for style in range(2))}
-
-
 # ------------------------------------------------------------------------------------------- what is in them
 
 
@@ -200,15 +191,6 @@ def test_a_picture_that_is_not_finite_is_never_written(flags, tmp_path, capsys, 
                        CONTENT_DIR, "--style_dir", STYLE_DIR, "--imsize", 16, "--cropsize", 16, "--report_size", 16,
                        "--latency_runs", 1, "--prune_nums", 0, "--save_path", tmp_path / "out")
         assert "not finite" in line and not {"prune_grid.png", "pruned.pth"} & names_in(tmp_path / "out")
-
-
-def test_strength_zero_is_the_decoders_copy_of_the_content(flags, tmp_path):
-    pictures = []
-    for style in (flags["style"], flags["content"]):
-        assert main(words(flags | {"style": style, "style_strength": 0})) == 0
-        pictures.append(read_pixels(flags["save_path"]))
-    assert np.array_equal(*pictures)  # whatever the style
-    assert np.abs(pictures[0] - read_pixels(flags["content"])).mean() > 5  # a copy through the network
 
 
 def cut_out(path: Path, size: tuple[int, int]) -> Path:
@@ -294,17 +276,6 @@ def test_metrics_leave_the_pairs_of_a_skipped_picture_out_and_count_them(flags, 
 # ----------------------------------------------------------------------------- full disks, and too little memory
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
-def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, name):
-    def full_disk(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    message = user_error(save_picture, Image.new("RGB", (12, 8)), tmp_path / name)
-    assert message == f"{tmp_path / name}: the picture (12 x 8) cannot be written (No space left on device)"
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_file_that_the_disk_does_not_take_is_one_line(flags, tmp_path, capsys):
     """A true failing write: this process may write files of 40 bytes for a moment."""
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -387,15 +358,6 @@ def test_several_paths_are_a_list_each_with_each(pairs, tmp_path):
     assert np.array_equal(read_pixels(tmp_path / "one.png"), read_pixels(tmp_path / "out" / "photo_s1.png"))
 
 
-def test_outputs_among_a_list_are_refused(pairs, tmp_path, capsys):
-    contents = [tmp_path / "contents" / f"c{number}.png" for number in range(2)]
-    pairs |= {"style": tmp_path / "styles" / "s0.png"}
-    assert "would overwrite" in refusal(capsys, *words(pairs | {
-        "content": [*contents, write_noise(tmp_path / "out" / "c0_s0.png", (8, 8), 0)]}))
-    # Beside single pictures a folder may be written to.
-    assert main(words(pairs | {"content": contents, "save_path": tmp_path / "contents"})) == 0
-
-
 # ---------------------------------------------------------------------------------------------- strengths
 
 
@@ -410,6 +372,9 @@ def test_a_list_of_strengths_equals_single_calls(pairs, tmp_path):
         pictures.append(read_pixels(tmp_path / "one.png"))
         assert np.array_equal(pictures[-1], read_pixels(tmp_path / "out" / f"c0_s0_{strength}.png"))
     assert all(np.abs(first - second).max() > 1 for first, second in zip(pictures, pictures[1:]))
+    style = tmp_path / "styles" / "s1.png"
+    assert main(words(pairs | {"style": style, "style_strength": 0, "save_path": tmp_path / "one.png"})) == 0
+    assert np.array_equal(read_pixels(tmp_path / "one.png"), pictures[0])  # whatever the style
     sheet = Image.open(tmp_path / "out" / "comparison.png")
     assert sheet.size == (5 * 256, 32 + 256)  # content, style, and the strengths in order
     middles = [sheet.getpixel((column * 256 + 128, 32 + 128)) for column in range(2, 5)]
@@ -512,6 +477,7 @@ def test_what_is_there_and_whole_is_not_painted_again(pairs, tmp_path, capsys, m
     (out / "c1_s0.png").unlink()
     (out / "contact_sheet.png").unlink()
     capsys.readouterr()
+    pairs |= {"content_dir": pairs.pop("content"), "style_dir": pairs.pop("style")}  # which mean the same
     assert main(words(pairs | {"skip_existing": True})) == 0
     assert "wrote 2 pictures (2 were there already), contact_sheet.png" in capsys.readouterr().err
     assert (out / "c0_s0.png").read_bytes() == marked

@@ -79,6 +79,12 @@ def write_noise(path: Path, size: tuple[int, int], seed: int) -> Path:
     return path
 
 
+def pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) of a picture as it is loaded, in RGB and without metadata; whole numbers that may be subtracted."""
+    assert image.mode == "RGB" and not image.info
+    return np.asarray(image).astype(int)
+
+
 def read_pixels(path: Path) -> np.ndarray:
     """(H, W, 3), whole numbers that may be subtracted."""
     with Image.open(path) as picture:

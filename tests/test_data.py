@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import refused, user_error, write_map, write_picture
+from helpers import pixels, refused, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
@@ -20,12 +20,6 @@ from data import (
     save_picture,
     to_pil,
 )
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
-
 
 # --------------------------------------------------------------------------------------- kinds of pictures
 

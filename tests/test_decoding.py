@@ -13,17 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import refused, write_map, write_noise
+from helpers import pixels, refused, write_map, write_noise
 from PIL import Image, ImageCms, PngImagePlugin, features
 
 import data
 from data import PictureError, from_pil, is_picture, load_alpha, load_picture, prepare_picture
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    assert image.mode == "RGB" and not image.info
-    return np.asarray(image).astype(int)
-
 
 # --------------------------------------------------------------------------------------- files, by the byte
 

@@ -141,6 +141,7 @@ PICTURES_AND_FILES = (
      "--save_path {tmp}/content/out: belongs to --content {tmp}/content"),
 )
 
+SEVERAL = PRUNE + "--load_path {tmp}/model.pth {tmp}/narrow.pth --vgg_weights random "
 PRUNING = (
     ("prune", PRUNE + "--prune_macs 0.5 --prune_num 1", "--prune_num and prune_layers all or prune_macs"),
     ("prune", PRUNE + "--prune_macs 0.5 --prune_channels 1", "--prune_channels and prune_layers all or prune_macs"),
@@ -150,6 +151,12 @@ PRUNING = (
     ("prune", PRUNE + "--prune_macs 0.001", "--prune_macs 0.001: a tenth of every layer's channels is kept"),
     ("prune", PRUNE + "--report_size 20", "--report_size 20: a multiple of 8, 16 or more"),
     ("prune", PRUNE + "--load_path {tmp}/model.pth {tmp}/model.pth", "model.pth: this model is named twice"),
+    ("prune", SEVERAL + "--load_path {tmp}/model.pth {tmp}/vgg16.pth", "their losses are not comparable"),
+    ("prune", SEVERAL + "--responses x.npz", "responses: they are of one model"),
+    ("prune", SEVERAL + "--vgg_weights {tmp}/none.pth", "{tmp}/none.pth"),
+    ("prune", SEVERAL + "--prune_nums 0 6", "prune_nums 6: "),
+    ("prune", SEVERAL + "--cropsize 20", "cropsize 20: "),
+    ("prune", SEVERAL + "--content_dir {tmp}/one", "several models are compared by other pictures than those"),
 )
 
 EXPORT = "--load_path {tmp}/model.pth --save_path {tmp}/"
@@ -170,16 +177,18 @@ ROWS = COMMAND_LINE + TRAINING + PAINTING + PICTURES_AND_FILES + PRUNING + EXPOR
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model of 6 channels in each layer, another of VGG16's shape, pictures, masks and folders of pictures, and what
-    is none of these."""
+    """A model of 6 channels in each layer, others narrower and of VGG16's shape, pictures, masks, folders of pictures,
+    and what is none of these."""
     folder = tmp_path_factory.mktemp("files")
     whole = write_model(folder / "model.pth", small_network()).read_bytes()
-    for number, name in enumerate(("a.png", "b.png", *(f"{kind}/{each}.png" for kind in ("content", "style", "some")
-                                                       for each in range(8 if kind == "some" else 2)))):
+    counts = {"content": 2, "style": 2, "some": 8, "one": 1}
+    pictures = [f"{kind}/{each}.png" for kind, count in counts.items() for each in range(count)]
+    for number, name in enumerate(["a.png", "b.png", *pictures]):
         write_noise(folder / name, (40, 48), number)
     for name, size in (("mask", (48, 40)), ("upright", (40, 48))):
         Image.new("L", size, 128).save(folder / f"{name}.png")
     write_model(folder / "vgg16.pth", small_network("vgg16"))
+    write_model(folder / "narrow.pth", small_network(width=5))
     picture = (folder / "a.png").read_bytes()
     for name, content in (("text", b"text"), ("text.jpg", b"text"), ("broken/a.jpg", b"text"), ("empty.jpg", b""),
                           ("empty.pth", b""), ("cut.pth", whole[:9000]), ("cut.png", picture[:900]),

@@ -105,6 +105,7 @@ def test_what_the_disk_refuses_is_said_with_the_reason(tmp_path, monkeypatch, ca
     said += capsys.readouterr().err.strip()
     assert str(tmp_path) in said and os.strerror(number) in said and len(said.splitlines()) == 1
     assert "untouched" not in said  # there was none before
+    assert f"{tmp_path}/." not in said  # a file in the making
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
 
 

@@ -293,14 +293,10 @@ def test_requirements_are_those_that_are_checked():
     assert set(re.findall(r'"(\w+)>=[^"]+"', line)) == set(formats.ONNX_PACKAGES)
 
 
-def test_paths_that_cannot_be_written(tmp_path, capsys):
-    model = write_model(tmp_path / "model.pth", small_network())
-    weights = tmp_path / "model.safetensors"
-    assert main(words({"mode": "export", "load_path": model, "save_path": weights})) == 0
+def test_paths_that_cannot_be_written(exported, tmp_path, capsys):
+    model = exported / "files" / "weights.safetensors"
     (tmp_path / "taken.pt2").mkdir()
-    for load_path, save_path, reason in (
-        (model, tmp_path / "taken.pt2", "is a folder"),
-        (weights, weights, "would overwrite the model"),
-    ):
-        assert reason in refusal(capsys, "--mode", "export", "--load_path", load_path, "--save_path", save_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.safetensors", "taken.pt2"}
+    before = model.read_bytes()
+    for save_path, reason in ((tmp_path / "taken.pt2", "is a folder"), (model, "would overwrite the model")):
+        assert reason in refusal(capsys, "--mode", "export", "--load_path", model, "--save_path", save_path)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "taken.pt2"] and model.read_bytes() == before

@@ -415,16 +415,6 @@ def test_every_kind_of_picture_is_the_same_picture(stylizer, tmp_path):
     assert len({stylizer.stylize(*paths[:1], STYLES, mask=each).tobytes() for each in masks}) == 1
 
 
-def test_transparent_pixels_of_a_pillow_picture_are_white(stylizer):
-    seen, hidden = (random_picture(seed, (24, 24))[0].permute(1, 2, 0).numpy() for seed in range(2))
-    alpha = np.zeros((24, 24, 1), np.uint8)
-    alpha[:, :12] = 255
-    seen[:, 12:], hidden[:, :12] = 255, seen[:, :12]
-    picture = Image.fromarray(np.concatenate([hidden, alpha], axis=2))
-    assert stylizer.stylize(picture, hidden).tobytes() == stylizer.stylize(seen, hidden).tobytes()
-    assert picture.mode == "RGBA"
-
-
 @pytest.mark.parametrize("wrong", [None, 3, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)),
                                    np.zeros((0, 4, 3), np.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8),
                                    Image.new("F", (4, 4))])

@@ -1,7 +1,7 @@
 """Time this trainer's step against a plain one (`plain.py`), and the loader against the step.
 
     python benchmarks/train_step.py --compile                                # GPU, published settings
-    python benchmarks/train_step.py --gpu_no -1 --cropsize 128 --imsize 256
+    python benchmarks/train_step.py --device cpu --cropsize 128 --imsize 256
 
 All in one process and run; variants take turns, so that a change in the machine's speed meets all alike. The
 step runs on random pictures that are on the device already, the loader on the folders. Last line: everything as JSON.
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import benchmark_parser, spread, versions
+from measure import peak_memory, spread, versions
 from plain import PlainTrainer, plain_loader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,15 +40,18 @@ PUBLISHED = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = benchmark_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU when there is one")
     parser.add_argument("--settings", nargs="+", choices=PUBLISHED, default=["ch_xor", "baseline"])
     parser.add_argument("--imsize", type=int, default=512)
     parser.add_argument("--cropsize", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="of this trainer's step")
     parser.add_argument("--compile", action="store_true", help="time this trainer's step with torch.compile as well")
+    parser.add_argument("--default_format", action="store_true", help="time it in the default memory format as well")
     parser.add_argument("--bilinear", action="store_true", help="time it with bilinear upsampling as well")
     parser.add_argument("--turns", type=int, default=7, help="timed turns behind each median")
+    parser.add_argument("--steps", type=int, help="steps a turn (default: 20 on a GPU, 1 on the CPU)")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each loader and end-to-end measurement")
     parser.add_argument("--num_workers", type=int, default=8, help="of this trainer's loader")
     parser.add_argument("--content_dir", type=Path, default=ROOT / "imgs" / "content", help="default: bundled pictures")
@@ -71,6 +74,8 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     first = trainer(config)
     plain = PlainTrainer(first.network.state_dict(), vgg, config.weights, config.learning_rates, config.l0_eps, device)
     steps = {"plain": plain.step, "this trainer": first.step}
+    if arguments.default_format:
+        steps["this trainer, default format"] = in_default_format(trainer(config)).step
     if arguments.bilinear:
         steps["this trainer, bilinear"] = trainer(config, "bilinear").step
     if arguments.compile:
@@ -78,14 +83,21 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     return steps
 
 
+def in_default_format(trainer: TransferTrainer) -> TransferTrainer:
+    """The trainer with every convolution in torch's default memory format, NCHW, see `step.ForwardPass`."""
+    trainer.forward_pass.to(memory_format=torch.contiguous_format)
+    trainer.forward_pass.formats = dict.fromkeys(trainer.forward_pass.formats, torch.contiguous_format)
+    return trainer
+
+
 def measure_steps(
     arguments: argparse.Namespace, config: TrainConfig, steps: dict[str, Callable], device: torch.device
 ) -> dict[str, dict]:
-    """Rate of every variant, and its floating-point operations by torch's counter, two a multiply-add."""
+    """Rate and peak memory of every variant, and its operations by torch's counter, two a multiply-add."""
     generator = torch.Generator().manual_seed(1)
     shape = (config.batch_size, 3, config.cropsize, config.cropsize)
     pair = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(2)]
-    count = 20 if device.type == "cuda" else 1  # steps a turn
+    count = arguments.steps or (20 if device.type == "cuda" else 1)
 
     def repeat(step: Callable) -> None:
         for _ in range(count):
@@ -93,10 +105,11 @@ def measure_steps(
 
     times = time_in_turns([partial(repeat, step) for step in steps.values()], arguments.turns, device)
     results = {}
-    for name, seconds in zip(steps, times):
+    for (name, step), seconds in zip(steps.items(), times):
         result = results[name] = {"seconds": spread([each / count for each in seconds])}
         result["iterations_per_second"] = 1.0 / result["seconds"]["median"]
         result["ratio"] = results["plain"]["seconds"]["median"] / result["seconds"]["median"]
+        result["peak_mib"] = peak_memory(partial(step, *pair), device)
         with FlopCounterMode(display=False) as counter:  # what is compiled, it does not see: the same step as without
             steps["this trainer" if name == "this trainer, compiled" else name](*pair)
         result["teraflop_per_step"] = counter.get_total_flops() / 1e12
@@ -156,11 +169,11 @@ def measure_rates(
 
 def print_steps(setting: str, results: dict[str, dict]) -> None:
     print(f"\n{setting}: step on random pictures\n{'':30}{'it/s':>9}{'ratio':>8}{'s, median':>11}{'min':>8}{'max':>8}"
-          f"{'TFLOP':>8}")
+          f"{'TFLOP':>8}{'MiB':>8}")
     for name, each in results.items():
         seconds = each["seconds"]
         print(f"{name:30}{each['iterations_per_second']:9.2f}{each['ratio']:8.2f}{seconds['median']:11.4f}"
-              f"{seconds['min']:8.4f}{seconds['max']:8.4f}{each['teraflop_per_step']:8.3f}")
+              f"{seconds['min']:8.4f}{seconds['max']:8.4f}{each['teraflop_per_step']:8.3f}{each['peak_mib']:8.0f}")
 
 
 def print_rates(title: str, rates: dict[str, float]) -> None:
@@ -172,7 +185,7 @@ def print_rates(title: str, rates: dict[str, float]) -> None:
 @errors_in_one_line
 def main() -> None:
     arguments = parse_arguments()
-    device = resolve_device(arguments.gpu_no)
+    device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
     base = TrainConfig(imsize=arguments.imsize, cropsize=arguments.cropsize, batch_size=arguments.batch_size,
                        amp=arguments.amp)
     report = versions(device) | {"steps": {}, "end_to_end": {}}

@@ -33,6 +33,9 @@ SMALL_TRAINING = dict(
     num_workers=0, gpu_no=-1, wb_mode="disabled", amp="off", encoder_lr=5e-5, decoder_lr=1e-3,
     uncorrelation_loss_weight=0.01, channel_loss_weight=100.0, xor_loss_weight=5.0, check_iter=1,
 )
+# Settings of TrainConfig with which every term of the loss has a gradient.
+EVERY_TERM = dict(style_loss_weight=100.0, uncorrelation_loss_weight=50.0, channel_loss_weight=1e3,
+                  xor_loss_weight=500.0)
 # What a published training logs.
 METRICS = ("content", "style", "uncorrelation", "channel", "xor", "total", "nonzero_channels", "channels_off_for_all",
            "channels_off_for_some")

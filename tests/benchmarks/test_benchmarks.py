@@ -25,7 +25,8 @@ def test_calls_take_turns():
 def run(monkeypatch, capsys):
     def run(script, *arguments) -> tuple[str, dict]:
         """What the script printed, and the JSON of its last line."""
-        monkeypatch.setattr(sys, "argv", [script.__name__, "--gpu_no", "-1", *map(str, arguments)])
+        device = ["--device", "cpu"] if script is train_step else ["--gpu_no", "-1"]
+        monkeypatch.setattr(sys, "argv", [script.__name__, *device, *map(str, arguments)])
         assert script.main() == 0
         printed = capsys.readouterr().out
         return printed, json.loads(printed.splitlines()[-1])
@@ -36,9 +37,11 @@ def run(monkeypatch, capsys):
 def test_train_step_benchmark(run):
     """The smallest run: one setting, one turn, crops of 16 pixels."""
     _, report = run(train_step, "--settings", "baseline", "--cropsize", 16, "--imsize", 20, "--batch_size", 1,
-                    "--turns", 1, "--seconds", 0.1, "--num_workers", 0, "--amp", "off")
+                    "--turns", 1, "--steps", 1, "--seconds", 0.1, "--num_workers", 0, "--amp", "off",
+                    "--default_format")
     steps = report["steps"]["baseline"]
-    assert steps.keys() == report["end_to_end"]["baseline"].keys() == {"plain", "this trainer"}
+    assert steps.keys() == report["end_to_end"]["baseline"].keys() == {
+        "plain", "this trainer", "this trainer, default format"}
     for each in steps.values():
         assert 0 < each["seconds"]["min"] <= each["seconds"]["median"] <= each["seconds"]["max"]
         assert each["iterations_per_second"] == pytest.approx(1 / each["seconds"]["median"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CPU, METRICS, make_trainer, random_batch, random_vgg, small_network
+from helpers import CPU, EVERY_TERM, METRICS, make_trainer, random_batch, random_vgg, small_network
 from plain import PlainTrainer
 from torch.testing import assert_close
 
@@ -11,10 +11,8 @@ from data import normalize
 from train import TrainConfig
 
 OFF = dict(style_loss_weight=0.0, uncorrelation_loss_weight=0.0, channel_loss_weight=0.0, xor_loss_weight=0.0)
-# An epsilon that gives channels of any strength a gradient.
-ON = dict(style_loss_weight=100.0, uncorrelation_loss_weight=50.0, channel_loss_weight=1e3, xor_loss_weight=500.0)
-WEIGHTS = {"content": OFF, "all": ON} | {
-    name.removesuffix("_loss_weight"): OFF | {name: weight} for name, weight in ON.items()
+WEIGHTS = {"content": OFF, "all": EVERY_TERM} | {
+    name.removesuffix("_loss_weight"): OFF | {name: weight} for name, weight in EVERY_TERM.items()
 }
 # With a frozen encoder, no other term has a gradient beyond these.
 CASES = [(name, 1e-5) for name in WEIGHTS] + [("content", 0.0), ("all", 0.0)]
@@ -48,7 +46,7 @@ def test_fast_step_equals_plain_step(terms, encoder_lr):
 @pytest.mark.parametrize("amp, loss_error, gradient_error", [("off", 1e-3, 0.2), ("bf16", 0.1, 0.9)])
 def test_fast_step_is_near_the_plain_step_in_lower_precision(amp, loss_error, gradient_error):
     """Where rounding puts a ReLU's input on the other side of zero, many gradients move."""
-    actual, desired, error = one_step_each(torch.float32, amp=amp, encoder_lr=1e-5, **ON)
+    actual, desired, error = one_step_each(torch.float32, amp=amp, encoder_lr=1e-5, **EVERY_TERM)
     assert actual == pytest.approx(desired, rel=loss_error)
     assert 0 < error < gradient_error
 

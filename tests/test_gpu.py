@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from helpers import ROOT, SMALL_TRAINING, make_trainer, random_batch, random_vgg
+from helpers import EVERY_TERM, ROOT, SMALL_TRAINING, make_trainer, random_batch, random_vgg
 from plain import PlainTrainer
-from test_step import ON
 
 from train import TrainConfig, train
 from training.loop import MetricSums
@@ -18,7 +17,8 @@ EVERY_LAYER = dict(compact_layers="all", compact_cost="macs", target_macs=0.5, l
 
 
 def gpu_trainer(**settings) -> TransferTrainer:
-    return make_trainer(device=GPU, **dict(amp="auto", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | ON | settings)
+    settings = dict(amp="auto", encoder_lr=1e-5, decoder_lr=1e-4, l0_eps=1.0) | EVERY_TERM | settings
+    return make_trainer(device=GPU, **settings)
 
 
 def batches(count: int) -> list[list[torch.Tensor]]:
@@ -54,7 +54,7 @@ def test_compiled_steps_equal_eager_steps(amp, more):
 
 
 def test_fast_step_equals_plain_step():
-    fast = make_trainer(device=GPU, dtype=torch.float64, decoder_lr=1e-4, encoder_lr=1e-5, l0_eps=1.0, **ON)
+    fast = make_trainer(device=GPU, dtype=torch.float64, decoder_lr=1e-4, encoder_lr=1e-5, l0_eps=1.0, **EVERY_TERM)
     config = fast.config
     plain = PlainTrainer(fast.network.state_dict(), random_vgg(), config.weights, config.learning_rates, config.l0_eps,
                          GPU, torch.float64)

@@ -289,7 +289,12 @@ def test_killed_worker_ends_the_run_in_one_line(small, tmp_path, monkeypatch):
     """What the kernel does when memory is short. The last checkpoint is good."""
     hang(monkeypatch, after=4 * small["batch_size"])
     settings = small | {"save_path": str(tmp_path / "run"), "num_workers": 2, "max_iter": 20, "check_iter": 2}
-    with once_saved(tmp_path / "run", lambda: multiprocessing.active_children()[0].kill()):
+    before = {*multiprocessing.active_children()}
+
+    def kill_a_worker() -> None:
+        ({*multiprocessing.active_children()} - before).pop().kill()
+
+    with once_saved(tmp_path / "run", kill_a_worker):
         message = user_error(train, settings)
     assert "--num_workers 2: a process that decodes pictures was killed" in message
     assert "check_point.pth, go on with: python main.py --mode train --resume --save_path" in message

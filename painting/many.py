@@ -30,6 +30,7 @@ from painting.tiling import TiledPicture
 from utils import UserError, gather, make_folder, note_of_process, own_part, progress_bar, usable_cores
 
 MOST_THREADS = 8  # that read, and that write; as many pictures are read ahead
+KEPT_STYLES = 128 * 2**20  # bytes of pictures that are not decoded again for each content that colours them
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ Content = tuple[Tensor, Image.Image | None, list[TiledPicture]]  # pixels, alpha
 class _Style:
     """A style, encoded."""
 
-    pictures: list[Tensor]  # (1, 3, H, W), uint8, each
+    pictures: list[Tensor]  # (1, 3, H, W), uint8, each; none where they are to be decoded again
     codes: list[Style | MaskedStyle]  # for every model; none where each content colours the pictures first
     measured: list  # what the meter takes of it
 
@@ -145,7 +146,9 @@ class PairPainter:
         self._show(("style", number), pictures[0])
         codes = [] if self.config.preserve_color == "histogram" else self._codes(pictures)
         measured = self.meter.open_style(pictures[0]) if self.meter else []
-        self.encoded[number] = _Style(pictures if not codes else [], codes, measured)
+        kept = sum(each.nbytes for style in self.encoded.values() for each in style.pictures)
+        is_kept = not codes and kept + sum(each.nbytes for each in pictures) <= KEPT_STYLES
+        self.encoded[number] = _Style(pictures if is_kept else [], codes, measured)
 
     def _codes(self, pictures: list[Tensor], colors_of: Tensor | None = None) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
@@ -167,7 +170,7 @@ class PairPainter:
         """Paint the pictures of a pair that are not there yet, and have them written. Returns what is to be measured,
         that of others, too."""
         picture, alpha, opened = content
-        codes = style.codes or self._codes(style.pictures, picture)
+        codes = style.codes or self._codes(style.pictures or self._load_style(pair[1]), picture)
         outputs = []
         painters = product(zip(self.stylizers, opened, codes), self.config.style_strength)
         for column, ((inputs, strength), path) in enumerate(zip(painters, self.plan.files[pair])):

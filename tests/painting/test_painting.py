@@ -425,6 +425,29 @@ def test_each_picture_is_decoded_and_encoded_once(pairs, tmp_path, monkeypatch, 
     assert sorted(measured.values()) == ([1] * (4 + 4) if metrics else [])  # inputs and outputs
 
 
+def test_styles_that_each_content_colours_are_decoded_again_where_they_would_take_much_memory(
+    pairs, tmp_path, monkeypatch
+):
+    """The pictures are the same, and those of one content alone."""
+    decoded, prepare = Counter(), stylize.prepare_picture
+
+    def count_decoding(path, *more):
+        decoded[path.name] += 1
+        return prepare(path, *more)
+
+    def paint(name: str, **more) -> dict[str, bytes]:
+        decoded.clear()
+        assert main(words(pairs | {"preserve_color": "histogram", "save_path": tmp_path / name} | more)) == 0
+        return {path.name: path.read_bytes() for path in (tmp_path / name).glob("c[01]_*.png")}
+
+    monkeypatch.setattr(stylize, "prepare_picture", count_decoding)
+    kept = paint("kept")
+    assert len(kept) == 4 and decoded == {"c0.png": 1, "c1.png": 1, "s0.png": 1, "s1.png": 1}
+    assert kept.items() >= paint("alone", content=tmp_path / "contents" / "c1.png").items()
+    monkeypatch.setattr(many, "KEPT_STYLES", 24 * 32 * 3)  # one of them
+    assert paint("again") == kept and decoded == {"c0.png": 1, "c1.png": 1, "s0.png": 1, "s1.png": 3}
+
+
 def test_reading_painting_and_writing_overlap(pairs, tmp_path, monkeypatch):
     """The first picture is written, and the third content is read, while the second is painted."""
     write_noise(tmp_path / "contents" / "c2.png", (24, 32), 7)

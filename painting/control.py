@@ -12,6 +12,7 @@ from utils import UserError
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 PRESERVED = ("luma", "histogram")
+CHUNK = 2**20  # pixels whose colours are in float64 at once
 ASPECT = 0.01  # relative difference in height that a mask may have, scaled to the content's width; or one pixel
 
 
@@ -106,16 +107,22 @@ def match_colors(style: Tensor, content: Tensor) -> Tensor:
     x -> A (x - mean of style) + mean of content, A = S_content^(1/2) S_style^(-1/2) (the second of the two choices of
     Gatys et al., arXiv 1606.05897). Where the style's colours do not vary, neither do the result's.
     """
-    moments = []
-    for picture in (style, content):
-        colours = picture.flatten(2)[0].double()  # (3, H * W)
-        moments += [colours.mean(1, keepdim=True), torch.cov(colours, correction=0)]
-    style_mean, style_covariance, content_mean, content_covariance = moments
+    (style_mean, style_covariance), (content_mean, content_covariance) = map(_color_moments, (style, content))
     values, vectors = torch.linalg.eigh(style_covariance)
     # Less than a level of 255 is noise: stretched, it would be what one sees.
     inverse = torch.where(values > 1.0, values.clamp(min=1.0).rsqrt(), 0.0)
     to_white = vectors * inverse @ vectors.T
     values, vectors = torch.linalg.eigh(content_covariance)
     matrix = vectors * values.clamp(min=0.0).sqrt() @ vectors.T @ to_white
-    matched = matrix @ (style.flatten(2)[0].double() - style_mean) + content_mean
-    return matched.round().clamp(0.0, 255.0).byte().reshape(style.shape)
+    matched = torch.empty(style.shape, dtype=torch.uint8, device=style.device)
+    for there, here in zip(*(picture.flatten(2)[0].split(CHUNK, dim=1) for picture in (matched, style))):
+        there.copy_((matrix @ (here.double() - style_mean) + content_mean).round().clamp(0.0, 255.0))
+    return matched
+
+
+def _color_moments(picture: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, (3, 1), and covariance, (3, 3), of the colours of a picture, (1, 3, H, W), uint8; in float64."""
+    colours = picture.flatten(2)[0]  # (3, H * W)
+    mean = sum(part.double().sum(1, keepdim=True) for part in colours.split(CHUNK, dim=1)) / colours.shape[1]
+    covariance = sum(part @ part.T for part in (part.double() - mean for part in colours.split(CHUNK, dim=1)))
+    return mean, covariance / colours.shape[1]

@@ -25,8 +25,8 @@ from torch.testing import assert_close
 from data import IMAGENET_STD, denormalize, normalize, prepare_picture, to_pil
 from main import main
 from network import adain
+from painting import control, tiling
 from painting import stylizer as stylizer_module
-from painting import tiling
 from painting.control import LUMA, MaskedStyle, Style, keep_colors, match_colors, mix
 from painting.stylizer import Stylizer, open_mask
 from painting.tiling import Moments, least_tile, memory_needed
@@ -170,7 +170,9 @@ def test_luma_keeps_chroma_and_takes_lightness():
     assert (fits | at_limit).all()
 
 
-def test_histogram_gives_the_style_the_colour_statistics_of_the_content():
+@pytest.mark.parametrize("chunk", [2**20, 700], ids=["at once", "in parts"])
+def test_histogram_gives_the_style_the_colour_statistics_of_the_content(monkeypatch, chunk):
+    monkeypatch.setattr(control, "CHUNK", chunk)
     style, content = smooth_picture(1), smooth_picture(2, 90, 160, (30, 70))
     matched = match_colors(style, content)
     assert matched.shape == style.shape and matched.dtype == torch.uint8

@@ -35,12 +35,13 @@ from painting.stylizer import (
     DEMO_STYLE,
     OpenedModel,
     Stylizer,
+    common_backbone,
     decode_in_half,
     open_mask,
     open_models,
 )
 from painting.video import check_video, makes_video, stylize_video
-from settings import amount, changed, count, fraction_below_1, rate, setting
+from settings import amount, changed, count, fraction_below_1, rate, refuse, setting
 from utils import (
     UserError,
     allow_tf32,
@@ -181,7 +182,7 @@ class TestConfig:
         strengths, measures = [_words(strength) for strength in self.style_strength], self.metrics is not None
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
         has_format = re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix) and not makes_video(self)
-        for message, is_wrong in {
+        refuse({
             "content and --content_dir mean the same: give one of them": {"content", "content_dir"} <= changed(self),
             "style and --style_dir mean the same: give one of them": {"style", "style_dir"} <= changed(self),
             f"style_strength {' '.join(strengths)}: one is given twice": len(set(strengths)) < len(strengths),
@@ -192,9 +193,7 @@ class TestConfig:
             "painted: what others painted is measured only; --metrics is needed, too": self.painted and not measures,
             f"save_path {self.save_path}: no picture format that can be written ({' '.join(OUTPUT_FORMATS)}); for a "
             "folder of this name, end it with /": has_format and not self.writes_a_file and not self.names_a_folder,
-        }.items():
-            if is_wrong:
-                raise UserError(message)
+        })
 
 
 def _words(strength: float) -> str:
@@ -217,11 +216,10 @@ def _open_meter(config: TestConfig, models: list[OpenedModel], device: torch.dev
     """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
     if not config.measured:
         return None
-    backbones = {model.network.config.backbone: model.file for model in models}
-    if config.measures_losses and len(backbones) > 1:
-        found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
-        raise UserError(f"metrics: {found}; their losses are not comparable, name other metrics")
-    meter = Meter(config.measured, next(iter(backbones)), config.vgg_weights, config.style_loss, config.seed, device)
+    backbone = models[0].network.config.backbone
+    if config.measures_losses:
+        backbone = common_backbone(models, "metrics", ", name other metrics")
+    meter = Meter(config.measured, backbone, config.vgg_weights, config.style_loss, config.seed, device)
     for model in models if config.measures_losses else ():
         trained_with = model.checkpoint.get("vgg_weights")
         if not same_vgg(trained_with, meter.vgg_origin):

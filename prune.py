@@ -10,13 +10,13 @@ import torch
 from data import MAX_PIXELS
 from painting.pairs import note_learned_from
 from painting.quality import MIN_SIDE, Meter
-from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, load_input, open_models
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, common_backbone, load_input, open_models
 from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
 from pruning.report import GRID_NUMBERS, MEASURED, build_report, format_table, paint_grid, write_comparison
 from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
-from settings import check_needed, count, count_or_zero, positive_fraction, setting
+from settings import check_needed, count, count_or_zero, positive_fraction, refuse, setting
 from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, write_text_atomically
 from weights import PRUNED_NAME, model_checkpoint
 
@@ -83,7 +83,7 @@ class PruneConfig:
                 "prune_layers all or prune_macs": self.every_layer}
         asked = [way for way, is_asked in ways.items() if is_asked]
         are_several = len(self.load_path) > 1
-        for message, is_wrong in {
+        refuse({
             f"report_size {self.report_size}: a multiple of 8, 16 or more, is needed":
                 self.report_size < 16 or self.report_size % 8,
             "responses: they are of one model, load_path names several": are_several and self.responses,
@@ -92,9 +92,7 @@ class PruneConfig:
             f"{' and '.join(asked)}: give one of the two": len(asked) > 1,
             "prune_rank magnitude: how much is to be left, prune_macs says":
                 self.prune_rank == "magnitude" and self.prune_macs is None,
-        }.items():
-            if is_wrong:
-                raise UserError(message)
+        })
 
     def folder_of(self, model: OpenedModel) -> Path:
         """Where the results of a model go: a folder of its own where there are several."""
@@ -121,11 +119,7 @@ def check_models(models: list[OpenedModel], config: PruneConfig) -> None:
 def open_meter(models: list[OpenedModel], config: PruneConfig, device: torch.device) -> Meter:
     """What measures the losses of several models. Raises UserError where these are not comparable, or the weights of
     the loss network cannot be had."""
-    backbones = {model.network.config.backbone: model.file for model in models}
-    if len(backbones) > 1:
-        found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
-        raise UserError(f"load_path: {found}; their losses are not comparable")
-    return Meter(MEASURED, next(iter(backbones)), config.vgg_weights, "meanstd", 0, device)
+    return Meter(MEASURED, common_backbone(models, "load_path"), config.vgg_weights, "meanstd", 0, device)
 
 
 # -------------------------------------------------------------------------------------------------- mode
@@ -158,10 +152,10 @@ def prune(given: dict) -> int:
         note(f"what the cut changes is not measured, {reason}")
     folder = make_folder(config.save_path, "--save_path")
 
-    responses, reports = {}, {}
+    paths, responses, reports = [*{*map(Path, chain(*measured.values(), *pairs))}], {}, {}
     for model in models:
         model.network.to(device, memory_format=torch.channels_last)
-        note_learned_from(model.name, model.checkpoint, [*{*map(Path, chain(*measured.values(), *pairs))}])
+        note_learned_from(model.name, model.checkpoint, paths)
         responses[model.name] = kept or measure_responses(model.network, config, measured, pairs)
         reports[model.name] = prune_model(model, responses[model.name], meter, config)
     print(format_table(reports))

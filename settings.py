@@ -163,6 +163,13 @@ def check_needed(config, mode: str) -> None:
             raise UserError(f"--{each.name} is needed in {mode} mode")
 
 
+def refuse(cases: dict[str, object]) -> None:
+    """Raises UserError with the first message whose case is so. cases: by the message."""
+    for message, is_so in cases.items():
+        if is_so:
+            raise UserError(message)
+
+
 def changed(config) -> set[str]:
     """The names of the settings that are not at their defaults."""
     return {each.name for each in fields(config) if getattr(config, each.name) != each.default}

@@ -6,7 +6,7 @@ import torch
 
 from data import MAX_PIXELS
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
-from settings import check_needed, setting
+from settings import check_needed, refuse, setting
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, selected_widths
 from training.loop import run_training
 from training.sampling import TrainingPictures
@@ -63,25 +63,22 @@ class TrainConfig(TransferConfig):
         rates, parts = self.learning_rates, COMPACT_LAYERS[self.compact_layers]
         switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
         frozen = [part for part in parts if switches_off and not rates[part]]
-        for is_wrong, message in (
-            (self.cropsize < 16 or self.cropsize % 8, f"--cropsize {self.cropsize}: a multiple of 8, 16 or more"),
-            (self.new_weights and not self.load_path, "--new_weights: --load_path says of which network's widths"),
-            (not any(rates.values()), "--encoder_lr 0 and --decoder_lr 0: both parts are frozen"),
-            (self.new_weights and not all(rates.values()), "--new_weights: random weights of a frozen part would stay"),
-            (self.swap_max_pool and self.pooling not in (None, "avg"),
-             f"--swap_max_pool is --pooling avg, and --pooling {self.pooling} was given too"),
-            (self.compact_cost not in COMPACT_COSTS,  # of an older run
-             f"--compact_cost {self.compact_cost}: {' or '.join(COMPACT_COSTS)} is needed"),
-            (self.target_macs is not None and not self.channel_loss_weight,
-             f"--target_macs {self.target_macs} steers the channel loss's weight, and --channel_loss_weight is 0"),
-            (frozen, f"--compact_layers {self.compact_layers} with --{''.join(frozen[:1])}_lr 0: what is frozen stays; "
-             "choose other layers, or --channel_loss_weight 0 --xor_loss_weight 0"),
-            ("decoder" in parts and self.batch_size * process_count() < 2,
-             f"--compact_layers {self.compact_layers} with --batch_size {self.batch_size}: the xor loss compares the "
-             "outputs of 2 pictures or more"),
-        ):
-            if is_wrong:
-                raise UserError(message)
+        refuse({
+            f"--cropsize {self.cropsize}: a multiple of 8, 16 or more": self.cropsize < 16 or self.cropsize % 8,
+            "--new_weights: --load_path says of which network's widths": self.new_weights and not self.load_path,
+            "--encoder_lr 0 and --decoder_lr 0: both parts are frozen": not any(rates.values()),
+            "--new_weights: random weights of a frozen part would stay": self.new_weights and not all(rates.values()),
+            f"--swap_max_pool is --pooling avg, and --pooling {self.pooling} was given too":
+                self.swap_max_pool and self.pooling not in (None, "avg"),
+            f"--compact_cost {self.compact_cost}: {' or '.join(COMPACT_COSTS)} is needed":  # of an older run
+                self.compact_cost not in COMPACT_COSTS,
+            f"--target_macs {self.target_macs} steers the channel loss's weight, and --channel_loss_weight is 0":
+                self.target_macs is not None and not self.channel_loss_weight,
+            f"--compact_layers {self.compact_layers} with --{''.join(frozen[:1])}_lr 0: what is frozen stays; choose "
+            "other layers, or --channel_loss_weight 0 --xor_loss_weight 0": frozen,
+            f"--compact_layers {self.compact_layers} with --batch_size {self.batch_size}: the xor loss compares the "
+            "outputs of 2 pictures or more": "decoder" in parts and self.batch_size * process_count() < 2,
+        })
 
 
 def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | None) -> TransferTrainer:

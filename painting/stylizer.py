@@ -67,6 +67,16 @@ def open_models(config) -> list[OpenedModel]:
     return models
 
 
+def common_backbone(models: Sequence[OpenedModel], flag: str, advice: str = "") -> str:
+    """The backbone of the models. Raises UserError, naming the flag, where there are several: losses are measured with
+    the VGG of the backbone."""
+    backbones = {model.network.config.backbone: model.file for model in models}
+    if len(backbones) > 1:
+        found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
+        raise UserError(f"{flag}: {found}; their losses are not comparable{advice}")
+    return next(iter(backbones))
+
+
 class UnusablePicture(UserError):
     """A picture that cannot be read, or that the memory is too small for; the message names its argument and path."""
 

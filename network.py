@@ -217,8 +217,11 @@ class _Part(nn.Module):
             feature = step(feature)
         return feature
 
-    def features(self, feature: Tensor) -> list[Tensor]:
-        """The output of every conv, after its ReLU where it has one; the last is what `forward` returns."""
+    def features(self, feature: Tensor, every_layer: bool = True) -> list[Tensor]:
+        """The output of every conv, after its ReLU where it has one; the last, or the only one without `every_layer`,
+        is what `forward` returns."""
+        if not every_layer:
+            return [self(feature)]
         features = []
         for step in self._steps(feature.device.type):
             feature = step(feature)

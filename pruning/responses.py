@@ -211,7 +211,7 @@ def _encode(network: StyleTransferNetwork, pictures: Tensor, every_layer: bool =
     `every_layer`. pictures: (B, 3, H, W), uint8."""
     weight = next(network.parameters())
     image = pad_to_stride(normalize(pictures.to(weight.device)).to(weight.dtype), network.config.stride)
-    return network.encoder.features(image) if every_layer else [network.encoder(image)]
+    return network.encoder.features(image, every_layer)
 
 
 def _summarise(features: list[Tensor]) -> list[Tensor]:

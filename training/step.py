@@ -102,13 +102,14 @@ class ForwardPass(nn.Module):
         self.gather = torch.compiler.disable(gather_with_gradient) if is_cut else gather_with_gradient
         self.compact = compaction.CompactLosses(
             network.config, config.compact_layers, config.compact_cost, config.l0_eps, device)
-        self.encoder_layers = len(network.config.encoder_widths) if config.compact_layers in ("encoder", "all") else 1
+        parts = COMPACT_LAYERS[config.compact_layers] if config.compact_layers != "bottleneck" else ()
+        self.every_layer = {part: part in parts for part in ("encoder", "decoder")}  # else the last one is looked at
         # Features of a frozen encoder that is the loss network's beginning are computed once.
         encoder, vgg = network.encoder.layers[0].state_dict(), loss_network.layers.state_dict()
         self.encoder_is_loss_network = (
-            config.learning_rates["encoder"] == 0 and self.encoder_layers == 1 and network.config.pooling == "max"
-            and network.config.padding == loss_network.padding and encoder.keys() == vgg.keys()
-            and all(torch.equal(encoder[name], vgg[name]) for name in vgg))
+            config.learning_rates["encoder"] == 0 and not self.every_layer["encoder"]
+            and network.config.pooling == "max" and network.config.padding == loss_network.padding
+            and encoder.keys() == vgg.keys() and all(torch.equal(encoder[name], vgg[name]) for name in vgg))
         # The memory format of each in which convolutions are fastest. On a CPU, the gradient of a 3 x 3 conv's weight
         # in float32 takes up to twice as long in channels_last (64 channels at 128 x 128: 172 ms against 78 ms).
         is_slow = device.type == "cpu" and amp_dtype is None
@@ -140,8 +141,8 @@ class ForwardPass(nn.Module):
             output_features = self._loss_features(output)  # of (B, 3, H, W)
 
         content_targets, style_targets = zip(*(target.chunk(2) for target in targets))
-        norms = {"encoder": self._norms(encoder_features[-self.encoder_layers :])}  # (2B * processes, C)
-        if "decoder" in self.compact.widths:
+        norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C)
+        if decoder_features:
             norms["decoder"] = self._norms(decoder_features)  # (B * processes, C')
         spared = self.compact.spared(norms)
         compute = {
@@ -161,8 +162,9 @@ class ForwardPass(nn.Module):
         return terms, {part: norm.detach() for part, norm in norms.items()}
 
     def _features(self, part: str, image: Tensor) -> list[Tensor]:
-        """What every conv of the encoder or decoder gives, in forward order, behind its ReLU."""
-        return getattr(self.network, part).features(image.contiguous(memory_format=self.formats[part]))
+        """What the convs of the encoder or decoder that are looked at give, in forward order, behind their ReLUs."""
+        image = image.contiguous(memory_format=self.formats[part])
+        return getattr(self.network, part).features(image, self.every_layer[part])
 
     def _loss_features(self, image: Tensor) -> list[Tensor]:
         return self.loss_network(image.contiguous(memory_format=self.formats["loss_network"]))

@@ -128,8 +128,7 @@ class PairPainter:
         return [self._load(path, config, self.plan.styles) for path in self.plan.styles.groups[number]]
 
     def _load_content(self, number: int) -> Content:
-        """Raises UnusablePicture or PictureError, also where the picture has another aspect than the mask.
-        """
+        """Raises UnusablePicture or PictureError, also where the picture has another aspect than the mask."""
         config, (path,) = self.config, self.plan.contents.groups[number]
         picture = self._load(path, config, self.plan.contents)
         try:
@@ -170,13 +169,13 @@ class PairPainter:
         """Paint the pictures of a pair that are not there yet, and have them written. Returns what is to be measured,
         that of others, too."""
         picture, alpha, opened = content
-        codes = style.codes or self._codes(style.pictures or self._load_style(pair[1]), picture)
-        outputs = []
-        painters = product(zip(self.stylizers, opened, codes), self.config.style_strength)
-        for column, ((inputs, strength), path) in enumerate(zip(painters, self.plan.files[pair])):
+        codes, outputs = style.codes, []
+        painters = product(enumerate(self.stylizers), self.config.style_strength)
+        for column, (((number, model), strength), path) in enumerate(zip(painters, self.plan.files[pair])):
             painted = read_written(path) if self.config.skip_existing else None
             if painted is None:
-                painted, output = self._paint(*inputs, strength)
+                codes = codes or self._codes(style.pictures or self._load_style(pair[1]), picture)
+                painted, output = self._paint(model, opened[number], codes[number], strength)
                 outputs.append(output)
                 self._write(painted, path, alpha)
             else:

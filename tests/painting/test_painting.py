@@ -446,6 +446,7 @@ def test_styles_that_each_content_colours_are_decoded_again_where_they_would_tak
     assert kept.items() >= paint("alone", content=tmp_path / "contents" / "c1.png").items()
     monkeypatch.setattr(many, "KEPT_STYLES", 24 * 32 * 3)  # one of them
     assert paint("again") == kept and decoded == {"c0.png": 1, "c1.png": 1, "s0.png": 1, "s1.png": 3}
+    assert paint("again", skip_existing=True) == kept and max(decoded.values()) == 1  # nothing is to be painted
 
 
 def test_reading_painting_and_writing_overlap(pairs, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def plot_l0_maps(responses: Mapping[str, Responses], path: Path) -> None:
         axes.imshow(is_on, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.axhline(found.contents - 0.5, color="tab:red", linewidth=1)
         axes.set_xlabel("bottleneck channel")
-        axes.set_title(f"{name}\noff (black) for every picture: {len(found.off_for_all)} of {is_on.shape[1]}, "
+        axes.set_title(f"{name}\noff (black) for every picture: {len(found.off_for_all)} of {is_on.shape[1]}\n"
                        f"for at least one: {len(found.off_for_some)}", fontsize=10)
     styles = len(is_on) - found.contents
     every_axes[0].set_yticks([(found.contents - 1) / 2, found.contents + (styles - 1) / 2],

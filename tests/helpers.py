@@ -1,8 +1,11 @@
 """What several test files use: small pictures, networks and trainers, command lines, what a run wrote, refusals."""
 
+import fcntl
 import json
 import os
 import signal
+import stat
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -206,6 +209,22 @@ def stop_after(iteration: int, monkeypatch: pytest.MonkeyPatch, number: int = si
                 os.kill(os.getpid(), number)
 
     monkeypatch.setattr(run_module, "MetricSums", StoppingSums)
+
+
+def limit_file_system(monkeypatch: pytest.MonkeyPatch, lacks: Iterable[str], number: int) -> None:
+    """Have hard links, fsync of folders, renames over what is there, or locks raise the error, as shares do."""
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    refusing = {
+        "link": (os, refuse), "flock": (fcntl, refuse),
+        "fsync": (os, lambda file: refuse() if stat.S_ISDIR(os.fstat(file).st_mode) else real["fsync"](file)),
+        "replace": (os, lambda old, new: refuse() if os.path.exists(new) else real["replace"](old, new)),
+    }
+    for name in lacks:
+        monkeypatch.setattr(refusing[name][0], name, refusing[name][1])
 
 
 class Payload:

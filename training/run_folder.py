@@ -1,8 +1,10 @@
 """The folder of a run: checkpoints, metrics.jsonl, and the wandb run beside them."""
 
 import fcntl
+import io
 import json
 import os
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -34,8 +36,8 @@ class CheckpointFolder:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"--save_path {save_path}: another run is writing to it") from error
-            except OSError:  # a file system without locks
-                pass
+            except OSError as error:  # a file system without locks
+                note(f"--save_path {save_path}: cannot be locked ({error.strerror}): do not start a second run in it")
             if not is_resumed and folder.newest.exists():
                 raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it")
             yield folder
@@ -63,13 +65,16 @@ class CheckpointFolder:
         save_checkpoint(checkpoint, self.newest)
         if self.keep:
             path = self.folder / f"check_point_{iteration:07d}.pth"
-            path.unlink(missing_ok=True)
             try:
+                path.unlink(missing_ok=True)
                 os.link(self.newest, path)  # one file under two names: half the disk, half the writing
             except OSError:  # a file system without hard links
                 save_checkpoint(checkpoint, path)
         for old in self.numbered()[: -self.keep] if self.keep > 0 else ():
-            old.unlink()
+            try:
+                old.unlink()
+            except OSError as error:  # open elsewhere, on a share
+                note(f"{old}: an old checkpoint, cannot be deleted ({error.strerror})")
         return self.newest
 
 
@@ -99,56 +104,73 @@ class MetricFile:
             raise UserError(f"{self.path}: the metrics cannot be written ({error.strerror})") from error
 
 
-def wandb_key_is_configured() -> bool:
-    """Whether wandb would find an API key without asking for one."""
-    from requests.utils import get_netrc_auth  # comes with wandb
-
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(server))
-
-
 class WandbRun:
     """A wandb run that is never in the way: it asks nothing, and a training goes on without it."""
 
     def __init__(self, config, folder: Path, run_id: str | None) -> None:
         """config: of a mode, whose `wb_mode` is auto, online, offline or disabled. Raises UserError when a run that was
         asked for by `online` or `offline` cannot be had."""
-        self.run, self.id, mode = None, run_id, config.wb_mode
+        self.run, self.id, self.failure, mode = None, run_id, "", config.wb_mode
         if not is_first_process() or "disabled" in (mode, mode == "auto" and os.environ.get("WANDB_MODE")):
             return
-        try:
-            import wandb
+        for each in (None, "offline") if mode == "auto" else (mode,):  # None: as wandb finds it configured
+            with self._guarded():
+                self._start(config, folder, each)
+                kinds = [kind for kind in ("disabled", "offline") if getattr(self.run, kind, False)]
+                kind = each or "".join(kinds[:1]) or "online"
+                note(f"wandb: {kind}, run {self.id} in {self.run.dir}{self.failure and f'; online it {self.failure}'}")
+                return
+        if mode != "auto":
+            raise UserError(f"--wb_mode {mode}: wandb {self.failure}")
+        note(f"wandb {self.failure}: metrics go to metrics.jsonl")
 
-            has_key = wandb_key_is_configured()
-            if mode == "online" and not has_key:
-                raise UserError("has no key (wandb login, or WANDB_API_KEY)")
-            is_online = mode == "online" or mode == "auto" and has_key and os.environ.get("WANDB_MODE") != "offline"
-            self.run = wandb.init(
-                dir=str(folder), id=run_id, mode="online" if is_online else "offline", config=asdict(config),
-                resume="allow" if is_online else None,  # a resumed training goes on in the same run
-                project=config.wb_project, name=config.wb_name, notes=config.wb_notes, tags=config.wb_tags,
-                settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-            )
-            self.id = self.run.id
-            note(f"wandb: {'online' if is_online else 'offline'}, run {self.id} in {self.run.dir}")
-        except Exception as error:  # wandb passes on its service's, the network's and its server's errors
-            reason = "is not installed (pip install wandb)" if isinstance(error, ImportError) else error
-            if mode != "auto":
-                raise UserError(f"--wb_mode {mode}: wandb {reason}") from error
-            note(f"wandb {reason}: metrics go to metrics.jsonl")
+    @contextmanager
+    def _guarded(self):
+        """Within the block wandb may raise what it will, errors of its process, the network, its server: `failure` says
+        then what, and there is no run any more."""
+        stdin, sys.stdin = sys.stdin, io.StringIO()  # no terminal at which it could ask for a key
+        try:
+            yield
+        except Exception as error:
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.failure = "is not installed (pip install wandb)" if is_missing else f"failed ({reason})"
+            self.run = None
+        finally:
+            sys.stdin = stdin
+
+    def _start(self, config, folder: Path, mode: str | None) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            dir=str(folder), id=self.id, mode=mode, config=asdict(config),
+            resume="allow" if mode != "offline" else None,  # a resumed training goes on in the same run
+            project=config.wb_project, name=config.wb_name, notes=config.wb_notes, tags=config.wb_tags,
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        self.id = self.run.id
 
     def log(self, values: dict, iteration: int, picture: Path) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
-        try:
-            if self.run is not None:
+        if self.run is not None:
+            with self._guarded():
                 import wandb
 
                 self.run.log(values | {"pictures": wandb.Image(str(picture))}, step=iteration)
-        except Exception as error:
-            note(f"wandb failed ({error}): from here on metrics go to metrics.jsonl only")
-            self.run = None
+            self._say_failure()
 
     def finish(self) -> None:
+        """Have wandb send what it has; after a failure, let it go without a traceback when the program ends."""
         if self.run is not None:
-            with suppress(Exception):  # the training is done, whatever wandb could not send
+            with self._guarded():
                 self.run.finish()
+            self._say_failure()
+        if self.run is None and self.failure:
+            with suppress(SystemExit), self._guarded():
+                import wandb
+
+                wandb.teardown()
+
+    def _say_failure(self) -> None:
+        if self.run is None:
+            note(f"wandb {self.failure}: from here on metrics go to metrics.jsonl only")

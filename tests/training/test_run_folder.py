@@ -1,25 +1,28 @@
-"""What a run keeps in its folder: checkpoints and metrics; whether wandb has a key."""
+"""What a run keeps in its folder: checkpoints and metrics; the wandb run beside them."""
 
+import errno
 import os
+import sys
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
-from helpers import read_metrics, user_error
+from helpers import limit_file_system, read_metrics, user_error
 
-from training.run_folder import CheckpointFolder, MetricFile, wandb_key_is_configured
+from train import TrainConfig
+from training.run_folder import CheckpointFolder, MetricFile, WandbRun
 from utils import load_checkpoint
 
 
-@pytest.mark.parametrize("keep, desired, has_links", [
-    (-1, [10, 20, 30, 1000], True), (0, [], True), (1, [1000], True), (2, [30, 1000], True), (2, [30, 1000], False),
-    (9, [10, 20, 30, 1000], True),
+@pytest.mark.parametrize("keep, desired, lacks", [
+    (-1, [10, 20, 30, 1000], ()), (0, [], ()), (1, [1000], ()), (2, [30, 1000], ()), (9, [10, 20, 30, 1000], ()),
+    (2, [30, 1000], ("link",)), (2, [30, 1000], ("replace",)), (2, [30, 1000], ("link", "fsync", "replace")),
 ])
-def test_numbered_checkpoints_kept(tmp_path, monkeypatch, keep, desired, has_links):
-    """Also on a file system without hard links."""
-    def refuse(*_):
-        raise OSError("not supported")
-
-    if not has_links:
-        monkeypatch.setattr(os, "link", refuse)
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EACCES])
+def test_numbered_checkpoints_kept(tmp_path, monkeypatch, keep, desired, lacks, number):
+    """Also on a share that lacks hard links, synchronised folders, or renames over a file that is there."""
+    limit_file_system(monkeypatch, lacks, number)
     folder = CheckpointFolder(tmp_path, keep)
     for iteration in (10, 20, 30, 1000):
         assert folder.save({"iteration": iteration}, iteration) == tmp_path / "check_point.pth"
@@ -27,6 +30,13 @@ def test_numbered_checkpoints_kept(tmp_path, monkeypatch, keep, desired, has_lin
     names = [f"check_point_{iteration:07}.pth" for iteration in desired]
     assert sorted(os.listdir(tmp_path)) == sorted(["check_point.pth", *names])
     assert [load_checkpoint(path)["iteration"] for path in folder.numbered()] == desired
+
+
+def test_a_folder_that_cannot_be_locked_says_so(tmp_path, monkeypatch, capsys):
+    limit_file_system(monkeypatch, ("flock",), errno.ENOLCK)
+    with CheckpointFolder.of_run(str(tmp_path), 0, is_resumed=False) as folder:
+        folder.save({"iteration": 1}, 1)
+    assert "cannot be locked (No locks available): do not start a second run in it" in capsys.readouterr().err
 
 
 def test_a_damaged_newest_checkpoint_names_the_older_ones(tmp_path):
@@ -59,22 +69,62 @@ def test_metrics_are_appended_and_truncated(tmp_path, half):
     assert read_metrics(tmp_path) == rows[:2]
 
 
-@pytest.mark.parametrize("name, host, variables, desired", [
-    ("none", "", {}, False),
-    ("none", "", {"WANDB_API_KEY": "0123456789abcdef"}, True),
-    (".netrc", "api.wandb.ai", {}, True),
-    ("_netrc", "api.wandb.ai", {}, True),
-    (".netrc", "wandb.example.org", {}, False),
-    (".netrc", "wandb.example.org", {"WANDB_BASE_URL": "https://wandb.example.org/api"}, True),
-    ("elsewhere", "api.wandb.ai", {}, False),
-    ("elsewhere", "api.wandb.ai", {"NETRC": "~/elsewhere"}, True),
-    (".netrc", "nonsense {{{ here", {}, False),
+# ------------------------------------------------------------------------------------------------- wandb
+
+
+def wandb_run(folder, mode: str = "auto") -> WandbRun:
+    return WandbRun(TrainConfig(wb_mode=mode), folder, None)
+
+
+def test_wandb_finds_its_own_settings(tmp_path, monkeypatch, capsys):
+    """The server of a settings file, the key of a netrc that names its port; it refuses, so the run is offline."""
+    wandb, asked = pytest.importorskip("wandb"), []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode())
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    for name in [name for name in os.environ if name.startswith("WANDB")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever).start()
+        host = f"127.0.0.1:{server.server_port}"
+        (tmp_path / ".config" / "wandb").mkdir(parents=True)
+        (tmp_path / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = http://{host}\n")
+        (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {'0123456789' * 4}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+        wandb.teardown()  # what it has read before
+        try:
+            run = wandb_run(tmp_path)
+            run.finish()
+        finally:
+            wandb.teardown()
+            server.shutdown()
+    assert asked[0] == f"api:{'0123456789' * 4}"
+    assert f"wandb: offline, run {run.id} in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module, said", [
+    ("raise ModuleNotFoundError(name='wandb')", "is not installed (pip install wandb)"),
+    ("", "failed (module 'wandb' has no attribute 'init')"),  # a folder of that name
+    ("raise AttributeError('`np.float_` was removed')", "failed (`np.float_` was removed)"),
+    ("Settings = dict\ndef init(**_): raise RuntimeError('Could not determine\\nhome directory')",
+     "failed (Could not determine home directory)"),
+    ("Settings = dict\ndef init(**_): raise ConnectionError", "failed (ConnectionError)"),
+    ("Settings = dict\ndef init(**_): input()", "failed (EOF when reading a line)"),  # it asks for a key
 ])
-def test_wandb_key_in_the_environment_or_in_netrc(tmp_path, monkeypatch, name, host, variables, desired):
-    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in {"HOME": str(tmp_path), **variables}.items():
-        monkeypatch.setenv(variable, value)
-    (tmp_path / name).write_text(f"machine {host}\n  login user\n  password 0123456789abcdef\n")
-    (tmp_path / name).chmod(0o600)
-    assert wandb_key_is_configured() == desired
+def test_a_wandb_that_cannot_start_is_said_in_a_line(tmp_path, monkeypatch, capsys, module, said):
+    (tmp_path / "wandb").with_suffix(".py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    del sys.modules["wandb"]
+    run = wandb_run(tmp_path)
+    run.log({"loss": 1.0}, 1, tmp_path / "picture.png")
+    run.finish()
+    assert capsys.readouterr().err == f"wandb {said}: metrics go to metrics.jsonl\n"
+    assert user_error(wandb_run, tmp_path, "offline") == f"--wb_mode offline: wandb {said}"

@@ -20,7 +20,7 @@ from painting.pairs import choose_pairs
 from painting.quality import MIN_SIDE, Measurement, Meter, ssim
 from painting.stylizer import load_input, open_model
 from settings import check_needed, setting
-from utils import UserError, describe_device, make_folder, note, time_in_turns, write_atomically
+from utils import UserError, describe_device, make_folder, note, show, time_in_turns, write_atomically
 from weights import find_model_file
 
 CPU = torch.device("cpu")
@@ -119,18 +119,18 @@ def compare(
                                     [normalize(picture * 255.0) for picture in painted]))
         alike.append(ssim(*painted).item())
         largest.append((painted[0] - painted[1]).abs().max().item())
-    print(Measurement(torch.stack(losses).numpy(), numbers, list(names), meter.metrics).table())
-    print(f"int8 against float32: SSIM {statistics.mean(alike):.4f} (least {min(alike):.4f}), largest difference of a "
+    show(Measurement(torch.stack(losses).numpy(), numbers, list(names), meter.metrics).table())
+    show(f"int8 against float32: SSIM {statistics.mean(alike):.4f} (least {min(alike):.4f}), largest difference of a "
           f"colour value {statistics.mean(largest):.3f} of 1 (most {max(largest):.3f})")
     for name, files in zip(names, (float_files, int8_files)):
-        print(f"{name}: {sum(map(len, files.values())) / 2**20:.2f} MiB")
+        show(f"{name}: {sum(map(len, files.values())) / 2**20:.2f} MiB")
     height, width = pairs[0][0].shape[2:]
     for threads in THREADS:
         calls = [partial(open_painter(files, threads), *pairs[0], 1.0) for files in (float_files, int8_files)]
         times = [statistics.median(taken) * 1000 for taken in time_in_turns(calls, TIMED_RUNS, CPU)]
-        print(f"a pair, content of {width} x {height}, {threads} threads: float32 {times[0]:.1f} ms, int8 "
+        show(f"a pair, content of {width} x {height}, {threads} threads: float32 {times[0]:.1f} ms, int8 "
               f"{times[1]:.1f} ms (medians of {TIMED_RUNS})")
-    print(describe_device(CPU))
+    show(describe_device(CPU))
 
 
 def export(given: dict) -> int:
@@ -159,7 +159,7 @@ def export(given: dict) -> int:
         network = fill_up(network, CHANNEL_MULTIPLE)
     files = make_files(network, checkpoint, path / f"page{ONNX}" if config.is_page else path,
                        split=config.split or config.is_page)
-    print(f"{'in float32 ' if config.int8 else ''}at most {check_files(files, network):.1g} of 1 from PyTorch's "
+    show(f"{'in float32 ' if config.int8 else ''}at most {check_files(files, network):.1g} of 1 from PyTorch's "
           "pictures of several sizes")
     if config.is_page:
         page = page_files(network, Path(config.load_path).stem, *files.values(), styles)

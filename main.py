@@ -1,6 +1,7 @@
 """The command line: `python main.py --mode {train,test,prune,distill,export} ...`."""
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -16,7 +17,18 @@ from export import ExportConfig, export
 from prune import PruneConfig, prune
 from settings import TOPICS, add_flag, flags_of
 from train import TrainConfig, train
-from utils import UserError, check_processes, lacks_memory, note, process_count, process_rank, tidy_end
+from utils import (
+    STDERR,
+    STDOUT,
+    UserError,
+    check_processes,
+    lacks_memory,
+    note,
+    process_count,
+    process_rank,
+    tidy_end,
+    usable_cores,
+)
 
 
 class Mode(NamedTuple):
@@ -37,7 +49,7 @@ MODES = {
 }
 OTHER_NAMES = {"eval": "test", "prune_eval": "prune"}  # as the original implementation calls them
 FLAGS = {name: flags_of(mode.config) for name, mode in MODES.items()}
-MEMORY_FLAGS = ("imsize", "cropsize", "batch_size")  # a smaller one takes less memory
+MEMORY_FLAGS = ("tile", "imsize", "cropsize", "batch_size")  # a smaller one takes less memory
 ABOUT = "\n".join((
     "Compact image style transfer: train networks, and cut out of them what they do not need.", "", "modes:",
     *(f"  {name:<9}{mode.about}" for name, mode in MODES.items()), "",
@@ -81,7 +93,7 @@ def parse(arguments: list[str] | None) -> tuple[str, dict] | None:
     mode = getattr(named, "mode", "train")
     mode = OTHER_NAMES.get(mode, mode)
     if "help" in named:
-        (build_parser(mode) if "mode" in named else first).print_help()
+        (build_parser(mode) if "mode" in named else first).print_help(STDOUT)
         return None
     given = vars(build_parser(mode).parse_args(others))
     for name in [name for name in given if name not in FLAGS[mode]]:
@@ -105,9 +117,9 @@ def _too_little_memory(error: Exception, mode: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
     process, mode = "", "train"
-    for stream in (sys.stdout, sys.stderr):  # no name or sign that a terminal lacks may cost what was computed
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # what libraries say to a closed stderr goes into no file
+        pass
+    os.close(spare)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # broken tags, say: what is needed of them is checked
     try:
         check_processes()
@@ -117,19 +129,21 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed is None:
             return 0
         mode, given = parsed
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch asks no control group for a quota
         with tidy_end():
             return MODES[mode].run(given)
     except KeyboardInterrupt:
         return 130
     except UserError as error:
         message = _with_dashes(str(error), mode)
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if lacks_memory(error):
+            message = _too_little_memory(error, mode)
+        elif isinstance(error, OSError):  # a full disk, say, where no better word was found for it
+            message = f"{error.filename or 'a file'}: cannot be read or written ({error.strerror or error})"
+        else:
             raise
-        message = _too_little_memory(error, mode)
-    except OSError as error:  # a full disk, say, where no better word was found for it
-        message = f"{error.filename or 'a file'}: cannot be read or written ({error.strerror or error})"
-    print(f"error: {process}{message}", file=sys.stderr)
+    print(f"error: {process}{message}", file=STDERR)
     return 2
 
 

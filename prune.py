@@ -17,7 +17,16 @@ from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
 from settings import check_needed, count, count_or_zero, positive_fraction, refuse, setting
-from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, write_text_atomically
+from utils import (
+    UserError,
+    allow_tf32,
+    make_folder,
+    note,
+    resolve_device,
+    save_checkpoint,
+    show,
+    write_text_atomically,
+)
 from weights import PRUNED_NAME, model_checkpoint
 
 
@@ -158,10 +167,10 @@ def prune(given: dict) -> int:
         note_learned_from(model.name, model.checkpoint, paths)
         responses[model.name] = kept or measure_responses(model.network, config, measured, pairs)
         reports[model.name] = prune_model(model, responses[model.name], meter, config)
-    print(format_table(reports))
     if meter is not None:
         write_comparison(reports, responses, meter, config, folder)
         note(f"wrote l0_maps.png, curves.png, curves.json, report.json and table.md to {folder}")
+    show(format_table(reports))
     return 0
 
 

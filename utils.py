@@ -1,20 +1,23 @@
 """What every row stands on: bad-input errors, lines on stderr, processes, device and memory, signals, and files that
 survive a kill."""
 
+import errno
 import io
 import os
 import secrets
+import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import torch
@@ -40,7 +43,7 @@ def errors_in_one_line(main: Callable[..., None]) -> Callable[..., int]:
         try:
             main(*arguments, **named)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=STDERR)
             return 2
         return 0
 
@@ -49,33 +52,57 @@ def errors_in_one_line(main: Callable[..., None]) -> Callable[..., int]:
 
 def lacks_memory(error: Exception) -> bool:
     """Whether it says that the memory of the machine or of the GPU is too small."""
-    # numpy and Pillow raise MemoryError, torch a RuntimeError.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc"))
+    # numpy and Pillow raise MemoryError, torch a RuntimeError, the system an OSError.
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
+            or any(text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc",
+                                                   "can't start new thread", "could not create a")))  # oneDNN's
+
+
+class _Stream:
+    """sys.stdout or sys.stderr, whichever is there when something is said. A program may have none (a service), one of
+    its own with `write` alone, or one that has been closed, whose reader has ended, or that lacks a letter: nothing of
+    that may cost what was computed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str):  # tqdm asks for more, and does without
+        return getattr(getattr(sys, self._name), attribute)
+
+    def write(self, text: str) -> None:
+        with suppress(Exception):
+            encoding = getattr(self, "encoding", None) or "utf-8"
+            getattr(sys, self._name).write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            getattr(sys, self._name).flush()
+
+    def isatty(self) -> bool:
+        with suppress(Exception):
+            return getattr(sys, self._name).isatty()
+        return False
+
+
+STDOUT, STDERR = _Stream("stdout"), _Stream("stderr")
+show = partial(print, file=STDOUT)
 
 
 def note(message: str) -> None:
     """Print one line on stderr, above a progress bar where there is one; of several processes, the first does."""
     if is_first_process():
-        tqdm.write(message, file=_console())
+        tqdm.write(message, file=STDERR)
 
 
 def note_of_process(message: str) -> None:
     """`note` of every process: of several, each line tells whose it is."""
-    tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=_console())
-
-
-def _console():
-    """stderr, or what swallows all where a program has none: a service, say."""
-    return sys.stderr or open(os.devnull, "w", errors="replace")
+    tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=STDERR)
 
 
 def progress_bar(total: int, description: str, unit: str, hidden: bool = False, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
-    console = _console()
-    interval = 0.5 if getattr(console, "isatty", bool)() else 30.0
-    return tqdm(file=console, total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval,
-                disable=hidden or not is_first_process(), **more)
+    return tqdm(file=STDERR, total=total, desc=description, unit=unit, dynamic_ncols=True,
+                mininterval=0.5 if STDERR.isatty() else 30.0, disable=hidden or not is_first_process(), **more)
 
 
 # ------------------------------------------------------------------------------------------ processes
@@ -198,13 +225,15 @@ def free_memory(device: torch.device) -> int:
     for limit, taken in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
         if (most := process.rlimit(limit)[0]) != psutil.RLIM_INFINITY:
             left.append(most - taken)
-    # Version 2 and 1: the limit, what is taken, and the part of it that files take, which makes way.
-    for limit, taken, files in (("memory.max", "memory.current", "file"),
-                                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")):
+    # Version 2 and 1: the limit (from "high" on a job is slowed down), what is taken, and the part of it that files
+    # take, which makes way, without files in memory.
+    for limit, taken, before in (("memory.max", "memory.current", ""), ("memory.high", "memory.current", ""),
+                                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")):
         for group in _control_groups("memory"):
-            with suppress(OSError, ValueError, KeyError):  # no such file, or no limit ("max")
+            with suppress(OSError, ValueError):  # no such file, or no limit ("max")
                 parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                left.append(int((group / limit).read_text()) - int((group / taken).read_text()) + int(parts[files]))
+                files = int(parts.get("file", parts.get("total_cache", 0))) - int(parts.get(f"{before}shmem", 0))
+                left.append(int((group / limit).read_text()) - int((group / taken).read_text()) + files)
     return max(0, min(left))
 
 
@@ -212,9 +241,10 @@ def usable_cores() -> int:
     """The cores that this process may use: by its affinity, and by the quotas of its control groups."""
     cores = len(os.sched_getaffinity(0))
     for group in _control_groups("cpu"):
-        with suppress(OSError, ValueError):  # no such file, or no quota ("max")
-            quota, period = (group / "cpu.max").read_text().split()
-            cores = min(cores, max(1, int(quota) // int(period)))
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of version 2, of version 1
+            with suppress(OSError, ValueError):  # no such file, or no quota ("max", -1)
+                quota, period = map(int, " ".join((group / name).read_text() for name in files).split())
+                cores = min(cores, max(1, quota // period)) if quota > 0 else cores
     return cores
 
 
@@ -224,9 +254,10 @@ def _control_groups(controller: str) -> Iterator[Path]:
     listed = Path("/proc/self/cgroup")  # which not every container shows
     for line in listed.read_text().splitlines() if listed.exists() else ():
         _, controllers, group = line.split(":", 2)
-        if controllers in ("", controller):  # of version 2, of version 1
-            folder = Path(f"/sys/fs/cgroup/{controllers}{group}")
-            yield from (folder, *folder.parents)
+        if controllers == "" or controller in controllers.split(","):  # of version 2, of version 1: cpu,cpuacct, say
+            for name in {controllers, controllers and controller}:  # either may name the folder
+                folder = Path(f"/sys/fs/cgroup/{name}{group}")
+                yield from (folder, *folder.parents)
 
 
 def worker_count(asked: int | None) -> int:
@@ -284,13 +315,17 @@ def time_in_turns(calls: list[Callable], turns: int, device: torch.device, warmu
 # -------------------------------------------------------------------------------------------- signals
 
 
+# Of schedulers, systemd, docker stop, and terminals that are closed; Ctrl-C is the first.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class StopWhileWaiting(BaseException):
     """A stop signal that came within `StopRequest.while_waiting`; no library takes it for an error of its own."""
 
 
 @dataclass
 class StopRequest:
-    """Remembers that SIGINT or SIGTERM came, so that a loop can finish its step and save."""
+    """Remembers that one of STOP_SIGNALS came, so that a loop can finish its step and save."""
 
     signal_number: int | None = None
     raises: bool = False
@@ -313,41 +348,53 @@ class StopRequest:
 
 @contextmanager
 def catch_stop_signals():
-    """Within the block SIGINT and SIGTERM only set the yielded StopRequest; a second one acts at once."""
-    request = StopRequest()
+    """Within the block the first of STOP_SIGNALS only sets the yielded StopRequest; Ctrl-C after it acts at once. Of
+    the others, schedulers and shells send several."""
+    request, ctrl_c = StopRequest(), signal.getsignal(signal.SIGINT)
 
     def remember(number, _frame):
-        request.signal_number = number
-        handled.close()
-        if request.raises:
-            raise StopWhileWaiting
+        if not request:
+            request.signal_number = number
+            signal.signal(signal.SIGINT, ctrl_c or signal.SIG_DFL)
+            if request.raises:
+                raise StopWhileWaiting
 
-    with _handled((signal.SIGINT, signal.SIGTERM), remember) as handled:
+    with _handled(remember):
         yield request
 
 
 @contextmanager
 def tidy_end():
-    """Within the block SIGTERM and SIGHUP end the program as an exception does, so that what was half-written goes; not
-    where they are caught or ignored already, nor among several processes, which would wait for each other's end."""
-    def end(number, _frame):
-        raise SystemExit(128 + number)
+    """Within the block the first of STOP_SIGNALS ends the program as an exception does, so that what was half-written
+    goes; not where they are caught already, nor among several processes, which would wait for each other's end."""
+    request = StopRequest()
 
-    is_alone = process_count() == 1 and threading.current_thread() is threading.main_thread()
-    with _handled([number for number in (signal.SIGTERM, signal.SIGHUP)
-                   if is_alone and signal.getsignal(number) == signal.SIG_DFL], end):
+    def end(number, _frame):
+        if not request:
+            request.signal_number = number
+            raise SystemExit(128 + number)
+
+    with _handled(end, only=signal.SIG_DFL) if process_count() == 1 else nullcontext():
         yield
 
 
-def _handled(numbers: Iterable[int], handler: Callable) -> ExitStack:
-    """A block within which `handler` gets the signals."""
+def _handled(handler: Callable, only=None) -> ExitStack:
+    """A block within which `handler` gets STOP_SIGNALS, in a program's main thread; not those that are ignored, as
+    nohup has it, and with `only` none but those that have this handler."""
     block = ExitStack()
-    for number in numbers:
-        block.callback(signal.signal, number, signal.signal(number, handler))
+    for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(number)
+        if before not in (signal.SIG_IGN, None) and only in (before, None):
+            block.callback(signal.signal, number, signal.signal(number, handler))
     return block
 
 
 # --------------------------------------------------------------------------------------------- files
+
+
+# What shares and file systems in user space say that cannot do it, and not that a disk fails or is full.
+NOT_SYNCED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+NOT_RENAMED = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY, errno.EEXIST, *NOT_SYNCED)  # over an open file
 
 
 @contextmanager
@@ -355,26 +402,51 @@ def replacing(path: Path, durable: bool = False):
     """A temporary file beside `path`, open for writing, that becomes `path` at the end of the block.
 
     A kill at any moment leaves either the old file or the new one, never half of one; with `durable`, a crash of the
-    machine does, too. Raises OSError that names `path`.
+    machine does, too, where the file system can. Raises OSError that names `path`.
     """
-    path = Path(path)
+    path, old = Path(path), None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+                _sync(file)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in NOT_RENAMED or not path.is_file():
+                raise
+            if path.stat().st_nlink > 1:
+                path.unlink()  # its other names keep what it held
+            with open(path, "wb") as old, open(temporary, "rb") as new:  # where this is refused, nothing has been lost
+                shutil.copyfileobj(new, old)
+                if durable:
+                    _sync(old)
+            temporary.unlink()
         if durable:  # the rename itself is only on the disk once the folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            with suppress(OSError):  # the file is there, whole: a share may know nothing of folders
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)  # a write does not say whose it was
+            error.filename2 = old and str(temporary)
+        if old is None:  # else the old one is half overwritten, and the new one whole
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(file: BinaryIO) -> None:
+    """Have the disk hold a file, where its file system can be asked for that."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NOT_SYNCED:
+            raise
 
 
 def write_atomically(path: Path, write: Callable, durable: bool = False) -> None:
@@ -411,6 +483,7 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
         write_atomically(path, lambda file: torch.save(checkpoint, file), durable=True)
     except OSError as error:
         kept = "; the one before is untouched" if Path(path).exists() else ""
+        kept = f"; it is whole in {error.filename2}" if error.filename2 else kept
         raise UserError(f"{path}: the checkpoint cannot be written ({error.strerror}){kept}") from error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data import IMAGENET_MEAN, IMAGENET_STD
 from network import BACKBONES, LossNetwork, NetworkConfig, StyleTransferNetwork, conv_layers
-from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, UserError, load_checkpoint
+from utils import CHECKPOINT_FORMAT, CHECKPOINT_NAME, STDERR, UserError, load_checkpoint
 
 RGB_MEAN, RGB_STD = (torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD))
 MODEL_STORE = Path(__file__).parent / "model-store"
@@ -113,7 +113,8 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(entry.url, file, hash_prefix=file.stem.rsplit("-")[-1], progress=True)
+            torch.hub.download_url_to_file(entry.url, file, hash_prefix=file.stem.rsplit("-")[-1],
+                                           progress=STDERR.isatty())
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
         raise UserError(
             f"vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
@@ -260,8 +261,10 @@ def find_model_file(path: Path, flag: str = "--load_path") -> Path:
 
 def model_names(paths: Iterable[str]) -> list[str]:
     """A name for each path of a model, unique without regard to case: the name of the file (without .pth) or folder,
-    led by as many folders above it as tell all apart; as the last resort, by its number."""
-    parts = [os.path.abspath(path).removesuffix(".pth").split(os.sep)[1:] for path in paths]
+    led by as many folders above it as tell all apart; as the last resort, by its number. Bytes of another encoding,
+    which no table or plot can show, are signs for them."""
+    shown = [os.fsencode(os.path.abspath(path)).decode(errors="replace") for path in paths]
+    parts = [path.removesuffix(".pth").split(os.sep)[1:] for path in shown]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["-".join(each[-depth:]) for each in parts]
         if len({name.casefold() for name in names}) == len(names):

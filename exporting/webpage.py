@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -123,8 +124,11 @@ def write_page(path: Path, files: Mapping[str, bytes]) -> None:
             for name, content in files.items():
                 Path(beside, name).parent.mkdir(exist_ok=True)
                 Path(beside, name).write_bytes(content)
-            os.chmod(beside, 0o755)  # for a web server; temporary folders are private
-            os.replace(beside, path)  # which may be there, and empty
+            with suppress(OSError):  # a share may have no permissions
+                os.chmod(beside, 0o755)  # for a web server; temporary folders are private
+            if path.exists():  # and is empty: not every share renames over it
+                path.rmdir()
+            os.replace(beside, path)
     except OSError as error:
         error.filename = str(path)  # not what lies beside it
         raise

@@ -90,8 +90,8 @@ def usable(path: Path, name: str):
     except (PictureError, MemoryError, RuntimeError) as error:
         if lacks_memory(error) or isinstance(error.__cause__, MemoryError):
             width, height = seen.size if (seen := look_at(path)) else "??"
-            error = (f"{path}: {width} x {height} pixels are too much for the memory; a smaller imsize or cropsize, or "
-                     "a smaller copy of it, helps")
+            error = (f"{path}: {width} x {height} pixels are too much for the memory; a smaller imsize or cropsize, a "
+                     "smaller copy of it, or in test mode a smaller tile helps")
         elif not isinstance(error, PictureError):
             raise
         raise UnusablePicture(f"{name} {error}") from None

@@ -2,6 +2,7 @@
 
 Refusals of bad input are in test_refusals.py, the flags' help in test_flags.py."""
 
+import errno
 import io
 import json
 import subprocess
@@ -144,10 +145,11 @@ def failing(monkeypatch):
 @pytest.mark.parametrize("error, whose, mode, flags", [
     (MemoryError("Unable to allocate 1.2 GiB"), MACHINE, "train", "--imsize, --cropsize or --batch_size"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), MACHINE, "test",
-     "--imsize or --cropsize"),
+     "--tile, --imsize or --cropsize"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), MACHINE, "prune", "--imsize or --cropsize"),
     (torch.OutOfMemoryError("CUDA out of memory"), GPU, "distill", "--imsize, --cropsize or --batch_size"),
     (torch.OutOfMemoryError("CUDA out of memory"), GPU, "prune", "--imsize or --cropsize"),
-], ids=["numpy", "torch", "cuda", "cuda in prune"])
+], ids=["numpy", "torch", "system", "cuda", "cuda in prune"])
 def test_too_little_memory_is_one_line_with_the_flags_that_help(failing, capsys, error, whose, mode, flags):
     failing(mode, error)
     assert refusal(capsys, "--mode", mode) == f"error: {whose} is too small for this; a smaller {flags} helps"

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +28,12 @@ from utils import (
     check_processes,
     free_memory,
     load_checkpoint,
+    note,
+    progress_bar,
     replacing,
     resolve_device,
     save_checkpoint,
+    show,
     tidy_end,
     usable_cores,
     write_atomically,
@@ -175,8 +179,12 @@ GROUPS = {
     "above": {"/proc/self/cgroup": "0::/user.slice/run-r1.scope\n", f"{OWN}/memory.max": "max",
               "/sys/fs/cgroup/user.slice/memory.max": "3000", "/sys/fs/cgroup/user.slice/memory.current": "500",
               "/sys/fs/cgroup/user.slice/memory.stat": "file 100\n"},
+    "slowed down from": {"/proc/self/cgroup": "0::/user.slice/run-r1.scope\n", f"{OWN}/memory.high": "3000",
+                         f"{OWN}/memory.max": "4000", f"{OWN}/memory.current": "500",
+                         f"{OWN}/memory.stat": "file 150\nshmem 50\n"},
     "version 1": {"/proc/self/cgroup": "4:memory:/slurm/job_7\n0::/\n", f"{JOB}/memory.limit_in_bytes": "3000",
-                  f"{JOB}/memory.usage_in_bytes": "500", f"{JOB}/memory.stat": "cache 90\ntotal_cache 100\n"},
+                  f"{JOB}/memory.usage_in_bytes": "500",
+                  f"{JOB}/memory.stat": "cache 90\nshmem 7\ntotal_cache 120\ntotal_shmem 20\n"},
 }
 
 
@@ -196,12 +204,19 @@ def test_a_job_has_the_memory_that_its_control_group_leaves(monkeypatch, kind):
     assert free_memory(CPU) == 2600
 
 
-@pytest.mark.parametrize("quotas, desired", [({OWN: "max 100000"}, 6), ({OWN: "250000 100000"}, 2),
-                                             ({OWN: "max 100000", "/sys/fs/cgroup": "50000 100000"}, 1)])
-def test_a_job_has_the_cores_that_its_control_group_leaves(monkeypatch, quotas, desired):
+CPU_JOB = "/sys/fs/cgroup/cpu/slurm/job_7/cpu.cfs"
+
+
+@pytest.mark.parametrize("files, desired", [
+    ({f"{OWN}/cpu.max": "max 100000"}, 6), ({f"{OWN}/cpu.max": "250000 100000"}, 2),
+    ({f"{OWN}/cpu.max": "max 100000", "/sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+    ({f"{CPU_JOB}_quota_us": "300000", f"{CPU_JOB}_period_us": "100000"}, 3),
+    ({f"{CPU_JOB}_quota_us": "-1", f"{CPU_JOB}_period_us": "100000"}, 6),
+])
+def test_a_job_has_the_cores_that_its_control_group_leaves(monkeypatch, files, desired):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(6)))
-    pretend_files(monkeypatch, {"/proc/self/cgroup": GROUPS["version 2"]["/proc/self/cgroup"]} | {
-        f"{folder}/cpu.max": quota + "\n" for folder, quota in quotas.items()})
+    groups = "3:cpuacct,cpu:/slurm/job_7\n0::/user.slice/run-r1.scope\n"
+    pretend_files(monkeypatch, files | {"/proc/self/cgroup": groups})
     assert usable_cores() == desired
 
 
@@ -215,35 +230,84 @@ def test_a_process_has_the_memory_that_ulimit_leaves(monkeypatch, limit):
 # ------------------------------------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_program_that_is_told_to_end_leaves_nothing_half_written(tmp_path, number):
     before = signal.signal(number, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as caught, tidy_end(), replacing(tmp_path / "video.mp4") as file:
             file.write(b"half")
-            os.kill(os.getpid(), number)
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os.kill(os.getpid(), number)  # schedulers send several
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
     assert caught.value.code == 128 + number and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_is_remembered_and_the_second_acts(number):
-    acted = []
-    before = signal.signal(number, lambda *arguments: acted.append(arguments[0]))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_first_signal_is_remembered_and_ctrl_c_acts_then(number):
+    acted, numbers = [], {signal.SIGINT, number}
+    before = {each: signal.signal(each, lambda *arguments: acted.append(arguments[0])) for each in numbers}
     try:
         with pytest.raises(ZeroDivisionError), catch_stop_signals() as request:
             assert not request
             os.kill(os.getpid(), number)
             assert request and request.signal_number == number and acted == []
-            os.kill(os.getpid(), number)
-            assert acted == [number]
+            for each in (number, signal.SIGINT):  # schedulers and shells send several
+                os.kill(os.getpid(), each)
+                assert set(acted) <= {signal.SIGINT} and request.signal_number == number
+            assert acted and not acted.clear()
             raise ZeroDivisionError
         os.kill(os.getpid(), number)  # the handler is back, after an error, too
-        assert acted == [number, number]
+        assert acted == [number]
+        signal.signal(number, signal.SIG_IGN)  # nohup, or a job in the background of a script
+        with catch_stop_signals() as request:
+            os.kill(os.getpid(), number)
+            assert not request
     finally:
-        signal.signal(number, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+# ------------------------------------------------------------------------------------------------ streams
+
+
+class Log:
+    """A host program's stream: `write` alone, which may fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.text, self.error = "", error
+
+    def write(self, text: str) -> None:
+        self.text += text
+        if self.error:
+            raise self.error
+
+
+STREAMS = {
+    "none": lambda: None, "write alone": Log, "its reader has ended": lambda: Log(BrokenPipeError()),
+    "gone with its window": lambda: Log(RuntimeError()),
+    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True), "closed": lambda: io.StringIO(),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_no_stream_costs_what_was_computed(monkeypatch, kind, name):
+    stream = STREAMS[kind]()
+    if kind == "closed":
+        stream.close()
+    monkeypatch.setattr(sys, name, stream)
+    with progress_bar(2, "paint", "picture") as bar:
+        bar.update()
+        for say in (note, show):
+            say("mod\udce8le \u00b1 0.1")
+    if kind == "ascii":
+        assert b"mod\\udce8le \\xb1 0.1\n" in stream.buffer.getvalue()
+    elif kind == "write alone":
+        assert "mod\\udce8le \u00b1 0.1\n" in stream.text
 
 
 # ------------------------------------------------------------------------------------------ processes

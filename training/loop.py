@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,9 +194,11 @@ class Run:
     def _loop(self) -> int:
         config, trainer, processes = self.config, self.trainer, process_count()
         on_cpu = trainer.device.type == "cpu"
-        left = (config.max_iter - self.iteration, processes, config.batch_size)
-        positions = self.samples_seen + np.arange(np.prod(left)).reshape(left)[:, utils.process_rank()]
-        batches = training_batches(self.pictures, positions.ravel().tolist(), config.batch_size,
+        together = config.batch_size * processes  # pictures of an iteration: each process takes its batch of them
+        first = self.samples_seen + utils.process_rank() * config.batch_size
+        starts = range(first, first + (config.max_iter - self.iteration) * together, together)
+        positions = chain.from_iterable(range(start, start + config.batch_size) for start in starts)
+        batches = training_batches(self.pictures, positions, config.batch_size,
                                    utils.worker_count(config.num_workers), pin_memory=not on_cpu)
         bar = utils.progress_bar(config.max_iter, self.mode, "it", initial=self.iteration)
         shown, is_due, stopping = time.perf_counter(), False, False
@@ -207,7 +209,7 @@ class Run:
                 except utils.StopWhileWaiting:
                     break
                 self.iteration += 1
-                self.samples_seen += config.batch_size * processes
+                self.samples_seen += together
                 is_due = self.iteration % config.check_iter == 0 or self.iteration == config.max_iter
                 trainer.begin(self.iteration)
                 self.sums.add(trainer.step(*batch, all_terms=is_due), self.iteration)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import archives
 from data import MAX_PIXELS, PictureError, load_picture
 from folders import FailedPictures
-from utils import UserError, note, write_atomically
+from utils import STOP_SIGNALS, UserError, note, write_atomically
 
 MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a folder that went away
 DECODING = 3  # goes up when the same file gives other pixels than before: what is cached is then made anew
@@ -82,7 +82,8 @@ class PictureCache:
             return
         for old in file.parent.glob(f"{file.name.split('-')[0]}-*.npy"):  # of the picture before it changed
             if old != file:
-                old.unlink(missing_ok=True)
+                with suppress(OSError):  # another process may have just that open
+                    old.unlink()
 
 
 def _digest(*parts) -> str:
@@ -184,7 +185,8 @@ def _as_arrays(samples: list) -> tuple:
 def _begin_worker(ending, _worker: int) -> None:
     """Let stop signals pass: they reach every process, and the main one needs its workers until it has saved. Once
     `ending` is set, SIGTERM, by which DataLoader ends a worker that hangs, does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: ending.is_set() and os._exit(0))
 
 

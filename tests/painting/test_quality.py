@@ -252,6 +252,7 @@ def test_names_of_models_tell_them_apart():
     assert model_names(["x/run", "y/../y/RUN.pth"]) == ["x-run", "y-RUN"]
     assert model_names(["/a/x/run", "/b/x/run", "/c/d/other"]) == ["a-x-run", "b-x-run", "c-d-other"]
     assert model_names(["x/run", "x/run.pth"]) == ["1-run", "2-run"]
+    assert model_names(["x/mod\udce8le.pth", "/y/b"]) == ["mod\ufffdle", "b"]  # a name of another encoding
 
 
 def test_comparison_shows_the_right_pictures_in_the_right_cells(tmp_path):

@@ -42,14 +42,15 @@ def checkpoint_of(folder: Path) -> dict:
     return torch.load(folder / "check_point.pth", weights_only=True)
 
 
-@pytest.mark.parametrize("more", [{"shift_loss_weight": 30.0}, STEERED], ids=["bottleneck", "every layer"])
-def test_stopped_and_resumed_run_equals_uninterrupted_run(small, tmp_path, monkeypatch, capsys, more):
+@pytest.mark.parametrize("more, number", [({"shift_loss_weight": 30.0}, signal.SIGUSR1), (STEERED, signal.SIGTERM)],
+                         ids=["bottleneck", "every layer"])
+def test_stopped_and_resumed_run_equals_uninterrupted_run(small, tmp_path, monkeypatch, capsys, more, number):
     """Stopped inside a check interval, and the rest with a worker process: bit for bit, and what is logged."""
     settings = small | {"check_iter": 4, "max_iter": 6} | more
     train(settings | {"save_path": str(tmp_path / "whole")})
     with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        assert train(settings | {"save_path": str(tmp_path / "halves")}) == 143
+        stop_after(3, patch, number)
+        assert train(settings | {"save_path": str(tmp_path / "halves")}) == 128 + number
     go_on = f"go on with: python main.py --mode train --resume --save_path {tmp_path / 'halves'}"
     assert f"stopped after iteration 3, saved, {go_on}" in capsys.readouterr().err
     assert checkpoint_of(tmp_path / "halves")["iteration"] == 3
@@ -246,9 +247,7 @@ def test_wandb_gets_what_metrics_jsonl_gets_and_ends_no_training(small, tmp_path
             assert logged[row.pop("iteration")] == row | picture
 
 
-def test_training_without_wandb_says_so_once(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what cannot be imported
-    assert train(small | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "auto"}) == 0
-    assert capsys.readouterr().err.count("wandb is not installed") == 1
-    message = user_error(train, small | {"save_path": str(tmp_path / "other"), "max_iter": 2, "wb_mode": "offline"})
-    assert "--wb_mode offline: wandb is not installed" in message
+def test_a_long_run_lists_no_positions(small, tmp_path, monkeypatch):
+    stop_after(1, monkeypatch)
+    assert train(small | {"save_path": str(tmp_path), "max_iter": 10**12, "batch_size": 2}) == 143
+    assert checkpoint_of(tmp_path)["samples_seen"] == 2

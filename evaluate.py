@@ -331,10 +331,10 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
     if meter is not None:
         values = torch.stack([outcome.values[pair] for pair in done]).numpy()
         measurement = Measurement(values, done, plan.columns, meter.metrics)
+        show(measurement.table())
         metrics = _metrics(config, plan, measurement, models, meter)
         metrics |= {"skipped": [*outcome.unusable.values()], "pairs_left_out": left_out}
         write_text_atomically(plan.folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
-        show(measurement.table())
         wrote.append(METRICS_NAME)
     note(f"wrote {', '.join(wrote)} to {plan.folder}")
     if outcome.unusable:

@@ -167,10 +167,10 @@ def prune(given: dict) -> int:
         note_learned_from(model.name, model.checkpoint, paths)
         responses[model.name] = kept or measure_responses(model.network, config, measured, pairs)
         reports[model.name] = prune_model(model, responses[model.name], meter, config)
+    show(format_table(reports))
     if meter is not None:
         write_comparison(reports, responses, meter, config, folder)
         note(f"wrote l0_maps.png, curves.png, curves.json, report.json and table.md to {folder}")
-    show(format_table(reports))
     return 0
 
 

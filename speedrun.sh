@@ -14,6 +14,7 @@
 #   VGG=SOURCE   --vgg_weights (default: bundled)
 #   FLAGS="..."  more flags for every --mode train, for instance "--compile --num_workers 14 --cache_dir /fast/cache"
 set -euo pipefail
+export PYTHONUTF8=1  # the report has signs that not every locale has
 started=$SECONDS
 
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }

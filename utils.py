@@ -418,8 +418,10 @@ def replacing(path: Path, durable: bool = False):
                 raise
             if path.stat().st_nlink > 1:
                 path.unlink()  # its other names keep what it held
-            with open(path, "wb") as old, open(temporary, "rb") as new:  # where this is refused, nothing has been lost
+                path.touch()
+            with open(path, "r+b") as old, open(temporary, "rb") as new:  # where this is refused, nothing is lost yet
                 shutil.copyfileobj(new, old)
+                old.truncate()
                 if durable:
                     _sync(old)
             temporary.unlink()

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import CPU, user_error
+from helpers import CPU, limit_file_system, user_error
 from PIL import Image
 
 from data import save_picture
@@ -125,6 +125,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         f"{path}: the checkpoint cannot be written (No space left on device); the one before is untouched")
     assert load_checkpoint(path) == {"iteration": 1}
     assert os.listdir(tmp_path) == ["check_point.pth"]
+
+
+def test_a_checkpoint_half_overwritten_is_whole_beside(tmp_path, monkeypatch):
+    """On a share that does not rename over a file that is there, whose disk fails then."""
+    path = tmp_path / "check_point.pth"
+    save_checkpoint({"iteration": 1}, path)
+    limit_file_system(monkeypatch, ("replace",), errno.ETXTBSY)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfileobj", lambda *_: os.listdir(tmp_path / "no"))
+        message = user_error(save_checkpoint, {"iteration": 2}, path)
+    (whole,) = set(tmp_path.iterdir()) - {path}
+    assert message.endswith(f"; it is whole in {whole}") and load_checkpoint(whole) == {"iteration": 2}
+    save_checkpoint({"iteration": 3}, path)
+    assert load_checkpoint(path) == {"iteration": 3}
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -55,7 +55,8 @@ def lacks_memory(error: Exception) -> bool:
     # numpy and Pillow raise MemoryError, torch a RuntimeError, the system an OSError.
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
             or any(text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc",
-                                                   "can't start new thread", "could not create a")))  # oneDNN's
+                                                   "calculation overflowed", "can't start new thread",
+                                                   "could not create a")))  # oneDNN's
 
 
 class _Stream:
@@ -88,20 +89,29 @@ STDOUT, STDERR = _Stream("stdout"), _Stream("stderr")
 show = partial(print, file=STDOUT)
 
 
+class _Bar(tqdm):
+    """Without the thread and the lock between processes that tqdm would leave in the program that imports this one."""
+
+    monitor_interval = 0
+
+
+_Bar.set_lock(threading.RLock())
+
+
 def note(message: str) -> None:
     """Print one line on stderr, above a progress bar where there is one; of several processes, the first does."""
     if is_first_process():
-        tqdm.write(message, file=STDERR)
+        _Bar.write(message, file=STDERR)
 
 
 def note_of_process(message: str) -> None:
     """`note` of every process: of several, each line tells whose it is."""
-    tqdm.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=STDERR)
+    _Bar.write(f"rank {process_rank()}: {message}" if process_count() > 1 else message, file=STDERR)
 
 
 def progress_bar(total: int, description: str, unit: str, hidden: bool = False, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
-    return tqdm(file=STDERR, total=total, desc=description, unit=unit, dynamic_ncols=True,
+    return _Bar(file=STDERR, total=total, desc=description, unit=unit, dynamic_ncols=True,
                 mininterval=0.5 if STDERR.isatty() else 30.0, disable=hidden or not is_first_process(), **more)
 
 
@@ -402,9 +412,12 @@ def replacing(path: Path, durable: bool = False):
     """A temporary file beside `path`, open for writing, that becomes `path` at the end of the block.
 
     A kill at any moment leaves either the old file or the new one, never half of one; with `durable`, a crash of the
-    machine does, too, where the file system can. Raises OSError that names `path`.
+    machine does, too, where the file system can. A link stays, and what it leads to is written. Raises OSError that
+    names `path`.
     """
-    path, old = Path(path), None
+    named, path, old = path, Path(os.path.realpath(path)), None
+    if path.is_symlink():  # its end was not found
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(named))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -434,7 +447,7 @@ def replacing(path: Path, durable: bool = False):
                     os.close(folder)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = str(path)  # a write does not say whose it was
+            error.filename = str(named)  # a write does not say whose it was
             error.filename2 = old and str(temporary)
         if old is None:  # else the old one is half overwritten, and the new one whole
             temporary.unlink(missing_ok=True)
@@ -467,13 +480,19 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def missing(path: Path) -> str:
+    """What there is in place of a file that cannot be opened because it is not there."""
+    return f"no such file: it is a link to {os.readlink(path)}" if os.path.islink(path) else "no such file"
+
+
 def make_folder(path: Path, flag: str) -> Path:
     """Create `path` as a folder, parents included. Raises UserError naming `flag` when that cannot be."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag} {path}: a folder is needed, and cannot be made ({error.strerror})") from error
+        reason = missing(path) if os.path.islink(path) and not os.path.exists(path) else error.strerror
+        raise UserError(f"{flag} {path}: a folder is needed, and cannot be made ({reason})") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: the folder cannot be written to")
     return path
@@ -495,17 +514,20 @@ def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
     Raises UserError, naming `flag`, when the file is missing, unreadable, no checkpoint, or holds code.
     """
     if not os.path.exists(path):
-        raise UserError(f"{flag} {path}: no such file")
+        raise UserError(f"{flag} {path}: {missing(path)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is refused below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever the zip reader, the unpickler or a tensor's constructor met
         reason = f"no model file, or a damaged one ({type(error).__name__})"
-        if "Unsupported" in str(error) and "GLOBAL" in str(error):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # this one comes of reading before the beginning
+            reason = f"cannot be read ({error.strerror or error})"
+        elif "Unsupported" in str(error) and "GLOBAL" in str(error):
             reason = "carries pickled code or objects other than tensors and plain types; nothing in it was run"
+        older = sorted(Path(path).parent.glob("check_point_[0-9]*.pth"))
+        if older and Path(path).name == CHECKPOINT_NAME:
+            reason += f"; an older one is {older[-1].name}"
         raise UserError(f"{flag} {path}: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, a dictionary is needed")

@@ -28,6 +28,7 @@ from utils import (
     check_processes,
     free_memory,
     load_checkpoint,
+    make_folder,
     note,
     progress_bar,
     replacing,
@@ -53,6 +54,20 @@ def test_written_file_holds_what_was_written(tmp_path):
     assert path.read_bytes() == b"second"
     write_text_atomically(path, "grün\n")
     assert path.read_bytes() == "grün\n".encode() and os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_links_are_followed_and_those_without_an_end_are_named(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name, target in (("new", "there/new.bin"), ("nothing", "nowhere/a.bin"), ("circle", "circle")):
+        (tmp_path / name).symlink_to(target)
+    write_text_atomically(tmp_path / "new", "text")
+    assert (tmp_path / "new").is_symlink() and (tmp_path / "there" / "new.bin").read_text() == "text"
+    for path, target in ((tmp_path / "nothing", "nowhere/a.bin"), (tmp_path / "circle", "circle")):
+        with pytest.raises(OSError) as caught:
+            write_text_atomically(path, "text")
+        assert caught.value.filename == str(path) and path.is_symlink()
+        for function in (load_checkpoint, make_folder):
+            assert f"no such file: it is a link to {target}" in user_error(function, path, "--save_path")
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad"), KeyboardInterrupt()])

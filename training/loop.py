@@ -54,12 +54,12 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
     """The settings of a run, and the newest checkpoint of the one that `--resume` goes on with, else None. Raises
     UserError when the settings make no sense, or when there is no such run; `--resume auto` then starts one."""
     config, checkpoint = kind(**given), None
-    if config.resume == "auto" and not (config.save_path and CheckpointFolder(config.save_path).newest.exists()):
+    if config.resume == "auto" and not (config.save_path and CheckpointFolder(config.save_path).holds_run):
         config = replace(config, resume=False)
     if config.resume:
         checkpoint = CheckpointFolder.load_newest(config.save_path)
         stored = checkpoint.get(f"{mode}_config")
-        if not isinstance(stored, dict) or "optimizer" not in checkpoint:
+        if not isinstance(stored, dict) or not {"optimizer", "iteration"} <= checkpoint.keys():
             raise UserError(f"--resume: --save_path {config.save_path} holds no run of --mode {mode}")
         # A flag that is newer than the run stood at its default; the GPU was of the machine that the run was on.
         known = asdict(kind())

@@ -38,7 +38,7 @@ class CheckpointFolder:
                 raise UserError(f"--save_path {save_path}: another run is writing to it") from error
             except OSError as error:  # a file system without locks
                 note(f"--save_path {save_path}: cannot be locked ({error.strerror}): do not start a second run in it")
-            if not is_resumed and folder.newest.exists():
+            if not is_resumed and folder.holds_run:
                 raise UserError(f"--save_path {save_path}: holds a run already; --resume goes on with it")
             yield folder
 
@@ -48,13 +48,26 @@ class CheckpointFolder:
         if not save_path:
             raise UserError("--resume: --save_path says which run to resume")
         folder = cls(save_path)
-        if not folder.newest.exists():
+        if not folder.holds_run:
             raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
-        try:
-            return utils.load_checkpoint(folder.newest, flag="--resume")
-        except UserError as error:
-            older = ", ".join(path.name for path in folder.numbered()) or "none"
-            raise UserError(f"{error}; to go on from an older one, copy it there: {older}") from error
+        refusal = None
+        for path in (folder.newest, *reversed(folder.numbered())):
+            try:
+                checkpoint = utils.load_checkpoint(path, flag="--resume")
+            except UserError as error:
+                refusal = refusal or error
+                if "cannot be read" in str(error) or path.is_symlink() and not path.exists():
+                    break  # a permission, or a disk that is not there: not the file
+            else:
+                if refusal:
+                    note(f"{refusal}; going on from {path.name}")
+                return checkpoint
+        raise refusal
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has written here, even if of its newest checkpoint only a link to nothing is left."""
+        return os.path.lexists(self.newest) or bool(self.numbered())
 
     def numbered(self) -> list[Path]:
         """The numbered checkpoints, oldest first."""
@@ -67,7 +80,7 @@ class CheckpointFolder:
             path = self.folder / f"check_point_{iteration:07d}.pth"
             try:
                 path.unlink(missing_ok=True)
-                os.link(self.newest, path)  # one file under two names: half the disk, half the writing
+                os.link(os.path.realpath(self.newest), path)  # one file, two names: half the disk, half the writing
             except OSError:  # a file system without hard links
                 save_checkpoint(checkpoint, path)
         for old in self.numbered()[: -self.keep] if self.keep > 0 else ():
@@ -89,8 +102,8 @@ class MetricFile:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
-            with suppress(json.JSONDecodeError, KeyError):  # the half-written last line of a killed run
+        for line in self.path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # the half-written last line of a killed run, or damage
                 if json.loads(line)["iteration"] <= iteration:
                     kept.append(line + "\n")
         utils.write_text_atomically(self.path, "".join(kept))

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+import torch
 from helpers import limit_file_system, read_metrics, user_error
 
 from train import TrainConfig
@@ -39,18 +40,35 @@ def test_a_folder_that_cannot_be_locked_says_so(tmp_path, monkeypatch, capsys):
     assert "cannot be locked (No locks available): do not start a second run in it" in capsys.readouterr().err
 
 
-def test_a_damaged_newest_checkpoint_names_the_older_ones(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=2)
-    folder.save({"iteration": 1}, 1)
+@pytest.mark.parametrize("left, said", [(0.5, "a damaged one"), (0.99, "a damaged one"), (0, "a damaged one"),
+                                        (None, "no such file")])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path, capsys, left, said):
+    """left: the share of the newest that is. Of one on another disk that is not there nothing is known."""
+    folder = CheckpointFolder(tmp_path, keep=-1)
+    for iteration in (1, 2, 3):
+        folder.save({"iteration": iteration, "weights": torch.zeros(10_000)}, iteration)
+    whole = folder.newest.read_bytes()
     folder.newest.unlink()
-    folder.newest.write_bytes(b"cut short")
-    message = user_error(CheckpointFolder.load_newest, str(tmp_path))
-    assert str(folder.newest) in message and message.endswith("check_point_0000001.pth")
+    folder.numbered()[-1].write_bytes(b"cut short")
+    if left is not None:
+        folder.newest.write_bytes(whole[: int(left * len(whole))])
+    assert CheckpointFolder.load_newest(str(tmp_path))["iteration"] == 2 and folder.holds_run
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{folder.newest}: " in line and said in line and line.endswith("going on from check_point_0000002.pth")
+    folder.newest.unlink(missing_ok=True)
+    folder.newest.symlink_to("/not/mounted/check_point.pth")
+    assert "it is a link to /not/mounted" in user_error(CheckpointFolder.load_newest, str(tmp_path))
+    folder.newest.unlink()
+    folder.newest.symlink_to(tmp_path / "scratch.pth")  # to be followed; numbered ones are files of their own
+    for iteration in (4, 5):
+        folder.save({"iteration": iteration}, iteration)
+    assert folder.newest.is_symlink() and load_checkpoint(folder.numbered()[-2])["iteration"] == 4
 
 
-@pytest.mark.parametrize("half", ['{"iteration": 7, "tot', '{"iteration', "{", '{"iteration": 7', '{"total": 3}', "\n"])
+@pytest.mark.parametrize("half", ['{"iteration": 7, "tot', '{"iteration', "{", '{"iteration": 7', '{"total": 3}', "\n",
+                                  "\0" * 99, "[1]\nnull\n", '{"iteration": "a"}', "\udcff\udcfe"])
 def test_metrics_are_appended_and_truncated(tmp_path, half):
-    """A killed run may have left half of a line."""
+    """A killed run may have left half of a line, a broken disk anything."""
     metrics = MetricFile(tmp_path / "metrics.jsonl")
     metrics.truncate_after(3)
     assert os.listdir(tmp_path) == []
@@ -59,7 +77,7 @@ def test_metrics_are_appended_and_truncated(tmp_path, half):
         metrics.append(row)
     assert read_metrics(tmp_path) == rows
     metrics.truncate_after(10)
-    with open(metrics.path, "a") as file:
+    with open(metrics.path, "a", errors="surrogateescape") as file:
         file.write(half)
     metrics.truncate_after(6)
     assert read_metrics(tmp_path) == rows[:1]

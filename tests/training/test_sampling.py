@@ -118,16 +118,6 @@ def test_folder_that_went_away_stops_the_run(tmp_path, capsys):
     assert "cannot be used" in user_error(count_failures, failures, tallies)
 
 
-@pytest.mark.parametrize("centered", [False, True])
-def test_picture_smaller_than_the_crop_is_enlarged(tmp_path, centered):
-    path = write_picture(tmp_path / "tiny.png", (10, 6), (200, 100, 50))
-    pictures = TrainingPictures([[path]], CropConfig(6, 16, centered, MANY), seed=0)
-    for position in range(3):
-        crop, failures = pictures[position]
-        assert crop.shape == (3, 16, 16) and failures == []
-        assert crop.amin(dim=(1, 2)).tolist() == crop.amax(dim=(1, 2)).tolist() == [200, 100, 50]
-
-
 def test_centered_crops_of_resized_pictures(tmp_path):
     pictures = make_pictures(tmp_path, crop=CropConfig(30, 16, True, MANY))
     assert {describe(pictures[position][0])[1:] for position in range(10)} == {(12, 7)}

@@ -5,6 +5,7 @@ Such a path is an ordinary `Path`: only what opens pictures need know of archive
 
 import os
 import stat
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -18,7 +19,7 @@ def is_archive(path: Path) -> bool:
 
 
 def members(archive: Path) -> dict[str, tuple[ZipFile, ZipInfo]]:
-    """The files in an archive by name, without links, and what is hidden or added by macOS.
+    """The files in an archive by name, without links.
 
     Raises ValueError when it is not a whole archive, OSError when it cannot be read.
     """
@@ -32,12 +33,27 @@ def _members(archive: str, _size: int, _changed: int, _process: int) -> dict[str
         opened = ZipFile(archive)
     except OSError:
         raise
-    except Exception as error:  # zipfile's own errors, struct's, those of text codecs
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the names in it are not the {error.encoding} that it says; pack it anew") from error
+    except Exception as error:  # zipfile's own errors, struct's
         raise ValueError(f"not a whole .zip archive ({error}); did its download or copy break off?") from error
-    found = {str(PurePosixPath(entry.filename.lstrip("/"))): (opened, entry) for entry in opened.infolist()
-             if not entry.is_dir() and not stat.S_ISLNK(entry.external_attr >> 16)}
-    return {name: member for name, member in found.items()
-            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
+    names = {entry: _name(entry) for entry in opened.infolist()}
+    return {str(PurePosixPath(name.lstrip("/"))): (opened, entry) for entry, name in names.items()
+            if not name.endswith("/") and not stat.S_ISLNK(entry.external_attr >> 16)}
+
+
+def _name(entry: ZipInfo) -> str:
+    """A member's name with / between folders, also where a Windows program wrote \\, and as it was meant, where its
+    bytes are UTF-8 or Shift-JIS and the archive does not say so."""
+    name = entry.filename
+    if not entry.flag_bits & 0x800:  # else it is UTF-8 and says so
+        raw = name.encode("cp437")
+        # In Shift-JIS the second byte of a letter may be that of \; otherwise no other encoding is told from cp437.
+        for encoding in ("utf-8", *["cp932"] * (b"\\" in raw)):
+            with suppress(UnicodeDecodeError):
+                name = raw.decode(encoding)
+                break
+    return name.replace("\\", "/")
 
 
 def find(path: Path) -> tuple[ZipFile, ZipInfo] | None:

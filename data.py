@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 import archives
-from utils import UserError, write_atomically
+from utils import UserError, missing, note_of_process, write_atomically
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -32,6 +33,11 @@ MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 # Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS")
 HEIC = re.compile(rb"(?s).{4}ftyp(hei[cx]|hev[cx]|m[is]f1)")
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+# Primaries and transfer function, by their numbers in ITU-T H.273, of a PNG's cICP and of an AVIF's or HEIC's nclx.
+CODED_COLOURS = re.compile(rb"(?s)\0\0\0\x04cICP(.)(.)|colrnclx\0(.)\0(.)")
+WIDE, HDR = (9, 11, 12), (16, 18)  # BT.2020 and P3; PQ and HLG
+MOST_TOLD = 10  # pictures that are named for the same reason
 
 
 class PictureError(Exception):
@@ -46,9 +52,10 @@ class NotFinite(UserError):
 
 
 Side = int | None  # in pixels; None leaves it as it is
+Source = Path | Image.Image  # a file, or a picture at hand, which stays as it is and is taken as its file would be
 
 
-def load_picture(path: Path, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_picture(path: Source, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture of any kind that Pillow reads as upright 8-bit RGB, in sRGB, with its transparent pixels laid on white;
     of several frames or pages the first.
 
@@ -60,41 +67,35 @@ def load_picture(path: Path, imsize: Side = None, cropsize: Side = None, max_pix
         return _on_white(_load(path, imsize, cropsize, max_pixels))
 
 
-def prepare_picture(path: Path, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Tensor:
+def prepare_picture(path: Source, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Tensor:
     """`load_picture` as (1, 3, H, W), uint8, 0..255."""
     with _reading(path):
         return pil_to_tensor(_on_white(_load(path, imsize, cropsize, max_pixels)))[None]
 
 
 def load_alpha(
-    path: Path, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS
+    path: Source, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image | None:
     """How opaque the pixels of `load_picture` are, mode L, of the same size; None when all are fully. Raises
     PictureError where that does."""
-    if (seen := look_at(path)) and not seen.has_transparency_data:
+    if (seen := path if isinstance(path, Image.Image) else look_at(path)) and not seen.has_transparency_data:
         return None
     with _reading(path):
         picture = _load(path, imsize, cropsize, max_pixels)
         return picture.getchannel("A") if picture.mode == "RGBA" else None
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A picture at hand, of any mode, as `prepare_picture` has it of a file. Raises PictureError for floating-point
-    pixels, which have no known range."""
-    image.load()
-    return pil_to_tensor(_on_white(_shown(image.copy())))[None]
-
-
 def look_at(path: Path) -> Image.Image | None:
-    """A picture of which only the header is read, closed; None where that cannot be."""
+    """A picture of which only the header is read, closed; None where that cannot be, and for a raw file's preview."""
     with suppress(Exception), archives.open_file(path) as file, _lifted_limits():
-        return Image.open(file)
+        image = Image.open(file)
+        return None if is_preview(image) else image
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture, told by what Pillow makes of its header, whatever its name; False where it cannot be
     read."""
-    with suppress(OSError, ValueError), archives.open_file(path) as file:
+    with suppress(Exception), archives.open_file(path) as file:  # of an archive, zipfile's own errors, too
         head = file.read(64)
         if HEIC.match(head):  # which Pillow tells only with pillow-heif
             return True
@@ -103,10 +104,14 @@ def is_picture(path: Path) -> bool:
     return False
 
 
-def _load(path: Path, imsize: Side, cropsize: Side, max_pixels: int) -> Image.Image:
+def _load(path: Source, imsize: Side, cropsize: Side, max_pixels: int) -> Image.Image:
     """`load_picture` as RGB, or RGBA where not all of it is opaque."""
-    picture = _decode(path, max(imsize, cropsize or 0) if imsize else None, max_pixels)
-    shorter = min(picture.size)
+    if isinstance(path, Image.Image):
+        picture = _loaded(path, _name(path), is_ours=False)
+    else:
+        picture = _decode(path, max(imsize, cropsize or 0) if imsize else None, max_pixels)
+    if not (shorter := min(picture.size)):
+        raise PictureError("it has no pixels")
     side = max(imsize or shorter, cropsize or 0)
     if side != shorter:
         width, height = (max(side, round(length * (side / shorter))) for length in picture.size)
@@ -120,8 +125,12 @@ def _load(path: Path, imsize: Side, cropsize: Side, max_pixels: int) -> Image.Im
     return picture.crop((left, top, left + cropsize, top + cropsize))
 
 
+def _name(source: Source) -> str:
+    return str(getattr(source, "filename", None) or "the picture" if isinstance(source, Image.Image) else source)
+
+
 @contextmanager
-def _reading(path: Path):
+def _reading(source: Source):
     """Within the block Pillow's limits are lifted, and whatever goes wrong becomes a PictureError of one line that
     names the file."""
     try:
@@ -129,11 +138,11 @@ def _reading(path: Path):
             yield
     except Exception as error:
         reasons = {
-            FileNotFoundError: "no such file", PermissionError: "no permission to read it", PictureError: error,
+            FileNotFoundError: missing(_name(source)), PermissionError: "no permission to read it", PictureError: error,
             MemoryError: "not enough memory for it is free",
             UnidentifiedImageError: "not a readable picture (of no kind that Pillow knows)"}
         other = f"not a readable picture ({type(error).__name__}: {' '.join(str(error).split())})"
-        raise PictureError(f"{path}: {reasons.get(type(error), other)}") from error
+        raise PictureError(f"{_name(source)}: {reasons.get(type(error), other)}") from error
 
 
 # Below real paintings, for which --max_pixels stands in, and below the size of real files' texts and profiles.
@@ -171,7 +180,7 @@ def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> Image.Imag
     reason = None
     for attempt in _attempts(content):
         try:
-            return _decode_content(attempt, shorter_side, max_pixels)
+            return _decode_content(attempt, shorter_side, max_pixels, path)
         except (PictureError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError and more
@@ -179,25 +188,90 @@ def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> Image.Imag
     raise reason
 
 
-def _decode_content(content: bytes, shorter_side: int | None, max_pixels: int) -> Image.Image:
+def _decode_content(content: bytes, shorter_side: int | None, max_pixels: int, path: Path) -> Image.Image:
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
-        if image.format == "TIFF" and image.tag_v2.get(254) == 1:  # the kind of its first picture: a smaller copy
-            raise PictureError(f"only its preview of {width} x {height} pixels can be read (a camera's raw "
-                               "file?); save it as a JPEG, PNG or plain TIFF")
         if shorter_side is not None and image.format == "JPEG":
             shrink = shorter_side / min(width, height)
             image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
-        keys = image.info.get("transparency")
-        if image.format == "PNG" and image.mode in ("1", "L", "RGB") and keys is not None:
-            bits = content[24]  # a PNG's one transparent colour counts in these, Pillow's pixels in 8
-            scaled = [key >> 8 if bits == 16 else min(255, key * 255 // (2**bits - 1))
-                      for key in np.ravel(keys).tolist()]
-            image.info["transparency"] = tuple(scaled) if isinstance(keys, tuple) else scaled[0]
-        image.load()
-        return _shown(image)
+        return _loaded(image, str(path))
+
+
+def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
+    """An opened picture as `_shown` has it, with what is lost said; one that is not ours stays as it is. Raises
+    PictureError for a raw file's preview."""
+    if is_preview(image):
+        raise PictureError(f"only its preview of {image.width} x {image.height} pixels can be read (a camera's raw "
+                           "file?); save it as a JPEG, PNG or plain TIFF")
+    if coded := CODED_COLOURS.search(_head(image, 2**20)):
+        primaries, transfer = (each[0] for each in coded.groups() if each)
+        if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:
+            _tell(name, "its high dynamic range or wide gamut (cICP or nclx) is not converted: it is taken for sRGB, "
+                        "paler than it is")
+    keys, bits = image.info.get("transparency"), 8
+    if image.format == "PNG" and image.mode in ("1", "L", "RGB") and keys is not None and image.tile:
+        packed = image.tile[0][3]  # "1", "L;2", "L;4", "RGB;16B": a PNG's one transparent colour counts in these bits
+        bits = 1 if packed == "1" else int(packed.partition(";")[2].rstrip("B") or 8)
+    image.load()
+    with suppress(Exception):  # the frames behind may be damaged
+        if is_ours and image.format in ANIMATED and image.is_animated:
+            _tell(name, "it is animated: its first frame alone is taken")
+    image = image if is_ours else image.copy()
+    if bits != 8:  # Pillow's pixels count in 8
+        scaled = [key >> 8 if bits == 16 else min(255, key * 255 // (2**bits - 1)) for key in np.ravel(keys).tolist()]
+        image.info["transparency"] = tuple(scaled) if isinstance(keys, tuple) else scaled[0]
+    return _shown(image)
+
+
+def is_preview(image: Image.Image) -> bool:
+    """Whether a TIFF's first picture is a smaller copy of another in it, as in cameras' raw files (NEF, CR2, ARW, DNG).
+    Of one that is loaded already, the tags of the first alone are known."""
+    if image.format != "TIFF":
+        return False
+    with suppress(Exception):  # what it says may be broken
+        tags, head = image.tag_v2, _head(image, 10)
+        if tags.get(254, 0) & 1 or tags.get(255) == 2 or 50706 in tags or head[8:] == b"CR":  # a copy; DNG; CR2
+            return True
+        with _staying(image.fp) as file:
+            for place in tags.get(330, ()):  # directories of further pictures
+                file.seek(place)
+                further = type(tags)(head[:8])
+                further.load(file)
+                if further[256] * further[257] > image.width * image.height:
+                    return True
+    return False
+
+
+def _head(image: Image.Image, size: int) -> bytes:
+    """The first bytes of the file of a picture that is open; none where it is not."""
+    with suppress(Exception), _staying(image.fp) as file:
+        file.seek(0)
+        return file.read(size)
+    return b""
+
+
+@contextmanager
+def _staying(file):
+    """Within the block the file may be read anywhere; behind it, it goes on where it was."""
+    place = file.tell()
+    try:
+        yield file
+    finally:
+        file.seek(place)
+
+
+_told: dict[str, set[str]] = {}  # which pictures were named, by what was said of them
+
+
+def _tell(name: str, what: str) -> None:
+    """Say what is not done with a picture; once, and of many alike not each. Processes that decode for a training say
+    nothing: the check at its start has."""
+    told = _told.setdefault(what, set())
+    if name not in told and len(told) <= MOST_TOLD and parent_process() is None:
+        told.add(name)
+        note_of_process(f"{name}: {what}" if len(told) <= MOST_TOLD else f"more pictures, not named: {what}")
 
 
 def _attempts(content: bytes) -> Iterator[bytes]:

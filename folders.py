@@ -10,9 +10,12 @@ from pathlib import Path
 
 import archives
 from data import PictureError, is_picture, load_picture
-from utils import UserError, gather, note, note_of_process, usable_cores
+from utils import UserError, gather, missing, note, note_of_process, usable_cores
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # taken for pictures unseen; others are looked at
+# What system and other programs keep in a folder of pictures: small copies, and what was deleted. So is what is hidden.
+OTHERS_FOLDERS = ("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin",
+                  "__macosx", "lost+found", "system volume information")
 LOOKING_THREADS = 16
 STARTUP_CHECK = 256  # pictures a folder that are decoded before a run starts
 MAX_FAILED = 0.10  # of a folder's pictures
@@ -24,39 +27,51 @@ def is_searched(path: Path) -> bool:
 
 
 def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[Path]:
-    """The pictures of a folder and all its subfolders, or of a .zip archive, sorted; links are followed, what is hidden
-    is left out. What else is in it is said in a line.
+    """The pictures of a folder and all its subfolders, or of a .zip archive, sorted; links are followed. What is hidden
+    or another program's is left out. That and what else is in it is said in a line.
 
     A file named as pictures are is taken for one; any other is looked at. Raises UserError, naming `flag`, when there
     is no such folder or archive, or no picture in it; and as `refuse_within` for an `output`.
     """
-    folder = Path(folder)
+    folder, hidden = Path(folder), set()
     try:
         if archives.is_archive(folder):
-            files = [folder / name for name in archives.members(folder)]
+            files = [folder / name for name in archives.members(folder) if not _is_hidden(name, hidden)]
         elif folder.is_dir():
-            files = _files_below(folder, flag)
+            files = _files_below(folder, flag, hidden)
         else:
-            raise ValueError("no such folder or .zip archive")
+            raise ValueError(missing(folder) if folder.is_symlink() else "no such folder or .zip archive")
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {folder}: {getattr(error, 'strerror', None) or error}") from error
     unknown = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:  # a file server answers many questions at once
         others = [path for path, is_one in zip(unknown, pool.map(is_picture, unknown)) if not is_one]
     pictures = sorted({*files} - {*others})
-    named = ", ".join([path.name for path in others[:3]] + ["..."] * (len(others) > 3))
-    left_out = f"other files: {len(others)} ({named})"
+    named = {"other files": [path.name for path in others], "hidden or of other programs": sorted(hidden)}
+    left_out = "; ".join(f"{kind}: {len(names)} ({', '.join([*names[:3], '...'][: len(names)])})"
+                         for kind, names in named.items() if names)
     if not pictures:
-        raise UserError(f"{flag} {folder}: no picture in it; {left_out if others else 'it is empty'}")
+        raise UserError(f"{flag} {folder}: no picture in it; {left_out or 'it is empty'}")
     if output is not None:
         refuse_within(output, folder, flag, pictures)
-    if others:
+    if left_out:
         note(f"{flag} {folder}: left out: {left_out}")
     return pictures
 
 
-def _files_below(folder: Path, flag: str) -> list[Path]:
-    """All but folders and what is hidden; each folder once, also where links lead to it again."""
+def _is_hidden(name: str, hidden: set[str]) -> bool:
+    """Whether a file of that path is hidden or in a folder of OTHERS_FOLDERS; then `hidden` gets what is, file or
+    folder."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts, 1):
+        if part.startswith(".") or part.lower() in OTHERS_FOLDERS:
+            hidden.add("/".join(parts[:depth]))
+            return True
+    return False
+
+
+def _files_below(folder: Path, flag: str, hidden: set[str]) -> list[Path]:
+    """All but folders and what is hidden, which `hidden` gets; each folder once, also where links lead to it again."""
     def leave_out(error: OSError) -> None:
         if error.filename == str(folder):
             raise error
@@ -68,10 +83,11 @@ def _files_below(folder: Path, flag: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        within = "" if here == str(folder) else f"{os.path.relpath(here, folder)}/"
         # Those that are linked last: what is found twice goes by its own path.
         folders[:] = [name for _, name in sorted((os.path.islink(os.path.join(here, name)), name) for name in folders
-                                                 if not name.startswith("."))]
-        files += [Path(here, name) for name in names if not name.startswith(".")]
+                                                 if not _is_hidden(within + name, hidden))]
+        files += [Path(here, name) for name in names if not _is_hidden(within + name, hidden)]
     return files
 
 

@@ -76,11 +76,14 @@ def check_styles(styles: int, weights: Sequence[float] | None, mask) -> None:
         got = "style_weights, too" if weights is not None else f"{styles} style(s)"
         raise UserError(f"mask: got {got}; two styles are needed, for its white and its black")
     if weights is not None:
-        named = f"style_weights {' '.join(f'{weight:g}' for weight in weights)}"
+        try:
+            named = f"style_weights {' '.join(f'{weight:g}' for weight in weights)}"
+        except (TypeError, ValueError) as error:
+            raise UserError(f"style_weights {weights}: a list of numbers is needed, one for each style") from error
         if len(weights) != styles:
             raise UserError(f"{named}: {len(weights)} for {styles} style(s); one each is needed")
-        if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
-            raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0")
+        if not all(0.0 <= weight for weight in weights) or not 0.0 < sum(weights) < float("inf"):
+            raise UserError(f"{named}: numbers of 0 or more are needed, not all of them 0, of a finite sum")
     elif mask is None and styles != 1:
         raise UserError(f"style: got {styles}; to make one of them, style_weights, or mask with two, is needed")
 

@@ -144,7 +144,7 @@ def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: 
     if not name or not folder:
         raise UserError(f"painted {given}: NAME=FOLDER is needed")
     by_stem, files = {}, {}
-    for path in find_pictures(Path(folder), "--painted"):
+    for path in find_pictures(Path(os.path.expanduser(folder)), "--painted"):
         by_stem.setdefault(path.stem, []).append(path)
     for (content, style), names in output_names(pairs, contents, styles).items():
         names.append(f"{contents.names[content]}__{styles.names[style]}")

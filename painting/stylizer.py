@@ -1,8 +1,9 @@
 """Picture in, picture out."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import PictureError, denormalize, from_pil, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
+from data import PictureError, denormalize, load_alpha, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
 from network import UPSAMPLINGS, StyleTransferNetwork, adain
 from painting.control import (
     PRESERVED,
@@ -82,9 +83,9 @@ class UnusablePicture(UserError):
 
 
 @contextmanager
-def usable(path: Path, name: str):
-    """Within the block, what is wrong with the picture at `path` is raised as an UnusablePicture. name: of the argument
-    that named it."""
+def usable(path, name: str):
+    """Within the block, what is wrong with a picture, a path or of Pillow, is raised as an UnusablePicture. name: of
+    the argument that named it."""
     try:
         yield
     except (PictureError, MemoryError, RuntimeError) as error:
@@ -128,16 +129,27 @@ class Stylizer:
         Raises UserError when the model cannot be loaded or a setting does not fit it.
         """
         if isinstance(model, StyleTransferNetwork):
-            self.network, device = copy.deepcopy(model), device or next(model.parameters()).device
+            self.network = copy.deepcopy(model)
+            device = next(model.parameters()).device if device is None else device
         else:
-            self.network, _ = load_network(Path(model), flag="model", vgg_weights=vgg_weights)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.network.to(self.device, memory_format=torch.channels_last)
+            if not isinstance(model, (str, Path)):
+                raise UserError(f"model: got a {type(model).__name__}; a path or a StyleTransferNetwork is needed")
+            with torch.random.fork_rng(devices=()):  # the program's random numbers stay what they would have been
+                self.network, _ = load_network(Path(model), flag="model", vgg_weights=vgg_weights)
+        try:
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+            self.device = torch.device(device)
+            self.network.to(self.device, memory_format=torch.channels_last)
+        except (RuntimeError, AssertionError) as error:  # none of this name, or none here, or torch was built without
+            if lacks_memory(error):
+                raise
+            raise UserError(f"device {device}: cannot be used ({str(error).splitlines()[0]})") from error
         if upsampling not in (None, *UPSAMPLINGS):
             raise UserError(f"upsampling {upsampling}: one of {', '.join(UPSAMPLINGS)} is needed")
         self.network.use(upsampling)
-        if tile is not None and tile < least_tile(self.network.config):
-            raise UserError(f"tile {tile}: {least_tile(self.network.config)} pixels or more are needed")
+        least = least_tile(self.network.config)
+        if tile is not None:
+            _check("tile", tile, Integral, lambda side: side >= least, f"{least} pixels or more are needed")
         self.tile = tile
         self._told = set()  # sizes of pictures of which `_tile_for` has said that they are painted in tiles
 
@@ -172,7 +184,7 @@ class Stylizer:
         self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
         preserve_color: str | None = None, style_size: int | None = None,
     ) -> Image.Image:
-        """The painted picture, of exactly the content's size.
+        """The painted picture, of exactly the content's size: RGB, or RGBA where the content is transparent.
 
         content: a picture (see the class). style: a picture, or as `encode_style` gives it; a list of them with
         style_weights, see `control.mix`, or of two with mask. strength: see `paint`. mask: a picture of the content's
@@ -184,7 +196,10 @@ class Stylizer:
         """
         if preserve_color not in (None, *PRESERVED):
             raise UserError(f"preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
-        content = self.open(content)
+        _check("strength", strength, Real, lambda share: 0 <= share <= 1, "a number from 0 to 1 is needed")
+        if style_size is not None:
+            _check("style_size", style_size, Integral, lambda side: side >= 1, "a whole number, 1 or more, is needed")
+        alpha, content = _alpha(content, "content"), self.open(content)
         styles = style if isinstance(style, (list, tuple)) else [style]
         changed = {"style_size": style_size is not None, "preserve_color histogram": preserve_color == "histogram"}
         for name, is_changed in changed.items():
@@ -195,7 +210,10 @@ class Stylizer:
         check_mask(mask, content.pixels)
         styles = [each if isinstance(each, Style) else _pixels(each, "style", style_size) for each in styles]
         code = self.combine(styles, style_weights, mask, content.pixels if preserve_color == "histogram" else None)
-        return self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
+        painted = self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
+        if alpha is not None:
+            painted.putalpha(alpha)
+        return painted
 
     def open(self, picture, name: str = "content") -> TiledPicture:
         """A picture on its way through the network. name: of the argument, for errors."""
@@ -250,6 +268,18 @@ class Stylizer:
             yield rows, columns, tile
 
 
+def _check(name: str, value, kind: type, fits: Callable, needed: str) -> None:
+    """Raises UserError for an argument that is of another kind or does not fit."""
+    if not isinstance(value, kind) or not fits(value):
+        raise UserError(f"{name} {value}: {needed}")
+
+
+def _alpha(picture, name: str) -> Image.Image | None:
+    """How opaque a picture of any kind is, as `load_alpha` has it; None also for pixels. Raises as `_pixels` does."""
+    with usable(picture, name):
+        return load_alpha(picture) if isinstance(picture, (str, Path, Image.Image)) else None
+
+
 def open_mask(picture) -> Image.Image:
     """A picture of any kind, see `Stylizer`, or an array (H, W), as a mask: mode L."""
     if isinstance(picture, np.ndarray) and picture.ndim == 2:
@@ -260,26 +290,17 @@ def open_mask(picture) -> Image.Image:
 def _pixels(picture, name: str, size: int | None = None) -> Tensor:
     """A picture of any kind as (B, 3, H, W), uint8; with `size`, resized so that its shorter side has this many pixels.
     name: of the argument. Raises UserError when it is none."""
-    if isinstance(picture, (str, Path)):
-        with usable(Path(picture), name):
-            return prepare_picture(Path(picture), size)
+    if isinstance(picture, (str, Path, Image.Image)):
+        with usable(picture, name):
+            return prepare_picture(picture, size)
     got = f"{type(picture).__name__} {getattr(picture, 'shape', '')} {getattr(picture, 'dtype', '')}".strip()
     if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
         picture = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
-    if isinstance(picture, Image.Image):
-        try:
-            picture = from_pil(picture)
-        except PictureError as error:
-            raise UserError(f"{name}: {error}") from error
     if not isinstance(picture, Tensor) or picture.dtype != torch.uint8 or picture.ndim != 4 or picture.shape[1] != 3 \
             or not picture.numel():
         raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
                         "(H, W, 3) or a tensor (1, 3, H, W)")
-    if size is None:
-        return picture
-    image = pixels_to_pil(picture)
-    sides = [max(size, round(side * size / min(image.size))) for side in image.size]
-    return from_pil(image.resize(sides, Image.Resampling.BICUBIC))
+    return picture if size is None else prepare_picture(pixels_to_pil(picture), size)
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:

@@ -178,14 +178,21 @@ def test_what_is_hidden_or_added_by_macos_or_a_link_is_left_out(tmp_path, capsys
         file.writestr(link, "a.png")
     paths = find_pictures(tmp_path / "photos.zip", "--content_dir")
     assert below(paths, tmp_path / "photos.zip") == ["a.png", "b.png", "c.png", "café.png", "in/d.png"]
-    assert all(load_picture(path).size == (20, 16) for path in paths) and capsys.readouterr().err == ""
+    assert all(load_picture(path).size == (20, 16) for path in paths)
+    assert "left out: hidden or of other programs: 6 (" in capsys.readouterr().err
 
 
-def test_of_two_members_of_one_name_the_last_counts(tmp_path):
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        for content in (b"no picture", picture_bytes()):
-            file.writestr("a.png", content)
-    assert [load_picture(path).size for path in find_pictures(tmp_path / "a.zip", "")] == [(20, 16)]
+@pytest.mark.parametrize("raw, desired", [
+    ("Bär/été.png".encode(), "Bär/été.png"), ("写真/表.png".encode(), "写真/表.png"),  # UTF-8 that does not say so
+    ("Bär/été.png".encode("cp437"), "Bär/été.png"), ("Bär\\été.png".encode("cp437"), "Bär/été.png"),
+    ("写真/表.png".encode("cp932"), "写真/表.png"), ("写真\\表.png".encode("cp932"), "写真/表.png"),
+    ("фото.png".encode("cp1251"), "⌠ε≥ε.png"),  # told from cp437 by nobody
+])
+def test_names_in_other_encodings(tmp_path, raw, desired):
+    archive = write_archive(tmp_path / "photos.zip", **{"x" * (len(raw) - 4): picture_bytes()})
+    archive.write_bytes(archive.read_bytes().replace(b"x" * (len(raw) - 4) + b".png", raw))
+    (path,) = find_pictures(archive, "")
+    assert str(path.relative_to(archive)) == desired and load_picture(path).size == (20, 16)
 
 
 # ----------------------------------------------------------------------------------------------- damage
@@ -211,6 +218,10 @@ def test_empty_and_broken_members_are_bad_pictures(tmp_path):
     for name, said in (("empty", "empty"), ("text", "not a readable"), ("half", "not a readable"), ("none", "no such")):
         assert said in refused(archive / f"{name}.png")
     assert "3 of 3 pictures" in user_error(open_folder, archive, "--style_dir", MANY)
+    raw = archive.read_bytes().replace(b"text.png", b"text.tif")
+    archive.write_bytes(raw.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1"))  # encrypted, this says
+    assert "password required" in refused(archive / "half.png")
+    assert archive / "text.tif" not in find_pictures(archive, "--style_dir")
 
 
 # ------------------------------------------------------------------------------------------------- cache

@@ -17,7 +17,7 @@ from helpers import pixels, refused, write_map, write_noise
 from PIL import Image, ImageCms, PngImagePlugin, features
 
 import data
-from data import PictureError, from_pil, is_picture, load_alpha, load_picture, prepare_picture
+from data import PictureError, is_picture, load_alpha, load_picture, prepare_picture
 
 # --------------------------------------------------------------------------------------- files, by the byte
 
@@ -176,13 +176,30 @@ def test_what_pillow_refuses_costs_neither_the_picture_nor_its_orientation(tmp_p
         assert_is_map(with_png_chunks(path, BAD_CHUNKS[name], behind=behind), 6)
 
 
-def test_preview_of_a_raw_file_is_no_picture(tmp_path):
-    """NEF, DNG: a TIFF whose first directory is a small copy of what the sensor saw."""
-    with Image.open(write_map(tmp_path / "a.png")) as image:
-        image.save(tmp_path / "DSC_0001.NEF", "TIFF", tiffinfo={254: 1})
-        image.save(tmp_path / "a.tif", tiffinfo={254: 0, 274: 6})
-    assert "preview of 40 x 30" in refused(tmp_path / "DSC_0001.NEF")
-    assert_is_map(tmp_path / "a.tif", 6)
+def tiff_directory(entries: dict[int, int]) -> bytes:
+    values = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    return struct.pack("<H", len(entries)) + values + b"\0" * 4
+
+
+@pytest.mark.parametrize("mark, tags, further, is_preview", [
+    (b"", {254: 1}, None, True), (b"", {255: 2}, None, True), (b"", {50706: 1}, None, True),  # NEF, ARW; DNG
+    (b"CR\2\0", {}, None, True), (b"", {330: 500}, (41, 30), True), (b"", {254: 0, 274: 6, 330: 500}, (40, 30), False),
+    (b"", {255: 1, 330: 2**30}, None, False),
+])
+def test_preview_of_a_raw_file_is_no_picture(tmp_path, mark, tags, further, is_preview):
+    """A TIFF whose first directory is a small copy of what the sensor saw; further: the size of another picture."""
+    rows, path = np.asarray(Image.open(write_map(tmp_path / "a.png"))).tobytes(), tmp_path / "DSC_0001.NEF"
+    tags = {256: 40, 257: 30, 258: 8, 262: 2, 273: 1000, 277: 3, 278: 30, 279: len(rows)} | tags
+    content = struct.pack("<4sI8s", b"II*\0", 16, mark) + tiff_directory(tags)
+    content = content.ljust(500, b"\0") + tiff_directory(dict(zip((256, 257), further or ())))
+    path.write_bytes(content.ljust(1000, b"\0") + rows)
+    assert is_picture(path) is not is_preview
+    if is_preview:
+        assert "preview of 40 x 30" in refused(path)
+        with Image.open(path) as image, pytest.raises(PictureError, match="preview of 40 x 30"):
+            prepare_picture(image)
+    else:
+        assert_is_map(path, tags.get(274, 1))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
@@ -336,12 +353,13 @@ def test_a_picture_at_hand_is_as_from_its_file(tmp_path):
     image.putalpha(102)
     image.save(tmp_path / "upload.png", exif=exif_block(), icc_profile=rgb_profile(*SPACES["adobe"]))
     with Image.open(tmp_path / "upload.png") as opened:
-        assert (from_pil(opened) == prepare_picture(tmp_path / "upload.png")).all()
+        assert (prepare_picture(opened) == prepare_picture(tmp_path / "upload.png")).all()
+        assert load_alpha(opened).tobytes() == load_alpha(tmp_path / "upload.png").tobytes() == b"\x66" * 1200
         assert opened.info["icc_profile"] and opened.size == (40, 30)  # it is the caller's, and stays as it is
     for mode, white in {"LAB": (255, 128, 128), "YCbCr": (255, 128, 128), "HSV": (0, 0, 255)}.items():
-        assert (from_pil(Image.new(mode, (4, 4), white)) >= 252).all()
+        assert (prepare_picture(Image.new(mode, (4, 4), white)) >= 252).all()
     with pytest.raises(PictureError, match="floating-point"):
-        from_pil(Image.new("F", (4, 4)))
+        prepare_picture(Image.new("F", (4, 4)))
 
 
 # ------------------------------------------------------------------------------------------- transparency
@@ -400,7 +418,8 @@ def test_transparent_colour_of_every_depth(tmp_path, bits, kind, rows, key):
     """Two pixels: black, and another, which is the transparent one."""
     path = png(tmp_path / "key.png", bits, kind, rows, png_chunk(b"tRNS", key))
     assert pixels(load_picture(path)).tolist() == [[[0, 0, 0], [255, 255, 255]]]
-    assert np.asarray(load_alpha(path)).tolist() == [[255, 0]]
+    with Image.open(path) as image:
+        assert np.asarray(load_alpha(path)).tolist() == np.asarray(load_alpha(image)).tolist() == [[255, 0]]
 
 
 # ---------------------------------------------------------------------------------------- kinds of pictures
@@ -416,10 +435,34 @@ def test_16_bits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif", pytest.param("a.avif", marks=needs_avif)])
-def test_first_frame_of_several(tmp_path, name):
+def test_first_frame_of_several(tmp_path, capsys, name):
     first, second = (Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 0, 250)))
-    first.save(tmp_path / name, save_all=True, append_images=[second])
-    assert np.abs(pixels(load_picture(tmp_path / name)) - (250, 0, 0)).max() <= 8
+    for frames in ([], [second]):
+        first.save(tmp_path / name, save_all=True, append_images=frames)
+        for _ in range(2):
+            assert np.abs(pixels(load_picture(tmp_path / name)) - (250, 0, 0)).max() <= 8
+    said = f"{tmp_path / name}: it is animated: its first frame alone is taken\n"
+    assert capsys.readouterr().err == ("" if name == "a.tif" else said)
+
+
+@pytest.mark.parametrize("name", ["a.png", "at hand", "profile.png", pytest.param("a.avif", marks=needs_avif)])
+@pytest.mark.parametrize("primaries, transfer, is_said", [(1, 13, False), (2, 2, False), (12, 13, True), (9, 14, True),
+                                                          (9, 16, True), (1, 18, True)])
+def test_colours_that_are_not_converted_are_said(tmp_path, capsys, monkeypatch, name, primaries, transfer, is_said):
+    """Of a PNG's cICP and an AVIF's nclx; a wide gamut is converted by a profile. Of many, some are named."""
+    monkeypatch.setattr(data, "_told", {})
+    path = tmp_path / name.replace("at hand", "a.png")
+    Image.new("RGB", (8, 8)).save(path, icc_profile=rgb_profile(P3, 2.2) if name == "profile.png" else b"")
+    if name == "a.avif":
+        path.write_bytes(re.sub(rb"(?s)(?<=colrnclx).{4}", struct.pack(">HH", primaries, transfer), path.read_bytes()))
+    else:
+        with_png_chunks(path, png_chunk(b"cICP", bytes([primaries, transfer, 0, 1])))
+    load_picture(Image.open(path) if name == "at hand" else path)
+    is_said = is_said and (name != "profile.png" or transfer in data.HDR)
+    assert (f"{path}: its high dynamic range or wide gamut" in capsys.readouterr().err) == is_said
+    for number in range(20):
+        data._tell(str(number), "something else")
+    assert capsys.readouterr().err.count("\n") == data.MOST_TOLD + 1
 
 
 @pytest.mark.parametrize("load", [load_picture, prepare_picture, load_alpha])

@@ -1,6 +1,7 @@
 """Which files of a folder are pictures, what is said of the others, and when too many cannot be used."""
 
 import os
+import zipfile
 from pathlib import Path
 
 from helpers import user_error, write_map, write_picture
@@ -24,6 +25,11 @@ NO_PICTURES = {
 }
 
 
+HIDDEN = [".hidden.jpg", "deep/.also.png", ".AppleDouble/f.png", "z/@eaDir/e.PNG/THUMB.jpg", "#recycle/a.png",
+          "#recycle/b.png", "$RECYCLE.BIN/S-1-5/$RABC.png", ".Trash-1000/files/a.png", ".thumbnails/a.png",
+          "__MACOSX/._a.png", "lost+found/a.png", "deep/@Recycle/a.png"]
+
+
 def test_folders_are_read_by_content(tmp_path, capsys):
     for name, kind in KINDS.items():
         if kind != "AVIF" or features.check("avif"):
@@ -36,14 +42,22 @@ def test_folders_are_read_by_content(tmp_path, capsys):
     assert f"--content_dir {tmp_path}: left out: other files: {len(NO_PICTURES)} (" in capsys.readouterr().err
 
 
-def test_pictures_are_found_in_all_subfolders_by_their_names_unopened(tmp_path, monkeypatch):
+def test_pictures_are_found_in_all_subfolders_by_their_names_unopened(tmp_path, monkeypatch, capsys):
+    """What is hidden or of another program is left out and counted, a folder as one."""
     names = ["b.JPG", "a.png", "deep/er/c.JpEg", "deep/d.webp", "z/e.PNG"]
-    for name in [*names, ".hidden.jpg", "deep/.also.png", ".git/f.png"]:
+    for name in [*names, *HIDDEN]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
     monkeypatch.setattr(folders, "is_picture", None)  # what cannot be called
     assert find_pictures(tmp_path, "--content_dir") == sorted(tmp_path / name for name in names)
+    said = "left out: hidden or of other programs: 11 (#recycle, $RECYCLE.BIN, .AppleDouble, ...)"
+    assert capsys.readouterr().err == f"--content_dir {tmp_path}: {said}\n"
+    with zipfile.ZipFile(tmp_path / ".all.zip", "w") as file:  # by a Windows program
+        for name in [*names, *HIDDEN]:
+            file.writestr(name.replace("/", "\\"), b"")
+    found = find_pictures(tmp_path / ".all.zip", "--content_dir")
+    assert found == sorted(tmp_path / ".all.zip" / name for name in names) and said in capsys.readouterr().err
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, capsys):

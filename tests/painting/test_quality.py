@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from PIL import Image
 from torch.testing import assert_close
 
 from data import denormalize, normalize, prepare_picture
-from evaluate import TestConfig
 from folders import is_held_out
 from main import main
 from network import NetworkConfig, build_from_vgg
@@ -432,12 +430,3 @@ def test_pictures_that_a_model_has_learned_from_are_counted(tmp_path, capsys):
     for settings, measured in ((None, paths), (config, held_out), (config, paths[8:])):
         note_learned_from("model", {"train_config": settings}, measured)
         assert capsys.readouterr().err == ""
-
-
-def test_metrics_keep_their_order_and_none_means_none():
-    config = TestConfig()
-    assert config.measured == ()
-    assert replace(config, metrics=()).measured == tuple(METRICS)
-    assert replace(config, metrics=("stlpips", "content", "stlpips")).measured == ("content", "stlpips")
-    training = {field.name: field.default for field in fields(TrainConfig)}
-    assert all(getattr(config, name) == training[name] for name in ("vgg_weights", "style_loss", "seed"))

@@ -1,6 +1,7 @@
 """One picture, or a few: `Stylizer` with its controls and tiles, from Python, by torch.hub, by the command line, and in
 a program that has modules of our modules' names."""
 
+import re
 import subprocess
 import sys
 import weakref
@@ -133,6 +134,9 @@ def test_weights_on_the_grid_are_means_of_the_mask(codes):
     (dict(mask=CONTENT, style_weights=(1, 1)), "style_weights, too"),
     (dict(mask="missing.png"), "mask missing.png: no such file"),
     (dict(), "style: got 2;"), (dict(preserve_color="hue"), "preserve_color hue"),
+    *((dict(strength=each), f"strength {each}: a number from 0") for each in (-0.1, 1.1, float("nan"), "1", None)),
+    *((dict(style=STYLES[0], style_size=each), f"style_size {each}: a whole") for each in (0, -3, 2.5, "24")),
+    (dict(style_weights=0.5), "style_weights 0.5: a list"), (dict(style_weights=("a", 1)), "style_weights ('a', 1): a"),
     (dict(style=CODE, style_size=24), "style_size"), (dict(style=CODE, preserve_color="histogram"), "histogram"),
 ])
 def test_what_does_not_fit_is_refused(stylizer, settings, said):
@@ -422,17 +426,34 @@ def test_every_kind_of_picture_is_the_same_picture(stylizer, tmp_path):
                                    Image.new("F", (4, 4))])
 def test_what_is_no_picture_is_refused(stylizer, wrong):
     style = random_picture(1)
-    assert user_error(stylizer.stylize, wrong, style).startswith("content: ")
-    assert user_error(stylizer.stylize, style, wrong).startswith("style: ")
+    assert re.match("content(:| the picture:) ", user_error(stylizer.stylize, wrong, style))
+    assert re.match("style(:| the picture:) ", user_error(stylizer.stylize, style, wrong))
 
 
 def test_what_cannot_be_used_is_named_by_its_argument(stylizer, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     for name in ("missing.jpg", "text.jpg"):
         assert user_error(stylizer.stylize, tmp_path / name, random_picture(0)).startswith(f"content {tmp_path / name}")
+    write_noise(tmp_path / "cut.png", (40, 40), 0).write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    with Image.open(tmp_path / "cut.png") as cut:
+        line = user_error(stylizer.stylize, cut, random_picture(0))
+    assert line.startswith(f"content {tmp_path / 'cut.png'}: not a readable picture (OSError")
     assert user_error(Stylizer, tmp_path / "missing.pth").startswith(f"model {tmp_path / 'missing.pth'}")
-    line = user_error(Stylizer, picture_network(), upsampling="cubic")
-    assert line == "upsampling cubic: one of nearest, bilinear is needed"
+    assert user_error(Stylizer, None) == "model: got a NoneType; a path or a StyleTransferNetwork is needed"
+    for name, value in (("upsampling", "cubic"), ("device", "cuda:99"), ("device", "gpu"), ("tile", 88.5)):
+        assert user_error(Stylizer, picture_network(), **{name: value}).startswith(f"{name} {value}: ")
+
+
+def test_what_is_transparent_stays_so(stylizer, tmp_path):
+    """From a path and from Pillow; what is behind it is white, as on the command line."""
+    content = to_pil(CONTENT / 255.0)
+    content.putalpha(Image.linear_gradient("L").resize(content.size))
+    content.save(tmp_path / "content.png")
+    painted = stylizer.stylize(content, STYLES[0])
+    assert painted.getchannel("A").tobytes() == content.getchannel("A").tobytes()
+    assert painted.tobytes() == stylizer.stylize(tmp_path / "content.png", STYLES[0]).tobytes()
+    opaque = stylizer.stylize(prepare_picture(content), STYLES[0])
+    assert opaque.mode == "RGB" and painted.convert("RGB").tobytes() == opaque.tobytes()
 
 
 def test_settings_are_of_a_copy_of_the_callers_network():
@@ -488,10 +509,32 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("program", [OWN + HUB + USE + STYLIZER + USE + OWN, HUB + USE + STYLIZER + OWN + USE],
+# What belongs to the whole program; how multiprocessing starts processes can still be said.
+STATE = """
+import locale, multiprocessing, os, random, signal, sys, threading, types, warnings
+import torch, torchvision
+from PIL import Image, PngImagePlugin
+def state():
+    return [*map(signal.getsignal, signal.valid_signals()), *map(str, warnings.filters), *threading.enumerate(),
+            os.getcwd(), locale.setlocale(locale.LC_ALL), random.getstate(), [*torch.get_rng_state()],
+            Image.ID[:], torch.get_num_threads(), torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32,
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, sys.modules["settings"],
+            multiprocessing.get_start_method(allow_none=True)]
+sys.modules["settings"] = types.ModuleType("settings")  # of no file
+Image.init()
+before = state()
+"""
+UNCHANGED = """
+assert state() == before and "matplotlib" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("program", [STATE + OWN + HUB + USE + STYLIZER + USE + OWN + UNCHANGED,
+                                     STATE + HUB + USE + STYLIZER + OWN + USE + UNCHANGED],
                          ids=["own first", "own later"])
 def test_a_program_keeps_its_own_modules(tmp_path, program):
-    """Its utils, data and network stay its own, imported before or after ours, and both work."""
+    """Its utils, data and network stay its own, imported before or after ours, and both work; nothing that belongs to
+    the whole program is changed."""
     (tmp_path / "network").mkdir()
     (tmp_path / "network" / "__init__.py").touch()
     for name in ("utils", "data", "network/layers"):

@@ -356,25 +356,6 @@ def test_flags_without_effect_are_said(clip, model, tmp_path, capsys):
 # --------------------------------------------------------------------------------------- on the way there
 
 
-@pytest.mark.parametrize("older", [None, b"older"])
-def test_nothing_stands_under_the_name_before_all_is_painted(clip, tmp_path, older):
-    """So that a kill leaves nothing under this name, or what was there."""
-    target, seen = tmp_path / "out.mp4", []
-    if older:
-        target.write_bytes(older)
-
-    def paint(pixels: np.ndarray) -> np.ndarray:
-        seen.append(target.read_bytes() if target.exists() else None)
-        if len(seen) == 7:
-            raise KeyboardInterrupt
-        return pixels
-
-    with pytest.raises(KeyboardInterrupt):
-        repaint(clip, target, paint)
-    assert seen == [older] * 7
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"out.mp4": older} if older else {})
-
-
 @pytest.mark.parametrize("room", [0, 3000])
 def test_full_disk_is_said(tmp_path, capsys, room):
     """A true failing write: this process may write files of so many bytes for a moment."""

@@ -68,6 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options) -> None:
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_Help, **options)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # no flag begins so; -1e-5 does
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -22,6 +22,9 @@ TOPICS = ("pictures to read", "networks", "stylising", "output", "losses", "lear
           "the run", "the device", "wandb")
 
 
+MOST = 10**12  # of anything that is counted: more of it, times something else, fits no integer of torch and numpy
+
+
 def _number(kind: Callable, fits: Callable, needed: str) -> Callable:
     """What reads a number of a kind that `fits`; argparse's error says what is `needed`."""
     def parse(text: str):
@@ -29,14 +32,16 @@ def _number(kind: Callable, fits: Callable, needed: str) -> Callable:
             value = kind(text)
             if math.isfinite(value) and fits(value):
                 return value
+        text = text if len(text) <= 50 else f"{text[:50]}..."
         raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
 
     return parse
 
 
-count = _number(int, lambda value: value >= 1, "a whole number, 1 or more,")
-count_or_zero = _number(int, lambda value: value >= 0, "a whole number, 0 or more,")
-count_or_all = _number(int, lambda value: value >= -1, "a whole number, -1 or more,")
+count = _number(int, lambda value: 1 <= value <= MOST, f"a whole number from 1 to {MOST}")
+count_or_zero = _number(int, lambda value: 0 <= value <= MOST, f"a whole number from 0 to {MOST}")
+count_or_all = _number(int, lambda value: -1 <= value <= MOST, f"a whole number from -1 to {MOST}")
+workers = _number(int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
 seed = _number(int, lambda value: 0 <= value < 2**64, "a whole number from 0 to 18446744073709551615")  # torch's limit
 amount = _number(float, lambda value: value >= 0, "a number, 0 or more,")
 fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -44,8 +49,17 @@ positive_fraction = _number(float, lambda value: 0 < value <= 1, "a number above
 fraction_below_1 = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 fraction_to_0_9 = _number(float, lambda value: 0 <= value <= 0.9, "a number from 0 to 0.9")
 proper_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
-rate = _number(lambda text: float(Fraction(text)), lambda value: 0 < value <= 1000,
+# Without a / it is no fraction to Fraction, which would work out 1e99999999.
+rate = _number(lambda text: float(Fraction(text) if "/" in text else text), lambda value: 0 < value <= 1000,
                "a number above 0, at most 1000, or a fraction such as 30000/1001")
+
+
+def path(text: str) -> str:
+    """With the home folder for ~: a shell leaves --flag=~/name as it is. Other words stay what they are."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~/"):  # a folder of that name would be made
+        raise argparse.ArgumentTypeError(f"got {text}, but this process has no home folder; a path without ~ is needed")
+    return expanded
 
 
 def _said(*said, **more) -> dict:
@@ -78,7 +92,7 @@ SHARED = {
     "holdout": _said("share of each folder's pictures, chosen by their names, that is not learned from",
                      "pictures to read", fraction_to_0_9),
     "pairs": _said("number of pairs to stylise", "pictures to read", count),
-    "num_workers": _said("number of processes that decode pictures", "pictures to read", count_or_zero,
+    "num_workers": _said("number of processes that decode pictures", "pictures to read", workers,
                          none="one per core, at most 8"),
     "load_path": _said("the network: a model file, or the folder of a run", "networks"),
     "new_weights": _said("take only the layer widths from --load_path, and start from new random weights (He "
@@ -129,11 +143,11 @@ def flags_of(config: type) -> dict[str, dict]:
 
 def add_flag(parser, name: str, flag: dict, is_hidden: bool) -> None:
     """Add a flag to a parser or a group of its, whose help may leave it out."""
-    choices, kind = flag.get("choices"), flag.get("kind", os.path.expanduser)  # a shell leaves --flag=~/name as it is
+    choices, kind = flag.get("choices"), flag.get("kind", path)
     if flag["is_switch"]:
         options = {"nargs": "?", "const": True, "choices": choices} if choices else {"action": "store_true"}
     else:
-        metavar = flag.get("metavar", "PATH" if kind is os.path.expanduser else "N")
+        metavar = flag.get("metavar", "PATH" if kind is path else "N")
         options = {"nargs": flag.get("nargs", "+") if flag["several"] else None, "type": kind, "choices": choices,
                    "metavar": None if choices else metavar}
     parser.add_argument(f"--{name}", help=argparse.SUPPRESS if is_hidden else description(flag).replace("%", "%%"),

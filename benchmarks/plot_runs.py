@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pruning.plots import new_figure  # noqa: E402
+from pruning.plots import new_figure, shown_name  # noqa: E402
 from utils import UserError, errors_in_one_line, make_folder  # noqa: E402
 from weights import model_names  # noqa: E402
 
@@ -40,7 +40,7 @@ def plot(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
     for axes, (metrics, title) in zip(figure.subplots(1, len(PANELS)), PANELS):
         for number, (name, run) in enumerate(runs.items()):
             for metric, style in metrics.items():
-                label = f"{name}, for some" if style == "--" else name
+                label = shown_name(name) + (", for some" if style == "--" else "")
                 axes.plot(run["iteration"], run[metric], f"C{number}{style}", linewidth=1, label=label)
         axes.set(title=title, xlabel="iteration", ylim=(0, None))
         axes.grid(alpha=0.25)

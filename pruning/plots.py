@@ -17,6 +17,14 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def shown_name(name: str) -> str:
+    """A network's name as matplotlib shows it in full: $ is no formula there, _ at the beginning hides nothing in a
+    legend, and it is one line of at most 40 letters."""
+    name = " ".join(name.split())
+    name = name if len(name) <= 40 else f"...{name[-37:]}"
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")  # U+200B is seen by nobody
+
+
 def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
@@ -31,8 +39,8 @@ def plot_l0_maps(responses: Mapping[str, Responses], path: Path) -> None:
         axes.imshow(is_on, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.axhline(found.contents - 0.5, color="tab:red", linewidth=1)
         axes.set_xlabel("bottleneck channel")
-        axes.set_title(f"{name}\noff (black) for every picture: {len(found.off_for_all)} of {is_on.shape[1]}\n"
-                       f"for at least one: {len(found.off_for_some)}", fontsize=10)
+        axes.set_title(f"{shown_name(name)}\noff (black) for every picture: {len(found.off_for_all)} of "
+                       f"{is_on.shape[1]}\nfor at least one: {len(found.off_for_some)}", fontsize=10)
     styles = len(is_on) - found.contents
     every_axes[0].set_yticks([(found.contents - 1) / 2, found.contents + (styles - 1) / 2],
                              [f"content\n({found.contents})", f"style\n({styles})"])
@@ -97,9 +105,11 @@ def plot_curves(
     figure = new_figure(5 * len(titles), 4.4)
     for axes, (metric, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
         for color, (name, points) in enumerate(curves.items()):
+            label = shown_name(name)
             axes.plot([point["cut"] for point in points], [point[metric]["mean"] for point in points], f"C{color}.-",
-                      label=name)
-            axes.axvline(marks[name], color=f"C{color}", linestyle=":", linewidth=1, label=f"{name}: off for all")
+                      label=label)
+            axes.axvline(marks[name], color=f"C{color}", linestyle=":", linewidth=1, label=f"{label}: off for all")
         axes.set(xlabel="bottleneck channels cut, weakest first", ylabel=title, ylim=(0, None))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(curves), frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(curves)),
+                  frameon=False)
     save_figure(figure, path)

@@ -108,13 +108,16 @@ def test_a_mode_gets_what_was_given_of_its_flags(monkeypatch, capsys):
         ("--content a b --mode eval --metrics --style_strength 0.5", ("test", {
             "content": ("a", "b"), "metrics": (), "style_strength": (0.5,)})),
         ("--mode test --frame_rate 30000/1001", ("test", {"frame_rate": 30000 / 1001})),
-        ("--mode test --save_path=~/a.png", ("test", {"save_path": "/home/x/a.png"})),  # where no shell replaces ~
+        ("--mode test --save_path=~/a.png --content ~/b c", ("test", {  # where no shell replaces ~
+            "save_path": "/home/x/a.png", "content": ("/home/x/b", "c")})),
         ("--mode prune --content a --prune_nums 3 --half --gpu_no -1 --batch_size 3", ("prune", {
             "content": "a", "prune_nums": (3,), "half": True, "gpu_no": -1})),
     ):
         assert main(arguments.split()) == 0
         assert got.pop() == desired
     assert capsys.readouterr().err == "--batch_size has no effect in prune mode\n"
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # in a container without a home folder
+    assert "got ~/a.png, but this process has no home folder" in refusal(capsys, "--save_path=~/a.png")
 
 
 @pytest.mark.parametrize("message, said", [

@@ -30,7 +30,12 @@ COMMAND_LINE = (
     ("train", "--seed 18446744073709551616", "got 18446744073709551616, a whole number from 0 to 18446744073709551615"),
     ("test", "--style ''", "--style is empty"),
     ("test", TEST + "--style_strength 1.5", "--style_strength: got 1.5, a number from 0 to 1 is needed"),
-    ("test", TEST + "--imsize 0", "--imsize: got 0, a whole number, 1 or more, is needed"),
+    ("test", TEST + "--imsize 0", "--imsize: got 0, a whole number from 1 to 1000000000000 is needed"),
+    ("test", TEST + f"--imsize {'9' * 5000}", f"--imsize: got {'9' * 50}..., a whole number from 1"),
+    ("train", TRAIN + "--load_path {tmp}/model.pth --max_iter 1 --cropsize 1000000000000", "memory is too small for"),
+    ("train", TRAIN + "--num_workers 1025", "--num_workers: got 1025, a whole number from 0 to 1024"),
+    ("train", TRAIN + "--lr -1e-5", "--lr: got -1e-5, a number, 0 or more, is needed"),
+    ("train", TRAIN + "--seed -1e400", "--seed: got -1e400, a whole number from 0 to"),
     ("test", TEST + "--cropsize large", "--cropsize: got large"),
     ("test", TEST + "--amp bf16", "--amp: invalid choice: 'bf16'"),
     ("test", TEST + "--gpu_no 99", "--gpu_no 99: this machine has"),
@@ -102,8 +107,8 @@ TRAINING = (
 IN_TWO = TEST + "--style {tmp}/a.png {tmp}/b.png "
 PAINTING = (
     *(("test", TEST + f"--{flag} {value}", f"--{flag}: got")
-      for flag, value in (("frame_rate", "0"), ("frame_rate", "1/0"), ("frame_rate", "nan"), ("frame_rate", "2000"),
-                          ("temporal_smoothing", "1"), ("temporal_smoothing", "-0.1"), ("pairs", "0"))),
+      for flag, value in (*(("frame_rate", each) for each in ("0", "1/0", "nan", "2000", "1e99999999")), ("pairs", "0"),
+                          ("temporal_smoothing", "1"), ("temporal_smoothing", "-0.1"))),
     ("test", TEST + "--metrics psnr", "--metrics: invalid choice: 'psnr'"),
     ("test", TEST + "--metrics ssim", "--save_path {tmp}/out.png: one file cannot hold"),
     ("test", MEASURED + "--metrics style --vgg_weights {tmp}/none.pth", "{tmp}/none.pth: no such file"),
@@ -121,7 +126,8 @@ PAINTING = (
     ("test", TEST + "--save_path {tmp}/out.gif", "--save_path {tmp}/out.gif: no picture format"),
     ("train", TRAIN + "--load_path {tmp}/model.pth {tmp}/model.pth", "unrecognized arguments: {tmp}/model.pth"),
     ("test", IN_TWO + "--style_weights 0.7", "--style_weights 0.7: 1 for 2 style(s)"),
-    ("test", IN_TWO + "--style_weights 0 0", "--style_weights 0 0: numbers of 0 or more"),
+    *(("test", IN_TWO + f"--style_weights {each} {each}", f"--style_weights {each} {each}: numbers of 0 or more")
+      for each in ("0", "1e+308")),
     ("test", IN_TWO + "--style_weights 1 1 --metrics ssim", "--metrics compares with one style picture"),
     ("test", IN_TWO + "--style_weights 1 1 --mask {tmp}/mask.png", "--mask: got style_weights, too"),
     ("test", TEST + "--mask {tmp}/mask.png", "--mask: got 1 style(s);"),

@@ -79,9 +79,10 @@ def test_video_benchmark(run):
 
 
 def test_plot_of_runs(tmp_path, capsys):
+    """Whatever the runs are called: no formula, nothing hidden, not longer than the plot."""
     runs = []
     for number in (1, 2):
-        runs.append(tmp_path / f"run_{number}")
+        runs.append(tmp_path / f"{'_$' [: number]}run_{{{number}\n{'x' * 200}")
         runs[-1].mkdir()
         rows = [{"iteration": 50 * check, "content": 2.0 / check, "style": number, "channels_off_for_all": check,
                  "channels_off_for_some": number} for check in (1, 2)]
@@ -91,6 +92,7 @@ def test_plot_of_runs(tmp_path, capsys):
     flags = ["--save_path", str(tmp_path / "plots" / "curves.png"), "--runs", *map(str, runs)]
     assert plot_runs.main(flags) == 0
     assert Image.open(tmp_path / "plots" / "curves.png").width > 1000
+    assert plot_runs.shown_name("_a$\nb") == r"​_a\$ b" and len(plot_runs.shown_name("x" * 99)) == 40
     (runs[0] / "metrics.jsonl").write_text("{}\n")
     assert plot_runs.main(flags) == 2
     assert capsys.readouterr().err.startswith(f"error: --runs {runs[0]}: no metrics.jsonl of a training run")

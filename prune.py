@@ -17,16 +17,7 @@ from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
 from settings import check_needed, count, count_or_zero, positive_fraction, refuse, setting
-from utils import (
-    UserError,
-    allow_tf32,
-    make_folder,
-    note,
-    resolve_device,
-    save_checkpoint,
-    show,
-    write_text_atomically,
-)
+from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, show, write_text_atomically
 from weights import PRUNED_NAME, model_checkpoint
 
 

@@ -53,10 +53,10 @@ def errors_in_one_line(main: Callable[..., None]) -> Callable[..., int]:
 def lacks_memory(error: Exception) -> bool:
     """Whether it says that the memory of the machine or of the GPU is too small."""
     # numpy and Pillow raise MemoryError, torch a RuntimeError, the system an OSError.
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
-            or any(text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc",
-                                                   "calculation overflowed", "can't start new thread",
-                                                   "could not create a")))  # oneDNN's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc", "calculation overflowed",
+                                        "can't start new thread", "could not create a primitive",
+                                        os.strerror(errno.ENOMEM)))
 
 
 class _Stream:
@@ -427,11 +427,11 @@ def replacing(path: Path, durable: bool = False):
         try:
             os.replace(temporary, path)
         except OSError as error:
-            if error.errno not in NOT_RENAMED or not path.is_file():
+            if error.errno not in NOT_RENAMED or path.is_dir():
                 raise
-            if path.stat().st_nlink > 1:
+            if path.exists() and path.stat().st_nlink > 1:
                 path.unlink()  # its other names keep what it held
-                path.touch()
+            path.touch()
             with open(path, "r+b") as old, open(temporary, "rb") as new:  # where this is refused, nothing is lost yet
                 shutil.copyfileobj(new, old)
                 old.truncate()

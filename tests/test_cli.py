@@ -5,6 +5,7 @@ Refusals of bad input are in test_refusals.py, the flags' help in test_flags.py.
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,12 +172,30 @@ def test_every_process_says_its_error_with_its_rank(failing, monkeypatch, capsys
     assert refusal(capsys, "--mode", "train").startswith(f"error: rank 1 of 2: {said}")
 
 
-@pytest.mark.parametrize("console", ["closed", "ascii"])
-def test_no_console_costs_no_picture(console, tmp_path, monkeypatch):
-    """A program may have no stderr at all, or one that lacks the ± of the table and signs of a file's name."""
+class Log:
+    """A host program's stream: `write` alone, which may fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.text, self.error = "", error
+
+    def write(self, text: str) -> None:
+        self.text += text
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("stream, said", [
+    (None, None), (Log(), "caf\\udce9"), (Log(BrokenPipeError()), ""), (Log(RuntimeError("deleted")), ""),
+    (io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True), "caf\\udce9"), (open(os.devnull), None),
+], ids=["none", "write alone", "its reader has ended", "gone with its window", "ascii", "to read"])
+def test_no_console_costs_no_picture(stream, said, tmp_path, monkeypatch):
+    """Nor one that lacks the ± of the table and signs of a file's name."""
     content = write_noise(tmp_path / "caf\udce9.png", (32, 32), 0)
-    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", ascii_only)
-    monkeypatch.setattr(sys, "stderr", None if console == "closed" else ascii_only)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
     run(mode="test", gpu_no=-1, content=content, metrics="ssim", save_path=tmp_path / "out")
+    assert main(words({"mode": "test", "content": tmp_path / "none.png"})) == 2
     assert len(list((tmp_path / "out").glob("*.png"))) == 1 and (tmp_path / "out" / "metrics.json").exists()
+    if said is not None:
+        text = stream.buffer.getvalue().decode() if hasattr(stream, "buffer") else stream.text
+        assert said in text and "SSIM" in text and "none.png: no such file" in text

@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,12 +28,9 @@ from utils import (
     free_memory,
     load_checkpoint,
     make_folder,
-    note,
-    progress_bar,
     replacing,
     resolve_device,
     save_checkpoint,
-    show,
     tidy_end,
     usable_cores,
     write_atomically,
@@ -298,45 +294,6 @@ def test_first_signal_is_remembered_and_ctrl_c_acts_then(number):
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-# ------------------------------------------------------------------------------------------------ streams
-
-
-class Log:
-    """A host program's stream: `write` alone, which may fail."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.text, self.error = "", error
-
-    def write(self, text: str) -> None:
-        self.text += text
-        if self.error:
-            raise self.error
-
-
-STREAMS = {
-    "none": lambda: None, "write alone": Log, "its reader has ended": lambda: Log(BrokenPipeError()),
-    "gone with its window": lambda: Log(RuntimeError()),
-    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True), "closed": lambda: io.StringIO(),
-}
-
-
-@pytest.mark.parametrize("kind", STREAMS)
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_no_stream_costs_what_was_computed(monkeypatch, kind, name):
-    stream = STREAMS[kind]()
-    if kind == "closed":
-        stream.close()
-    monkeypatch.setattr(sys, name, stream)
-    with progress_bar(2, "paint", "picture") as bar:
-        bar.update()
-        for say in (note, show):
-            say("mod\udce8le \u00b1 0.1")
-    if kind == "ascii":
-        assert b"mod\\udce8le \\xb1 0.1\n" in stream.buffer.getvalue()
-    elif kind == "write alone":
-        assert "mod\\udce8le \u00b1 0.1\n" in stream.text
 
 
 # ------------------------------------------------------------------------------------------ processes

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 import torch
-from helpers import limit_file_system, read_metrics, user_error
+from helpers import limit_file_system, read_metrics, user_error, write_picture
 
 from train import TrainConfig
 from training.run_folder import CheckpointFolder, MetricFile, WandbRun
@@ -95,7 +95,8 @@ def wandb_run(folder, mode: str = "auto") -> WandbRun:
 
 
 def test_wandb_finds_its_own_settings(tmp_path, monkeypatch, capsys):
-    """The server of a settings file, the key of a netrc that names its port; it refuses, so the run is offline."""
+    """The server of a settings file, the key of a netrc that names its port; it refuses, so the run is offline, and
+    takes what is logged."""
     wandb, asked = pytest.importorskip("wandb"), []
 
     class Refusing(BaseHTTPRequestHandler):
@@ -119,12 +120,14 @@ def test_wandb_finds_its_own_settings(tmp_path, monkeypatch, capsys):
         wandb.teardown()  # what it has read before
         try:
             run = wandb_run(tmp_path)
+            run.log({"layer_widths": [3, 4], "loss": 1.0}, 1, write_picture(tmp_path / "picture.png"))
             run.finish()
         finally:
             wandb.teardown()
             server.shutdown()
-    assert asked[0] == f"api:{'0123456789' * 4}"
-    assert f"wandb: offline, run {run.id} in {tmp_path}" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert asked[0] == f"api:{'0123456789' * 4}" and list((tmp_path / "wandb").glob(f"offline-run-*/*{run.id}.wandb"))
+    assert f"wandb: offline, run {run.id} in {tmp_path}" in errors and "wandb failed" not in errors
 
 
 @pytest.mark.parametrize("module, said", [

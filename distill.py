@@ -13,16 +13,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from data import MAX_PIXELS, normalize
 from folders import FailedPictures
 from loss import distillation_errors
-from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, initialize
+from network import NetworkConfig, StyleTransferNetwork, align, initialize, level_statistics
 from settings import check_needed, setting
 from training.dead_units import DeadUnits
 from training.loop import run_training
 from training.sampling import MixedPictures, first_pictures
 from utils import UserError, autocast_dtype, process_count, save_checkpoint
-from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint
+from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint, use_settings
 
 # Settings that a resumed run keeps.
-FIXED = ("teacher", "load_path", "new_weights", "vgg_weights", "upsampling", "pooling")
+FIXED = ("teacher", "load_path", "new_weights", "vgg_weights", "upsampling", "pooling", "adain_levels")
 WARMUP_SHARE = 0.05
 HELD_OUT_PICTURES = 128
 
@@ -37,6 +37,7 @@ class DistillConfig:
     vgg_weights: str | None = setting(more="nothing else needs it")
     upsampling: str | None = None  # None: as load_path says
     pooling: str | None = None  # likewise
+    adain_levels: int | None = None  # likewise
     content_dir: str | None = None
     style_dir: str | None = None
     save_path: str | None = setting(needed=True)
@@ -81,13 +82,22 @@ class NormalizedLayers(nn.Module):
                 norm = self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
                 norm.bias, layer.bias = layer.bias, None
 
-    def forward(self, feature: Tensor) -> Tensor:
+    def forward(self, feature: Tensor, *shallower: Tensor) -> Tensor:
         """From pictures or bottleneck features, (B, C, H, W), to what the last layer gives."""
+        return self.features(feature, *shallower)[-1]
+
+    def features(self, feature: Tensor, *shallower: Tensor) -> list[Tensor]:
+        """As those of a part of the network."""
+        added, features = list(shallower), []
         for index, layer in enumerate(self.layers):
             feature = layer(feature)
             if str(index) in self.norms:
                 feature = self.norms[str(index)](feature)
-        return feature
+            if added and isinstance(layer, nn.Upsample):
+                feature = feature + added.pop(0)
+            if isinstance(layer, nn.ReLU):
+                features.append(feature)
+        return features if isinstance(layer, nn.ReLU) else [*features, feature]
 
 
 class Student(nn.Module):
@@ -121,9 +131,10 @@ def in_next_style(network: StyleTransferNetwork | Student, pictures: Tensor) -> 
 
     pictures: (B, 3, H, W), ImageNet-normalised.
     """
-    feature = network.encoder(pictures)
-    mean, std = (statistic.roll(-1, dims=0) for statistic in channel_statistics(feature))
-    return network.decoder(adain(feature, mean, std)), feature
+    features = network.encoder.features(pictures)
+    levels = [features[conv] for conv in network.config.level_convs]
+    mean, std = (statistic.roll(-1, dims=0) for statistic in level_statistics(levels))
+    return network.decoder(*align(levels, mean, std)), levels[0]
 
 
 def rate_share(iteration: int, max_iter: int) -> float:
@@ -155,7 +166,7 @@ class Distiller:
         self.vgg_origin = teacher_checkpoint.get("vgg_weights")
         if config.new_weights:
             initialize(network, network)
-        network.use(config.upsampling, pooling=config.pooling)
+        use_settings(network, config)
         student = Student(network, teacher.config.bottleneck_width)
         self.network = student.to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.lr, fused=True)

@@ -1,7 +1,7 @@
 """The networks and their configuration: encoder, AdaIN, decoder, the loss network; and what a network costs."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -42,7 +42,10 @@ class NetworkConfig:
     backbone, pooling (in the encoder), upsampling (in the decoder), padding (in the encoder, and in the loss network
     that teaches it; the decoder always reflects): one of the choices above, the first is the published one.
     encoder_widths, decoder_widths: output channels of every conv, in forward order. The last encoder width is the
-    bottleneck; the last decoder width is 3 (RGB). Raises ValueError where something does not fit.
+    bottleneck; the last decoder width is 3 (RGB).
+    adain_levels: on how many of the encoder's features AdaIN acts: 1, as published, is the bottleneck alone; each more
+    is the one before the next shallower pooling, and is added in the decoder where it has upsampled to the same size.
+    Raises ValueError where something does not fit.
     """
 
     backbone: str
@@ -51,6 +54,7 @@ class NetworkConfig:
     decoder_widths: tuple[int, ...]
     upsampling: str = "nearest"
     padding: str = "zeros"
+    adain_levels: int = 1
 
     def __post_init__(self) -> None:
         for name, choices in (("backbone", BACKBONES), ("pooling", POOLINGS), ("upsampling", UPSAMPLINGS),
@@ -63,6 +67,13 @@ class NetworkConfig:
                 raise ValueError(f"{name} widths {list(widths)}: {self.backbone} needs {convs} whole numbers >= 1")
         if self.decoder_widths[-1] != 3:
             raise ValueError(f"the last decoder width is {self.decoder_widths[-1]}, 3 is needed")
+        if self.adain_levels not in range(1, 2 + ENCODERS[self.backbone].count(POOL)):
+            raise ValueError(f"adain_levels {self.adain_levels}: {self.backbone} has 1 to "
+                             f"{1 + ENCODERS[self.backbone].count(POOL)}")
+        for widths in ([self.widths[conv] for conv in pair] for pair in self.added_convs):
+            if len(set(widths)) > 1:
+                raise ValueError(f"adain_levels {self.adain_levels}: {widths[0]} channels cannot be added to "
+                                 f"{widths[1]}")
 
     @classmethod
     def full(cls, backbone: str = "vgg19", pooling: str = "max") -> "NetworkConfig":
@@ -92,6 +103,25 @@ class NetworkConfig:
     @property
     def bottleneck_width(self) -> int:
         return self.encoder_widths[-1]
+
+    @property
+    def level_convs(self) -> tuple[int, ...]:
+        """The convs of the encoder, counted from 0, whose features AdaIN acts on, the deepest first."""
+        layout = ENCODERS[self.backbone]
+        ends = [len(_conv_widths(layout[:index])) - 1 for index, entry in enumerate((*layout, POOL)) if entry == POOL]
+        return tuple(ends[: -1 - self.adain_levels : -1])
+
+    @property
+    def added_convs(self) -> list[tuple[int, int]]:
+        """Pairs of convs, counted from 0 in forward order, whose features are added to each other: of the encoder, as
+        AdaIN aligns it, and of the decoder, upsampled."""
+        convs = len(self.encoder_widths)
+        return [(conv, 2 * convs - 2 - conv) for conv in self.level_convs[1:]]  # the decoder is the mirror image
+
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """Channels of the features that AdaIN acts on, the deepest, the bottleneck, first."""
+        return tuple(self.encoder_widths[conv] for conv in self.level_convs)
 
     @property
     def stride(self) -> int:
@@ -171,6 +201,12 @@ def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+def level_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`channel_statistics` of the features of every level, one level's channels behind the other's."""
+    means, stds = zip(*map(channel_statistics, features))
+    return torch.cat(means, dim=1), torch.cat(stds, dim=1)
+
+
 def adain(
     content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0,
     content_statistics: tuple[Tensor, Tensor] | None = None,
@@ -187,6 +223,21 @@ def adain(
     if isinstance(strength, float) and strength == 1.0:  # a tensor is one input of an exported graph
         return aligned
     return (1.0 - strength) * content_feature + strength * aligned
+
+
+def align(
+    features: Sequence[Tensor], mean: Tensor, std: Tensor, strength: float | Tensor = 1.0,
+    content_statistics: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor]:
+    """`adain` of the features of every level, (B, C, H, W) each. mean, std, content_statistics: as of
+    `level_statistics`."""
+    widths = [feature.shape[1] for feature in features]
+    of_style = zip(mean.split(widths, dim=1), std.split(widths, dim=1))
+    if content_statistics is None:
+        return [adain(feature, *style, strength) for feature, style in zip(features, of_style)]
+    of_content = zip(*(statistic.split(widths, dim=1) for statistic in content_statistics))
+    return [adain(feature, *style, strength, content)
+            for feature, style, content in zip(features, of_style, of_content)]
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
@@ -211,38 +262,44 @@ class _Part(nn.Module):
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = nn.ModuleList([layers])  # the original implementation's key names are `layers.0.<index>`
+        self.convs = sum(isinstance(layer, nn.Conv2d) for layer in layers)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        for step in self._steps(feature.device.type):
+    def forward(self, feature: Tensor, *shallower: Tensor) -> Tensor:
+        """shallower: what a decoder adds to its feature behind each upsampling, the first one's first."""
+        return self.features(feature, *shallower, convs=(self.convs - 1,))[0]
+
+    def features(self, feature: Tensor, *shallower: Tensor, convs: Collection[int] | None = None) -> list[Tensor]:
+        """The outputs of the convs, each behind its ReLU where it has one, in forward order: of all, or of those in
+        `convs`, counted from 0. The last conv's is what `forward` returns."""
+        added, features, conv = list(shallower), [], 0
+        steps = self._steps(feature.device.type, len(added))
+        for step in steps:
             feature = step(feature)
-        return feature
+            if added and isinstance(step, nn.Upsample):
+                feature = feature + added.pop(0)
+            if isinstance(step, nn.ReLU) or step is steps[-1]:
+                if convs is None or conv in convs:
+                    features.append(feature)
+                conv += 1
+        return features
 
-    def features(self, feature: Tensor, every_layer: bool = True) -> list[Tensor]:
-        """The output of every conv, after its ReLU where it has one; the last, or the only one without `every_layer`,
-        is what `forward` returns."""
-        if not every_layer:
-            return [self(feature)]
-        features = []
-        for step in self._steps(feature.device.type):
-            feature = step(feature)
-            if isinstance(step, nn.ReLU):
-                features.append(feature)
-        return features if isinstance(step, nn.ReLU) else [*features, feature]
-
-    def _steps(self, device_type: str) -> Iterable[Callable[[Tensor], Tensor]]:
-        """The layers, with each nearest upsampling and the conv after it as one `upsampled_conv`.
+    def _steps(self, device_type: str, added: int) -> list[Callable[[Tensor], Tensor]]:
+        """The layers, with each nearest upsampling and the conv after it as one `upsampled_conv`, but for the first
+        `added` upsamplings, behind which something comes.
 
         Not where a CPU convolves in bfloat16: its transposed convolutions take two to three times as long then, with
         their gradients, as all multiply-adds of the two layers (torch 2.14 with AMX).
         """
         if device_type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return self.layers[0]
+            return [*self.layers[0]]
         steps, layers = [], iter(self.layers[0])
         for layer in layers:
             if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
-                next(layers)  # its reflection padding
-                conv = next(layers)
-                layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
+                if added == 0:
+                    next(layers)  # its reflection padding
+                    conv = next(layers)
+                    layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
+                added = max(0, added - 1)
             steps.append(layer)
         return steps
 
@@ -257,10 +314,12 @@ class StyleTransferNetwork(nn.Module):
         self.encoder = _Part(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
         self.decoder = _Part(_decoder_layers(config))
 
-    def use(self, upsampling: str | None = None, padding: str | None = None, pooling: str | None = None) -> None:
-        """Have the decoder upsample by another of UPSAMPLINGS, or the encoder pad by another of PADDINGS or pool by
-        another of POOLINGS, with the same weights. None: as it does."""
-        changed = {"upsampling": upsampling, "padding": padding, "pooling": pooling}
+    def use(self, upsampling: str | None = None, padding: str | None = None, pooling: str | None = None,
+            adain_levels: int | None = None) -> None:
+        """Have the decoder upsample by another of UPSAMPLINGS, the encoder pad by another of PADDINGS or pool by
+        another of POOLINGS, or AdaIN act on another number of levels, with the same weights. None: as it does.
+        Raises ValueError where the widths do not fit."""
+        changed = {"upsampling": upsampling, "padding": padding, "pooling": pooling, "adain_levels": adain_levels}
         self.config = replace(self.config, **{name: value for name, value in changed.items() if value is not None})
         for layer in self.decoder.layers[0]:
             if isinstance(layer, nn.Upsample):
@@ -272,18 +331,19 @@ class StyleTransferNetwork(nn.Module):
             elif pooling is not None and not isinstance(layer, nn.ReLU):
                 self.encoder.layers[0][index] = _pooling_layer(pooling, len(weight)).to(weight)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """image: (B, 3, H, W), ImageNet-normalised, any size. Returns the bottleneck's feature, (B, C, h, w): h and w
-        are the sides over the stride, rounded up, 2 at least."""
-        return self.encoder(pad_to_stride(image, self.config.stride))
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """image: (B, 3, H, W), ImageNet-normalised, any size. Returns the features that AdaIN acts on: the bottleneck,
+        (B, C, h, w), h and w the sides over the stride, rounded up, 2 at least; then shallower ones, each of twice the
+        sides of the one before."""
+        return self.encoder.features(pad_to_stride(image, self.config.stride), convs=self.config.level_convs)[::-1]
 
     def forward(self, content: Tensor, style: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, any size. Returns (B, 3, H, W) in
         normalised space."""
-        content_feature = self.encode(content)  # (B, C, H/stride, W/stride)
-        style_feature = self.encode(style)  # (B, C, H'/stride, W'/stride)
-        aligned = adain(content_feature, *channel_statistics(style_feature), strength)
-        return resized(self.decoder(aligned), *content.shape[2:])
+        content_features = self.encode(content)  # [(B, C, H/stride, W/stride), ...]
+        style_features = self.encode(style)  # [(B, C, H'/stride, W'/stride), ...]
+        aligned = align(content_features, *level_statistics(style_features), strength)
+        return resized(self.decoder(*aligned), *content.shape[2:])
 
 
 class LossNetwork(nn.Module):

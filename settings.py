@@ -110,6 +110,9 @@ SHARED = {
     "upsampling": _said("how the decoder doubles the size: nearest, as published, or bilinear, which avoids faint "
                         "lines 8 pixels apart in smooth areas", "networks", choices=UPSAMPLINGS,
                         none="as the model file says; new networks: nearest"),
+    "adain_levels": _said("on how many of the encoder's features AdaIN acts: 1, as published, is the bottleneck; each "
+                          "more is a shallower one, added in the decoder, which keeps finer detail of the photograph",
+                          "networks", count, none="as the model file says; new networks: 1"),
     "style_strength": _said("from 0, the decoder's copy of the content picture, not the content itself, to 1, the full "
                             "style", "stylising", fraction),
     "save_path": _said("folder to write to", "output"),

@@ -12,10 +12,11 @@ from training.loop import run_training
 from training.sampling import TrainingPictures
 from training.step import TransferConfig, TransferTrainer
 from utils import UserError, note, process_count
-from weights import load_network, load_vgg, same_vgg
+from weights import load_network, load_vgg, same_vgg, use_settings
 
 # Settings that a resumed run keeps.
-FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "upsampling", "padding", "optimizer")
+FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "upsampling", "padding", "optimizer",
+         "adain_levels")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainConfig(TransferConfig):
     padding: str | None = setting(
         None, "how encoder and loss network pad: zeros, as published, or reflect, which avoids a visible frame",
         "networks", choices=PADDINGS, none="as the model file says; new networks: zeros")
+    adain_levels: int | None = None  # None: as --load_path says, or 1
     vgg_weights: str = setting("imagenet", more="also of a new encoder")
     imsize: int = 512
     cropsize: int = setting(256, more="it is cut at a random place, and a multiple of 8")
@@ -100,7 +102,11 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
                             f"--backbone says {config.backbone}")
         if config.new_weights:
             initialize(network, network)
-    network.use(config.upsampling, config.padding, config.pooling)
+    use_settings(network, config)
+    if config.compact_layers != "bottleneck" and network.config.adain_levels > 1:
+        raise UserError(f"--compact_layers {config.compact_layers}: this network adds features of its encoder to its "
+                        f"decoder's (adain_levels {network.config.adain_levels}), which the losses do not switch off "
+                        "together; bottleneck is needed")
     cost, widths = NetworkCost(network.config, "cpu"), selected_widths(network.config, config.compact_layers)
     least, start = cost({part: torch.zeros(len(each)) for part, each in widths.items()}), cost({})
     if config.target_macs is not None and not least < config.target_macs < start:

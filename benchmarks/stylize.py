@@ -23,10 +23,10 @@ from network import (
     BACKBONES,
     NetworkConfig,
     StyleTransferNetwork,
-    adain,
-    channel_statistics,
+    align,
     count_macs,
     count_parameters,
+    level_statistics,
 )
 from painting.stylizer import Stylizer
 from painting.tiling import TILES, memory_needed
@@ -55,9 +55,9 @@ def measure(networks: dict[str, StyleTransferNetwork], size: int, runs: int, dev
     """Milliseconds and MiB by model: of a pair, and of a content picture whose style code is at hand."""
     generator = torch.Generator().manual_seed(0)
     content, style = (torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2))
-    codes = {name: channel_statistics(network.encode(style)) for name, network in networks.items()}
+    codes = {name: level_statistics(network.encode(style)) for name, network in networks.items()}
     pair = {name: lambda net=net: net(content, style) for name, net in networks.items()}
-    single = {name: lambda name=name, net=net: net.decoder(adain(net.encode(content), *codes[name]))
+    single = {name: lambda name=name, net=net: net.decoder(*align(net.encode(content), *codes[name]))
               for name, net in networks.items()}
     times = time_in_turns([*pair.values(), *single.values()], runs, device)
     return {name: {"pair_ms": spread(pair_times, 1e-3), "content_ms": spread(single_times, 1e-3),

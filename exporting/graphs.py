@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IMAGENET_MEAN, IMAGENET_STD
-from network import StyleTransferNetwork, adain, channel_statistics, resized
+from network import StyleTransferNetwork, align, level_statistics, resized
 
 # The axes of every input whose size may be any.
 AXES = {
@@ -38,14 +38,14 @@ class Graph(nn.Module):
         self.register_buffer("colors", torch.arange(first.weight.shape[1]).clamp_max(2))  # the last colour again
         self.added = len(last.weight) - 3
 
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor) -> list[Tensor]:
         """image: (B, 3, H, W), 0..1. Returns (B, C, ceil(H/stride), ceil(W/stride)), at least 2 x 2."""
         normalized = (image - self.rgb_mean) / self.rgb_std
         return self.network.encode(normalized.index_select(1, self.colors) if len(self.colors) > 3 else normalized)
 
     def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""
-        decoded = self.network.decoder(adain(self.encode(content), mean, std, strength))
+        decoded = self.network.decoder(*align(self.encode(content), mean, std, strength))
         scale, offset = (F.pad(each, (0, 0, 0, 0, 0, self.added)) for each in (self.rgb_std, self.rgb_mean))
         picture = decoded * scale + offset  # `quantize` makes it part of the last conv
         if self.added:
@@ -59,7 +59,7 @@ class StyleGraph(Graph):
     inputs, outputs = ("style",), ("mean", "std")
 
     def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        return channel_statistics(self.encode(style))
+        return level_statistics(self.encode(style))
 
 
 class ContentGraph(Graph):
@@ -77,7 +77,7 @@ class PairGraph(Graph):
     inputs = ("content", "style", "strength")
 
     def forward(self, content: Tensor, style: Tensor, strength: Tensor) -> Tensor:
-        return self.paint(content, *channel_statistics(self.encode(style)), strength)
+        return self.paint(content, *level_statistics(self.encode(style)), strength)
 
 
 def dynamic_shapes(graph: Graph) -> dict:
@@ -89,7 +89,7 @@ def dynamic_shapes(graph: Graph) -> dict:
 def trace(graph: Graph) -> torch.export.ExportedProgram:
     """The graph as torch.export has it, for a batch and pictures of any size. Raises torch's error where a size that
     it saw would stay in it."""
-    statistic = (2, graph.network.config.bottleneck_width, 1, 1)
+    statistic = (2, sum(graph.network.config.level_widths), 1, 1)
     sizes = {"content": (2, 3, 37, 45), "style": (2, 3, 52, 44), "mean": statistic, "std": statistic, "strength": (1,)}
     example = tuple(torch.rand(sizes[name]) for name in graph.inputs)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import PictureError, denormalize, load_alpha, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
-from network import UPSAMPLINGS, StyleTransferNetwork, adain
+from network import UPSAMPLINGS, StyleTransferNetwork, align
 from painting.control import (
     PRESERVED,
     MaskedStyle,
@@ -24,7 +24,7 @@ from painting.control import (
     match_colors,
     mix,
 )
-from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
+from painting.tiling import TILES, TiledPicture, at_level, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
 from weights import find_model_file, load_network, model_names
 
@@ -254,12 +254,14 @@ class Stylizer:
         styles, weights = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
         statistics = content.statistics(weights)
 
-        def align_regions(feature: Tensor, rows: range, columns: range) -> Tensor:
-            parts = [adain(feature, each.mean, each.std, strength, of_content)
+        def align_regions(features: list[Tensor], rows: range, columns: range) -> list[Tensor]:
+            parts = [align(features, each.mean, each.std, strength, of_content)
                      for each, of_content in zip(styles, statistics)]
             if not weights:
                 return parts[0]
-            return sum(part * cut(weight, rows, columns) for part, weight in zip(parts, weights))
+            shares = [cut(weight, rows, columns) for weight in weights]
+            return [sum(part * at_level(share, level) for part, share in zip(level_parts, shares))
+                    for level, level_parts in enumerate(zip(*parts))]
 
         for rows, columns, tile in content.paint(align_regions):
             if keeps_colors:

@@ -44,13 +44,24 @@ def memory_needed(config: NetworkConfig, pixels: int) -> int:
     """About the bytes that painting so many pixels at once takes at its peak, by the widest layer; rather too many."""
     layers = conv_layers(config, config.stride)  # of a content picture with one position, and a style picture
     widest = max(layer.width * layer.positions / (2 if layer.name.startswith("encoder") else 1) for layer in layers)
-    # float32: a layer's input, padded, and output; and pictures.
-    return int(4 * pixels * (5 * widest / config.stride**2 + 12))
+    shallower = sum(width << 2 * level for level, width in enumerate(config.level_widths) if level)
+    # float32: a layer's input, padded, and output; shallower features, and aligned; and pictures.
+    return int(4 * pixels * ((5 * widest + 2 * shallower) / config.stride**2 + 12))
 
 
 def cut(feature: Tensor, rows: range, columns: range) -> Tensor:
     """The part of (B, C, H, W) that is at these rows and columns, not copied."""
     return feature[:, :, rows.start : rows.stop, columns.start : columns.stop]
+
+
+def spans_at(level: int, *spans: range) -> list[range]:
+    """Rows or columns of the bottleneck as those of the feature so many levels above it."""
+    return [range(span.start << level, span.stop << level) for span in spans]
+
+
+def at_level(weight: Tensor, level: int) -> Tensor:
+    """Weights of the bottleneck's positions, (1, 1, h, w), for the feature so many levels above it: each repeated."""
+    return weight.repeat_interleave(1 << level, dim=2).repeat_interleave(1 << level, dim=3)
 
 
 class TiledPicture:
@@ -68,7 +79,7 @@ class TiledPicture:
         self.halos = halos(network.config)
         rows, columns = (self._spans(places, tile) for places in self.grid)
         self.tiles = [(row, column) for row in rows for column in columns]
-        self.kept = None  # (B, C, *grid) once every tile has been encoded
+        self.kept = None  # (B, C, *grid) and on, a level each, once every tile has been encoded
 
     def _spans(self, places: int, tile: int | None) -> list[range]:
         """The places of one side in as few spans as tiles without their halos allow, as equal as can be."""
@@ -88,47 +99,59 @@ class TiledPicture:
 
     @torch.inference_mode()
     def _measured(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        moments, kept = [Moments() for _ in weights], self.kept
+        moments = [[Moments() for _ in self.network.config.level_widths] for _ in weights]
+        kept = self.kept
         for rows, columns in self._progress("encode"):
-            feature = self.feature(rows, columns)
-            for each, weight in zip(moments, weights):
-                each.add(feature, cut(weight, rows, columns))
+            features = self.features(rows, columns)
+            for of_weight, weight in zip(moments, weights):
+                share = cut(weight, rows, columns)
+                for level, (each, feature) in enumerate(zip(of_weight, features)):
+                    each.add(feature, at_level(share, level))
             if self.kept is None:
-                kept = self._keep(feature, rows, columns, kept)
+                kept = self._keep(features, rows, columns, kept)
         self.kept = kept
-        return [tuple(statistic.to(feature.dtype) for statistic in each.result()) for each in moments]
+        merged = [zip(*(each.result() for each in of_weight)) for of_weight in moments]
+        return [tuple(torch.cat(statistic, dim=1).to(features[0].dtype) for statistic in each) for each in merged]
 
-    def _keep(self, feature: Tensor, rows: range, columns: range, kept: Tensor | None) -> Tensor | None:
-        """`kept` with a tile's feature in its place; None where all of them would be too many."""
+    def _keep(
+        self, features: list[Tensor], rows: range, columns: range, kept: list[Tensor] | None
+    ) -> list[Tensor] | None:
+        """`kept` with a tile's features in their places; None where all of them would be too many."""
         if len(self.tiles) == 1:
-            return feature
-        shape = (*feature.shape[:2], *self.grid)
-        if math.prod(shape) * feature.element_size() > KEPT_FEATURES:
+            return features
+        shapes = [(*feature.shape[:2], self.grid[0] << level, self.grid[1] << level)
+                  for level, feature in enumerate(features)]
+        if sum(map(math.prod, shapes)) * features[0].element_size() > KEPT_FEATURES:
             return None
-        kept = feature.new_empty(shape) if kept is None else kept
-        cut(kept, rows, columns).copy_(feature)
+        kept = list(map(features[0].new_empty, shapes)) if kept is None else kept
+        for level, (whole, feature) in enumerate(zip(kept, features)):
+            cut(whole, *spans_at(level, rows, columns)).copy_(feature)
         return kept
 
-    def paint(self, align: Callable[[Tensor, range, range], Tensor]) -> Iterator[tuple[range, range, Tensor]]:
+    def paint(
+        self, align: Callable[[list[Tensor], range, range], list[Tensor]]
+    ) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile painted: its rows and columns in the picture, and its pixels, (B, 3, h, w), ImageNet-normalised.
 
         align: from content features, with the rows and columns of `grid` that they are from, to those to decode.
         """
         for tile in self._progress("paint"):
             read = self._widened(tile, self.halos[1])
-            decoded = self.network.decoder(align(self.feature(*read), *read))
+            decoded = self.network.decoder(*align(self.features(*read), *read))
             shown = self._pixels_of(tile)
             yield *shown, cut(decoded, *_within(shown, self._pixels_of(read)))
             del decoded
 
-    def feature(self, rows: range, columns: range) -> Tensor:
-        """The bottleneck at these positions of `grid`, (B, C, rows, columns)."""
+    def features(self, rows: range, columns: range) -> list[Tensor]:
+        """What AdaIN acts on at these positions of `grid`: the bottleneck, (B, C, rows, columns), and the shallower
+        levels there."""
         if self.kept is not None:
-            return cut(self.kept, rows, columns)
+            return [cut(kept, *spans_at(level, rows, columns)) for level, kept in enumerate(self.kept)]
         read = self._widened((rows, columns), self.halos[0])
         parameter = next(self.network.parameters())
         image = normalize(cut(self.pixels, *self._pixels_of(read)).to(parameter.device)).to(parameter.dtype)
-        return cut(self.network.encode(image), *_within((rows, columns), read))
+        within = _within((rows, columns), read)
+        return [cut(feature, *spans_at(level, *within)) for level, feature in enumerate(self.network.encode(image))]
 
     def _widened(self, spans: Sequence[range], halo: int) -> list[range]:
         """Rows and columns of the grid with a halo on all sides, as far as there is something."""

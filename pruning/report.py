@@ -13,12 +13,12 @@ from torch import Tensor
 from data import denormalize, normalize, to_pil
 from network import (
     StyleTransferNetwork,
-    adain,
+    align,
     bottleneck_conv,
-    channel_statistics,
     conv_layers,
     count_macs,
     count_parameters,
+    level_statistics,
 )
 from painting.quality import INTERVAL, METRICS, Measurement, Meter, show_summary
 from painting.stylizer import load_input
@@ -80,13 +80,13 @@ def paint_with_cuts(
     content, style: (1, 3, H, W), ImageNet-normalised, as is what returns. AdaIN treats channels one by one, so that the
     features of the others stay as they are, and a channel that is zero feeds the decoder nothing.
     """
-    aligned = adain(network.encode(content), *channel_statistics(network.encode(style)), strength)
+    aligned, *shallower = align(network.encode(content), *level_statistics(network.encode(style)), strength)
     height, width = content.shape[2:]
     outputs = []
     for number in numbers:
         feature = aligned.clone()
         feature[:, responses.weakest_first[:number]] = 0
-        outputs.append(network.decoder(feature)[:, :, :height, :width])
+        outputs.append(network.decoder(feature, *shallower)[:, :, :height, :width])
     return outputs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from data import normalize
 from folders import FailedPictures, find_measured
 from loss import L0_EPS, channel_norm, l0_norm
-from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, conv_layers, pad_to_stride
+from network import NetworkConfig, StyleTransferNetwork, align, conv_layers, level_statistics, pad_to_stride
 from painting.pairs import choose_pairs
 from painting.stylizer import load_input
 from utils import UserError, note, progress_bar, write_atomically
@@ -180,13 +180,14 @@ def measure_responses(
             features = _encode(network, picture, config.every_layer)
             rows[name].append(_summarise(features))
             paths[name].append(path)
+            levels = [features[conv] for conv in network.config.level_convs] if config.every_layer else features
             if name == "style_dir":
-                codes.append(channel_statistics(features[-1]))
+                codes.append(level_statistics(levels))
             elif config.every_layer:
                 for code in codes[number::contents] or [codes[number % len(codes)]]:
-                    aligned = adain(features[-1], *code, config.style_strength)
-                    means.append(aligned.mean(dim=(0, 2, 3)))
-                    decoder_rows.append(_summarise(network.decoder.features(aligned)[:-1]))
+                    aligned = align(levels, *code, config.style_strength)
+                    means.append(aligned[0].mean(dim=(0, 2, 3)))
+                    decoder_rows.append(_summarise(network.decoder.features(*aligned)[:-1]))
 
     of_pictures = rows["content_dir"] + rows["style_dir"]
     encoder, decoder = ([torch.stack(conv) for conv in zip(*each)] for each in (of_pictures, decoder_rows))  # (n, 4, C)
@@ -211,7 +212,7 @@ def _encode(network: StyleTransferNetwork, pictures: Tensor, every_layer: bool =
     `every_layer`. pictures: (B, 3, H, W), uint8."""
     weight = next(network.parameters())
     image = pad_to_stride(normalize(pictures.to(weight.device)).to(weight.dtype), network.config.stride)
-    return network.encoder.features(image, every_layer)
+    return network.encoder.features(image, convs=None if every_layer else network.config.level_convs[:1])
 
 
 def _summarise(features: list[Tensor]) -> list[Tensor]:
@@ -241,11 +242,11 @@ def _estimate_importance(
         for pair in pairs:
             with torch.enable_grad():
                 encoded = _encode(network, torch.cat(pair))  # (2, C, H, W) each
-                content_feature, style_feature = encoded[-1].split(1)
-                aligned = adain(content_feature, *channel_statistics(style_feature), strength)
-                *painted, output = network.decoder.features(aligned)
+                content_features, style_features = zip(*(encoded[conv].split(1) for conv in network.config.level_convs))
+                aligned = align(content_features, *level_statistics(style_features), strength)
+                *painted, output = network.decoder.features(*aligned)
                 direction = torch.randn(output.shape, generator=generator).to(output.device)
-                features = [*encoded[:-1], aligned, *painted]
+                features = [*encoded[:-1], aligned[0], *painted]
                 gradients = torch.autograd.grad((output * direction).sum(), features)
             for total, feature, mean, gradient in zip(importance, features, means, gradients):
                 change = (gradient * (feature.detach() - mean[:, None, None])).sum(dim=(0, 2, 3))

@@ -90,23 +90,39 @@ def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses]
     `round_to` where the width before is not less: of the channels that would go, the most important stay.
     """
     layers, multiple = conv_layers(network, config.report_size), config.round_to
-    orders, values, widths = {}, {}, []
+    kinds = []  # of every channel: what goes first is the least
     for layer in layers[:-1]:
-        found = responses[layer.name]
-        kind = np.zeros(layer.width, int)  # the kinds go one after the other, each by importance
+        found, kind = responses[layer.name], np.zeros(layer.width, int)
         if layer.kind != "encoder" or network.padding == "reflect":
             kind[found.constant] = -1
         kind[found.off] = -2
-        orders[layer.name] = np.lexsort((found.l2.sum(axis=0, dtype=np.float64), found.importance, kind))
-        values[layer.name] = np.where(kind == -1, found.largest, found.mean)
-        widths.append(rounded_width(max(1, np.count_nonzero(kind == 0)), layer.width, multiple))
-    importance = [responses[name].importance[order] for name, order in orders.items()]
-    widths = _cut_to_budget(layers, [*widths, layers[-1].width], importance, most_macs(network, config), multiple)
-    cuts = {name: order[: layer.width - width].tolist()
-            for (name, order), layer, width in zip(orders.items(), layers, widths)}
-    constants = {name: {channel: float(values[name][channel]) for channel in channels if values[name][channel]}
-                 for name, channels in cuts.items()}
+        kinds.append(kind)
+    groups, widths, orders, importance = cut_together(network), [layer.width for layer in layers], {}, []
+    for group in groups:
+        found = [responses[layers[number].name] for number in group]
+        kind, lost = np.max([kinds[number] for number in group], axis=0), sum(each.importance for each in found)
+        l2 = sum(each.l2.sum(axis=0, dtype=np.float64) for each in found)
+        order = np.lexsort((l2, lost, kind))
+        importance.append(lost[order])
+        for number in group:
+            orders[number] = order
+            widths[number] = rounded_width(max(1, np.count_nonzero(kind == 0)), widths[number], multiple)
+    widths = _cut_to_budget(layers, widths, groups, importance, most_macs(network, config), multiple)
+    cuts, constants = {}, {}
+    for number, layer in enumerate(layers[:-1]):
+        cuts[layer.name] = channels = orders[number][: layer.width - widths[number]].tolist()
+        found = responses[layer.name]
+        values = np.where(kinds[number] == -1, found.largest, found.mean)
+        constants[layer.name] = {channel: float(values[channel]) for channel in channels if values[channel]}
     return cuts, constants
+
+
+def cut_together(network: NetworkConfig) -> list[tuple[int, ...]]:
+    """The convs but the last, counted from 0 in forward order, in groups that lose the same channels: those whose
+    features are added, every other one alone."""
+    added = dict(network.added_convs)
+    alone = set(range(len(network.widths) - 1)) - {*added, *added.values()}
+    return sorted([*added.items(), *((conv,) for conv in alone)])
 
 
 def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
@@ -123,31 +139,33 @@ def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
         if macs_of_widths(layers, [*widths, layers[-1].width]) <= most:
             break
     cuts = {}
-    for layer, width in zip(layers, widths):
-        norms = network.get_submodule(layer.name).weight.detach().abs().sum(dim=(1, 2, 3))
-        cuts[layer.name] = norms.argsort(stable=True)[: layer.width - width].tolist()
+    for group in cut_together(network.config):
+        names = [layers[number].name for number in group]
+        norms = sum(network.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3)) for name in names)
+        channels = norms.argsort(stable=True)[: len(norms) - widths[group[0]]].tolist()
+        cuts |= dict.fromkeys(names, channels)
     return cuts
 
 
 def _cut_to_budget(
-    layers: list[ConvLayer], widths: list[int], importance: list[np.ndarray], macs: float, multiple: int
+    layers: list[ConvLayer], widths: list[int], groups: list[tuple[int, ...]], importance: list[np.ndarray],
+    macs: float, multiple: int,
 ) -> list[int]:
     """The widths after cutting on, step by step, until the multiply-adds are at most `macs`.
 
-    importance: of the channels of each layer but the last, in the order in which they go. Each step narrows the
-    layer that loses the least importance for the multiply-adds that it saves, in its own conv and in the next one,
-    to the next multiple of `multiple`.
+    groups: of `cut_together`; importance: of the channels of each, in the order in which they go. Each step narrows the
+    group that loses the least importance for the multiply-adds that it saves, in its own convs and in the next ones, to
+    the next multiple of `multiple`.
     """
-    least, widths = least_widths(layers, multiple), list(widths)
-    total = macs_of_widths(layers, widths)
+    least, total = least_widths(layers, multiple), macs_of_widths(layers, widths)
     while total > macs:
         steps = []
-        for number, lost in enumerate(importance):
-            width, narrower = widths[number], (widths[number] - 1) // multiple * multiple
-            if narrower >= least[number]:
-                saved = total - macs_of_widths(layers, [*widths[:number], narrower, *widths[number + 1 :]])
-                steps.append((lost[len(lost) - width : len(lost) - narrower].sum() / saved, number, narrower, saved))
-        _, number, narrower, saved = min(steps)
-        widths[number] = narrower
+        for group, lost in zip(groups, importance):
+            width, narrower = widths[group[0]], (widths[group[0]] - 1) // multiple * multiple
+            if narrower >= least[group[0]]:
+                after = [narrower if number in group else each for number, each in enumerate(widths)]
+                saved = total - macs_of_widths(layers, after)
+                steps.append((lost[len(lost) - width : len(lost) - narrower].sum() / saved, after, saved))
+        _, widths, saved = min(steps, key=lambda step: step[0])
         total -= saved
     return widths

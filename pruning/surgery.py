@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from network import ConvLayer, StyleTransferNetwork, bottleneck_conv, conv_layers
+from network import ConvLayer, NetworkConfig, StyleTransferNetwork, bottleneck_conv, conv_layers
 from utils import UserError
 
 
@@ -21,13 +21,16 @@ def cut_channels(
     bias gets what they fed it. That equals a constant channel where the next conv pads by reflection: after the
     bottleneck (AdaIN makes of a channel that is the same constant for content and style that constant again), in the
     decoder, and in an encoder that pads by reflection. Zero padding makes it differ along the border.
+    Of two convs whose features are added (`NetworkConfig.added_convs`), the same channels go.
     Raises UserError for a conv that is not there or gives the picture, an index that is not there or twice the
     same, or when no channel of a conv would be left.
     """
     layers = conv_layers(network.config, size=0)
-    kept = _channels_that_stay(layers, {name: [*map(int, channels)] for name, channels in cuts.items()})
+    kept = _channels_that_stay(network.config, layers, {name: [*map(int, channels)] for name, channels in cuts.items()})
     cut = StyleTransferNetwork(network.config.with_widths([len(kept[layer.name]) for layer in layers]))
     state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    constants = constants or {}
+    added_to = {layers[second].name: layers[first].name for first, second in network.config.added_convs}
     for layer, following in zip(layers, [*layers[1:], None]):
         weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
         indices = torch.tensor(kept[layer.name], device=state[weight].device)
@@ -35,8 +38,9 @@ def cut_channels(
         if following is None:
             break
         weight, bias = f"{following.name}.weight", f"{following.name}.bias"
-        for channel, value in (constants or {}).get(layer.name, {}).items():
-            state[bias] += value * state[weight][:, channel].sum(dim=(1, 2))
+        for name in (layer.name, added_to.get(layer.name)):
+            for channel, value in constants.get(name, {}).items():
+                state[bias] += value * state[weight][:, channel].sum(dim=(1, 2))
         state[weight] = state[weight][:, indices]
     cut.to(state[bias].dtype).load_state_dict(state)
     cut.train(network.training)
@@ -48,7 +52,9 @@ def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> St
     return cut_channels(network, {bottleneck_conv(network.config): channels})
 
 
-def _channels_that_stay(layers: list[ConvLayer], cuts: dict[str, list[int]]) -> dict[str, list[int]]:
+def _channels_that_stay(
+    network: NetworkConfig, layers: list[ConvLayer], cuts: dict[str, list[int]]
+) -> dict[str, list[int]]:
     """The channels that stay, by conv. Raises UserError for cuts that cannot be made."""
     for name in cuts.keys() - {layer.name for layer in layers if layer.kind != "output"}:
         raise UserError(f"{name}: no conv with channels to cut")
@@ -65,4 +71,7 @@ def _channels_that_stay(layers: list[ConvLayer], cuts: dict[str, list[int]]) -> 
             raise UserError(f"{len(channels)} channels to cut: {place} has {layer.width}, at most {layer.width - 1} "
                             "can go")
         kept[layer.name] = sorted(set(range(layer.width)) - set(channels))
+    for first, second in ([layers[conv].name for conv in pair] for pair in network.added_convs):
+        if kept[first] != kept[second]:
+            raise UserError(f"{first} and {second}: their features are added; the same channels are to be cut")
     return kept

@@ -100,14 +100,18 @@ def read_pixels(path: Path) -> np.ndarray:
 # ----------------------------------------------------------------------------------- networks and trainers
 
 
-def small_config(backbone: str = "vgg19", pooling: str = "max", width: int = 6) -> NetworkConfig:
+def small_config(
+    backbone: str = "vgg19", pooling: str = "max", width: int = 6, adain_levels: int = 1
+) -> NetworkConfig:
     convs = {"vgg19": 9, "vgg16": 7}[backbone]
-    return NetworkConfig(backbone, pooling, (width,) * convs, (*(width,) * (convs - 1), 3))
+    return NetworkConfig(backbone, pooling, (width,) * convs, (*(width,) * (convs - 1), 3), adain_levels=adain_levels)
 
 
-def small_network(backbone: str = "vgg19", pooling: str = "max", width: int = 6, seed: int = 0) -> StyleTransferNetwork:
+def small_network(
+    backbone: str = "vgg19", pooling: str = "max", width: int = 6, seed: int = 0, adain_levels: int = 1
+) -> StyleTransferNetwork:
     """A narrow network with He-initialised weights and small biases: quick, and its pictures are not flat."""
-    network = StyleTransferNetwork(small_config(backbone, pooling, width))
+    network = StyleTransferNetwork(small_config(backbone, pooling, width, adain_levels))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

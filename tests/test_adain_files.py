@@ -99,7 +99,7 @@ def test_folding_is_exact(height, width):
     image = torch.rand(1, 3, height, width, dtype=torch.float64)
     with torch.no_grad():
         desired = vgg(pad(image, (0, -width % 8, 0, -height % 8), mode="replicate"))
-        actual = network.encode(as_ours(image))
+        (actual,) = network.encode(as_ours(image))
         torch.testing.assert_close(actual, desired, rtol=1e-9, atol=1e-9 * desired.max().item())
         torch.testing.assert_close(network.decoder(desired) * STD + MEAN, decoder(desired), rtol=1e-9, atol=1e-9)
         assert vgg(image).shape == desired.shape  # poolings of ceil mode

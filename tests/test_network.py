@@ -29,6 +29,7 @@ from network import (
     channel_statistics,
     count_macs,
     count_parameters,
+    pad_to_stride,
     upsampled_conv,
 )
 from pruning.surgery import cut_bottleneck
@@ -125,17 +126,24 @@ def test_upsampled_conv_is_upsampling_padding_and_conv(size, memory_format):
     assert_close(upsampled_conv(*(each.detach().float() for each in inputs)), desired.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone, upsampling", [("vgg19", "nearest"), ("vgg16", "nearest"), ("vgg19", "bilinear")])
-def test_decoder_is_its_layers(backbone, upsampling):
+@pytest.mark.parametrize("backbone, upsampling, levels", [
+    ("vgg19", "nearest", 1), ("vgg16", "nearest", 1), ("vgg19", "bilinear", 1), ("vgg19", "nearest", 2),
+    ("vgg16", "bilinear", 3),
+])
+def test_decoder_is_its_layers(backbone, upsampling, levels):
+    """With a shallower feature added behind each of the first upsamplings."""
     network = small_network(backbone).double()
-    network.use(upsampling)
-    feature = torch.randn(1, 6, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    desired = feature
+    network.use(upsampling, adain_levels=levels)
+    features = [random_feature((1, 6, 3 << level, 5 << level), level).double() for level in range(levels)]
+    desired, *added = features
     for layer in network.decoder.layers[0]:
-        desired = (nn.functional.interpolate(desired, scale_factor=2, mode=upsampling)
-                   if isinstance(layer, nn.Upsample) else layer(desired))
-    assert_close(network.decoder(feature), desired, rtol=1e-9, atol=1e-9)
-    assert_close(network.decoder.features(feature)[-1], desired, rtol=1e-9, atol=1e-9)
+        if isinstance(layer, nn.Upsample):
+            desired = nn.functional.interpolate(desired, scale_factor=2, mode=upsampling)
+            desired = desired + (added.pop(0) if added else 0)
+        else:
+            desired = layer(desired)
+    assert_close(network.decoder(*features), desired, rtol=1e-9, atol=1e-9)
+    assert_close(network.decoder.features(*features)[-1], desired, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backbone, size, style_size", [
@@ -152,7 +160,8 @@ def test_pictures_of_any_size(backbone, size, style_size):
                          for side in image.shape[2:])
         features.append(network.encoder(image[:, :, rows][:, :, :, columns]))
         assert features[-1].shape[2:] == (len(rows) // stride, len(columns) // stride)
-        assert_close(network.encode(image), features[-1], rtol=1e-9, atol=1e-9)
+        (actual,) = network.encode(image)
+        assert_close(actual, features[-1], rtol=1e-9, atol=1e-9)
     for strength in (1.0, 0.3):
         aligned = adain(features[0], *channel_statistics(features[1]), strength)
         desired = network.decoder(aligned)[:, :, : size[0], : size[1]]
@@ -161,12 +170,27 @@ def test_pictures_of_any_size(backbone, size, style_size):
         assert_close(actual, desired, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backbone, levels, convs", [("vgg19", 2, (7,)), ("vgg19", 4, (7, 3, 1)), ("vgg16", 3, (3, 1))])
+@torch.inference_mode()
+def test_adain_acts_on_shallower_features_too(backbone, levels, convs):
+    """On those before the poolings, each aligned by itself. convs: whose features they are, the deepest first."""
+    network = small_network(backbone, adain_levels=levels).double()
+    content, style = random_feature((1, 3, 37, 24), 0).double(), random_feature((1, 3, 16, 40), 1).double()
+    features = [network.encoder.features(pad_to_stride(image, network.config.stride)) for image in (content, style)]
+    aligned = [adain(features[0][conv], *channel_statistics(features[1][conv]), 0.3) for conv in (-1, *convs)]
+    assert all(torch.equal(*each) for each in zip(network.encode(style), [features[1][conv] for conv in (-1, *convs)]))
+    actual = network(content, style, 0.3)
+    assert_close(actual, network.decoder(*aligned)[:, :, :37], rtol=1e-9, atol=1e-9)
+    network.use(adain_levels=1)
+    assert not torch.allclose(network(content, style, 0.3), actual)
+
+
 def test_config_round_trip():
     assert (NetworkConfig.full("vgg19").stride, NetworkConfig.full("vgg16").stride) == (8, 4)
     config = NetworkConfig("vgg16", "avg", (1, 2, 3, 4, 5, 6, 7), (9, 8, 7, 6, 5, 4, 3), "bilinear", "reflect")
     values = json.loads(json.dumps(config.to_dict()))
     assert NetworkConfig.from_dict(values) == config
-    del values["upsampling"], values["padding"]  # as in older files
+    del values["upsampling"], values["padding"], values["adain_levels"]  # as in older files
     assert NetworkConfig.from_dict(values) == replace(config, upsampling="nearest", padding="zeros")
     with pytest.raises(FrozenInstanceError):
         config.pooling = "max"
@@ -182,6 +206,8 @@ def test_config_round_trip():
     ({"encoder_widths": (0, *(4,) * 6)}, "encoder"),
     ({"encoder_widths": (4.0, *(4,) * 6)}, "encoder"),
     ({"decoder_widths": (4,) * 7}, "3 is needed"),
+    ({"adain_levels": 4}, "adain_levels 4: vgg16 has 1 to 3"),
+    ({"adain_levels": 2, "decoder_widths": (6, 6, 5, 6, 6, 6, 3)}, "adain_levels 2: 6 channels cannot be added to 5"),
 ])
 def test_config_errors(change, needed):
     with pytest.raises(ValueError, match=needed):

@@ -52,6 +52,9 @@ COMMAND_LINE = (
     *(("test", TEST + f"--{flag} {{tmp}}/{name}", f"--{flag} {{tmp}}/{name}")
       for flag in ("content", "style") for name in ("text.jpg", "empty.jpg", "cut.png", "missing.jpg")),
     ("train", TRAIN + "--encoder_lr 0 --decoder_lr 0", "both parts are frozen"),
+    ("train", TRAIN + "--adain_levels 5", "--adain_levels 5: vgg19 has 1 to 4"),
+    ("distill", DISTILL + "--adain_levels 0", "--adain_levels: got 0, a whole number, 1 or more, is needed"),
+    ("train", TRAIN + "--adain_levels 2 --compact_layers all", "--compact_layers all: this network adds features"),
     ("train", TRAIN + "--lr inf", "--lr: got inf"),
     ("train", TRAIN + "--l0_eps 0", "--l0_eps: got '0', a number above 0 or relative:NUMBER is needed"),
     ("train", TRAIN + "--resume always", "--resume: invalid choice: 'always'"),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from data import normalize
-from network import StyleTransferNetwork, adain, channel_statistics
+from network import StyleTransferNetwork, align, level_statistics
 from utils import note
 
 MANY = 0.1  # share of the decoder's units, above which their number is said
@@ -38,8 +38,9 @@ class DeadUnits:
         weight, is_on = next(network.parameters()), []
         for pair in zip(*(pictures.split(1) for pictures in self.pairs)):
             features = network.encoder.features(normalize(torch.cat(pair).to(weight.device)).to(weight.dtype))
-            content, style = features[-1].split(1)
-            aligned = adain(content, *channel_statistics(style)).to(weight.dtype)
-            features += network.decoder.features(aligned)[:-1]
+            levels = [features[conv] for conv in network.config.level_convs]
+            content, style = zip(*(feature.split(1) for feature in levels))
+            aligned = [feature.to(weight.dtype) for feature in align(content, *level_statistics(style))]
+            features += network.decoder.features(*aligned)[:-1]
             is_on.append([(feature > 0).any(dim=3).any(dim=2).any(dim=0) for feature in features])
         return [~torch.stack(layer).any(dim=0) for layer in zip(*is_on)]

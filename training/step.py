@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import loss as losses
 from data import normalize, picture_grid, save_picture
 from folders import FailedPictures
-from network import LossNetwork, StyleTransferNetwork, adain, channel_statistics
+from network import LossNetwork, StyleTransferNetwork, align, level_statistics
 from settings import amount, count_or_zero, proper_fraction, setting
 from training import compaction
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
@@ -104,10 +104,12 @@ class ForwardPass(nn.Module):
             network.config, config.compact_layers, config.compact_cost, config.l0_eps, device)
         parts = COMPACT_LAYERS[config.compact_layers] if config.compact_layers != "bottleneck" else ()
         self.every_layer = {part: part in parts for part in ("encoder", "decoder")}  # else the last one is looked at
+        self.level_convs = network.config.level_convs
         # Features of a frozen encoder that is the loss network's beginning are computed once.
         encoder, vgg = network.encoder.layers[0].state_dict(), loss_network.layers.state_dict()
         self.encoder_is_loss_network = (
             config.learning_rates["encoder"] == 0 and not self.every_layer["encoder"]
+            and network.config.adain_levels == 1
             and network.config.pooling == "max" and network.config.padding == loss_network.padding
             and encoder.keys() == vgg.keys() and all(torch.equal(encoder[name], vgg[name]) for name in vgg))
         # The memory format of each in which convolutions are fastest. On a CPU, the gradient of a 3 x 3 conv's weight
@@ -134,10 +136,9 @@ class ForwardPass(nn.Module):
         with torch.autocast(**self.autocast):
             with torch.no_grad():
                 targets = self._loss_features(both)
-            encoder_features = targets[-1:] if self.encoder_is_loss_network else self._features("encoder", both)
-            content_feature, style_feature = encoder_features[-1].chunk(2)  # (B, C, H/stride, W/stride)
-            aligned = adain(content_feature, *channel_statistics(style_feature))
-            *decoder_features, output = self._features("decoder", aligned)
+            encoder_features, levels = ([*targets[-1:]],) * 2 if self.encoder_is_loss_network else self._encode(both)
+            content_features, style_features = zip(*(level.chunk(2) for level in levels))  # (B, C, H/stride, W/stride)
+            *decoder_features, output = self._decode(align(content_features, *level_statistics(style_features)))
             output_features = self._loss_features(output)  # of (B, 3, H, W)
 
         content_targets, style_targets = zip(*(target.chunk(2) for target in targets))
@@ -152,7 +153,7 @@ class ForwardPass(nn.Module):
             "uncorrelation": lambda: 0.5 * self.processes * losses.uncorrelation_loss(encoder_features[-1]),
             "channel": lambda: self.compact.channel_loss(spared),
             "xor": lambda: self.compact.xor_loss(spared),
-            "shift": lambda: self._shift_loss(content, encoder_features[-1], output, move),
+            "shift": lambda: self._shift_loss(content, style_features, output, move),
         }
         terms = {}
         for name, weight in self.weights.items():
@@ -161,10 +162,20 @@ class ForwardPass(nn.Module):
                     terms[name] = compute[name]()
         return terms, {part: norm.detach() for part, norm in norms.items()}
 
-    def _features(self, part: str, image: Tensor) -> list[Tensor]:
-        """What the convs of the encoder or decoder that are looked at give, in forward order, behind their ReLUs."""
-        image = image.contiguous(memory_format=self.formats[part])
-        return getattr(self.network, part).features(image, self.every_layer[part])
+    def _encode(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The features whose channels the losses look at, in forward order, and those that AdaIN acts on, the deepest
+        first."""
+        convs = None if self.every_layer["encoder"] else self.level_convs
+        features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]), convs=convs)
+        if convs is None:
+            return features, [features[conv] for conv in self.level_convs]
+        return features[-1:], features[::-1]
+
+    def _decode(self, aligned: list[Tensor]) -> list[Tensor]:
+        """The features whose channels the losses look at, in forward order, and the output."""
+        aligned = [each.contiguous(memory_format=self.formats["decoder"]) for each in aligned]
+        decoder = self.network.decoder
+        return decoder.features(*aligned) if self.every_layer["decoder"] else [decoder(*aligned)]
 
     def _loss_features(self, image: Tensor) -> list[Tensor]:
         return self.loss_network(image.contiguous(memory_format=self.formats["loss_network"]))
@@ -173,12 +184,11 @@ class ForwardPass(nn.Module):
         """The channel norms of a part's layers side by side, of the global batch."""
         return self.gather(torch.cat([losses.channel_norm(feature) for feature in features], dim=1))
 
-    def _shift_loss(self, content: Tensor, bottleneck: Tensor, output: Tensor, move: Tensor) -> Tensor:
+    def _shift_loss(self, content: Tensor, style_features: Sequence[Tensor], output: Tensor, move: Tensor) -> Tensor:
         """Of the output, and what is painted of the content pictures `losses.moved`, in the same styles."""
         with torch.autocast(**self.autocast):
-            feature = self._features("encoder", losses.moved(content, move))[-1]
-            aligned = adain(feature, *channel_statistics(bottleneck[len(content) :]))
-            moved_output = self._features("decoder", aligned)[-1]
+            _, levels = self._encode(losses.moved(content, move))
+            *_, moved_output = self._decode(align(levels, *level_statistics(style_features)))
         return losses.shift_loss(output, moved_output, move, self.network.config.stride)
 
 

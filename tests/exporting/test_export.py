@@ -21,7 +21,7 @@ from data import denormalize, normalize
 from exporting import formats
 from exporting.graphs import ContentGraph, PairGraph, StyleGraph, trace
 from main import main
-from network import channel_statistics, resized
+from network import level_statistics, resized
 from weights import load_network
 
 EXPORTS = ("split.onnx", "whole.onnx", "program.pt2", "weights.safetensors")  # of the fixture `exported`
@@ -29,14 +29,14 @@ SIZES = ((1, 1), (7, 30), (33, 49), (40, 24))  # height, width
 OTHER_SIZES = ((41, 18), (3, 3), (24, 40), (50, 9))
 
 
-@pytest.mark.parametrize("backbone, pooling, upsampling, padding", [
-    ("vgg19", "max", "nearest", "zeros"), ("vgg16", "avg", "bilinear", "reflect"),
-    ("vgg16", "blur", "nearest", "reflect"),
+@pytest.mark.parametrize("backbone, pooling, upsampling, padding, levels", [
+    ("vgg19", "max", "nearest", "zeros", 1), ("vgg16", "avg", "bilinear", "reflect", 1),
+    ("vgg16", "blur", "nearest", "reflect", 3),
 ])
 @torch.inference_mode()
-def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, padding):
+def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, padding, levels):
     """In float64."""
-    network = small_network(backbone, pooling).double()
+    network = small_network(backbone, pooling, adain_levels=levels).double()
     network.use(upsampling, padding)
     style_graph, content_graph, pair = (graph(network).double() for graph in (StyleGraph, ContentGraph, PairGraph))
     mean, std, strength = pair.rgb_mean, pair.rgb_std, torch.tensor([0.3], dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, pad
         desired = (network(*normalized, 0.3) * std + mean).clamp(0, 1)
         code = style_graph(style)
         same = {"rtol": 1e-9, "atol": 1e-9}
-        assert_close(code, channel_statistics(network.encode(normalized[1])), **same)
+        assert_close(code, level_statistics(network.encode(normalized[1])), **same)
         assert_close(content_graph(content, *code, strength), desired, **same)
         assert_close(pair(content, style, strength), desired, **same)
 
@@ -57,7 +57,7 @@ def test_a_trace_of_a_size_of_its_own_is_refused():
         def encode(self, image):
             image = (image - self.rgb_mean) / self.rgb_std
             height, width = (-(-int(side) // 8) * 8 for side in image.shape[2:])
-            return self.network.encoder(resized(image, height, width))
+            return [self.network.encoder(resized(image, height, width))]
 
     with pytest.raises(Exception, match="height"):
         trace(Decided(small_network("vgg16", width=2)))

@@ -79,7 +79,7 @@ def test_mixed_styles_are_mixed_features(exact, codes):
     """
     content = exact.open(CONTENT)
     (statistics,) = content.statistics()
-    first, second = (adain(content.kept, code.mean, code.std, 1.0, statistics) for code in codes)
+    first, second = (adain(*content.kept, code.mean, code.std, 1.0, statistics) for code in codes)
     desired = exact.network.decoder(0.75 * first + 0.25 * second)[:, :, :56, :75]
     assert_close(exact.paint(CONTENT, mix(codes, (6, 2))), desired, rtol=1e-9, atol=1e-9)
     grey = MaskedStyle(*codes, mask_of(np.full((56, 75), 51)))  # a fifth of 255
@@ -109,10 +109,9 @@ def test_each_region_has_the_statistics_of_its_style(exact, codes):
     hook = exact.network.decoder.register_forward_pre_hook(lambda _, inputs: decoded.extend(inputs))
     exact.paint(content, masked)
     hook.remove()
-    (aligned,) = decoded
+    (aligned,), (kept,) = decoded, content.kept
     assert aligned.shape[2:] == (7, 10)
-    for feature, own, code in zip((aligned[..., :4], aligned[..., 4:]), (content.kept[..., :4], content.kept[..., 4:]),
-                                  codes):
+    for feature, own, code in zip((aligned[..., :4], aligned[..., 4:]), (kept[..., :4], kept[..., 4:]), codes):
         varied = own.std((2, 3), keepdim=True) > 1e-2  # where all is one value, there is nothing to stretch
         assert varied.sum() >= 3
         assert_close(feature.mean((2, 3), keepdim=True)[varied], code.mean[varied], rtol=1e-3, atol=1e-3)
@@ -275,15 +274,15 @@ TILE = 104  # pixels: 24 x 24 of them within the halo of the bilinear VGG19
 
 
 # Each pair of two settings occurs; sides of a picture that are short, or no multiple of the stride.
-@pytest.mark.parametrize("backbone, pooling, padding, upsampling, size", [
-    ("vgg19", "max", "zeros", "nearest", (110, 123)), ("vgg19", "blur", "reflect", "bilinear", (105, 129)),
-    ("vgg16", "max", "reflect", "nearest", (112, 40)), ("vgg16", "blur", "zeros", "bilinear", (3, 110)),
-    ("vgg19", "max", "zeros", "bilinear", (121, 5)), ("vgg16", "blur", "reflect", "nearest", (1, 1)),
+@pytest.mark.parametrize("backbone, pooling, padding, upsampling, levels, size", [
+    ("vgg19", "max", "zeros", "nearest", 1, (110, 123)), ("vgg19", "blur", "reflect", "bilinear", 4, (105, 129)),
+    ("vgg16", "max", "reflect", "nearest", 3, (112, 40)), ("vgg16", "blur", "zeros", "bilinear", 1, (3, 110)),
+    ("vgg19", "max", "zeros", "bilinear", 2, (121, 5)), ("vgg16", "blur", "reflect", "nearest", 2, (1, 1)),
 ])
-def test_tiles_are_the_whole_picture(backbone, pooling, padding, upsampling, size, monkeypatch):
+def test_tiles_are_the_whole_picture(backbone, pooling, padding, upsampling, levels, size, monkeypatch):
     """In float64, two pictures at once: of the smallest tiles, whose features are kept, and of larger ones, which are
     encoded twice, in two styles divided by a mask."""
-    network = small_network(backbone, pooling).double()
+    network = small_network(backbone, pooling, adain_levels=levels).double()
     network.use(upsampling, padding)
     least = least_tile(network.config)
     assert user_error(Stylizer, network, tile=least - 1) == f"tile {least - 1}: {least} pixels or more are needed"
@@ -343,7 +342,7 @@ def test_no_more_than_a_tile_is_in_memory(monkeypatch, kept, most):
             assert len(alive) <= 1  # the tile that was painted last, until the next one is there
             alive.add(output)
 
-    for part in (network.encoder, network.decoder):
+    for part in (network.encoder.layers[0][0], network.decoder):
         part.register_forward_hook(count)
     content = stylizer.open(random_picture(0, (120, 300)))
     stylizer.paint_picture(content, stylizer.encode_style(random_picture(1)))

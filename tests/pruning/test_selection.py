@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import small_config, small_network, user_error
-from test_responses import L2, RESPONSES
-from test_surgery import CONSTANT, convs
+from helpers import random_picture, small_config, small_network, user_error
+from test_responses import L2, RESPONSES, make_folders
+from test_surgery import CONSTANT, convs, plant
 
 from data import prepare_picture
 from network import NetworkConfig, conv_layers, count_macs, least_kept
 from prune import PruneConfig
 from pruning.report import largest_change
-from pruning.responses import LayerResponses, Responses
-from pruning.selection import most_macs, select_by_magnitude, select_channels, select_in_bottleneck
+from pruning.responses import LayerResponses, Responses, choose_pictures, measure_responses
+from pruning.selection import most_macs, select, select_by_magnitude, select_channels, select_in_bottleneck
 from pruning.surgery import cut_channels
 
 FULL = NetworkConfig.full()
@@ -57,6 +57,30 @@ def test_off_and_constant_channels_are_cut_exactly(measured):
     assert largest_change(network, cut, content, style, 1.0) < 1e-2  # of 255, in float32
     _, constants = select_channels(replace(network.config, padding="reflect"), found.layers, config)
     assert constants[names[2]] == {6: 0.75}
+
+
+def test_channels_that_are_added_go_where_both_are_off(tmp_path):
+    """Convs 7 and 9, and 3 and 13, of a network measured and cut in every layer, exactly."""
+    network = small_network(width=8, adain_levels=3)
+    names = convs(network)
+    planted = {7: [1, 2], 9: [2, 5], 3: [0], 13: [0], 11: [4]}
+    plant(network, {names[number]: dict.fromkeys(channels, 0.0) for number, channels in planted.items()})
+    config = replace(make_folders(tmp_path), prune_layers="all")
+    found = measure_responses(network, config, *choose_pictures(config))
+    cuts, constants = select_channels(network.config, found.layers, config)
+    off = {name: layer.off.tolist() for name, layer in found.layers.items()}
+    assert all(set(channels) <= set(off[names[number]]) for number, channels in planted.items())
+    for first, second in ((7, 9), (3, 13)):
+        both = sorted(set(off[names[first]]).intersection(off[names[second]]))
+        assert sorted(cuts[names[first]]) == sorted(cuts[names[second]]) == both and both
+    cut = cut_channels(network, cuts, constants)
+    content, style = (prepare_picture(found.paths[number], 32, 32) for number in (2, 3))
+    assert largest_change(network, cut, content, style, 1.0) < 1e-2  # of 255, in float32
+    for rank in ("response", "magnitude"):
+        smaller = replace(config, prune_macs=0.5, prune_rank=rank, round_to=2)
+        cut = cut_channels(network, *select(network, found, smaller))
+        assert count_macs(cut.config, 512) <= 0.5 * count_macs(network.config, 512)
+        assert cut(*(random_picture(seed).float() for seed in range(2))).isfinite().all()
 
 
 def drawn_responses(config: NetworkConfig, seed: int = 0) -> dict[str, LayerResponses]:

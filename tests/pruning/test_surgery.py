@@ -49,14 +49,22 @@ def paint_with(network: StyleTransferNetwork, values: dict[str, dict[int, float]
     return paint(plant(copy.deepcopy(network), values), strength)
 
 
-@pytest.mark.parametrize("backbone, pooling, upsampling, padding, strength", [
-    ("vgg19", "max", "nearest", "zeros", 1.0), ("vgg16", "avg", "bilinear", "zeros", 0.4),
-    ("vgg16", "blur", "nearest", "reflect", 0.0), ("vgg19", "blur", "bilinear", "reflect", 1.0),
+def spread(network: StyleTransferNetwork, names: list[str] | None = None) -> dict[str, list[int]]:
+    """Two channels of 6 of each of these convs, or of all; of those whose features are added the same."""
+    numbers = {number: number for number in range(len(convs(network)))} | {
+        second: first for first, second in network.config.added_convs}
+    return {name: [numbers[number] % 6, (numbers[number] + 3) % 6] for number, name in enumerate(convs(network))
+            if names is None or name in names}
+
+
+@pytest.mark.parametrize("backbone, pooling, upsampling, padding, strength, levels", [
+    ("vgg19", "max", "nearest", "zeros", 1.0, 1), ("vgg16", "avg", "bilinear", "zeros", 0.4, 2),
+    ("vgg16", "blur", "nearest", "reflect", 0.0, 1), ("vgg19", "blur", "bilinear", "reflect", 1.0, 4),
 ])
-def test_cutting_is_setting_to_zero(backbone, pooling, upsampling, padding, strength):
-    network = small_network(backbone, pooling).double()
+def test_cutting_is_setting_to_zero(backbone, pooling, upsampling, padding, strength, levels):
+    network = small_network(backbone, pooling, adain_levels=levels).double()
     network.use(upsampling, padding)
-    cuts = {name: [number % 6, (number + 3) % 6] for number, name in enumerate(convs(network))}
+    cuts = spread(network)
     cut = cut_channels(network, cuts)
     assert set(cut.config.widths[:-1]) == {4}
     desired = paint_with(network, {name: dict.fromkeys(channels, 0.0) for name, channels in cuts.items()}, strength)
@@ -64,14 +72,16 @@ def test_cutting_is_setting_to_zero(backbone, pooling, upsampling, padding, stre
     assert not torch.allclose(paint(network, strength), desired)
 
 
-@pytest.mark.parametrize("padding, strength", [("zeros", 1.0), ("zeros", 0.3), ("reflect", 0.6)])
-def test_constants_are_folded_exactly(padding, strength):
+@pytest.mark.parametrize("padding, strength, levels", [
+    ("zeros", 1.0, 1), ("zeros", 0.3, 1), ("reflect", 0.6, 1), ("reflect", 0.6, 3)])
+def test_constants_are_folded_exactly(padding, strength, levels):
     """In the bottleneck and the decoder; in the encoder where it reflects."""
-    network = small_network().double()
+    network = small_network(adain_levels=levels).double()
     network.use(padding=padding)
     names = convs(network)
     exact = names if padding == "reflect" else names[names.index(bottleneck_conv(network.config)) :]
-    constants = {name: {number % 6: 0.5 + 0.1 * number} for number, name in enumerate(exact)}
+    constants = {name: {channels[0]: 0.5 + 0.1 * number}
+                 for number, (name, channels) in enumerate(spread(network, exact).items())}
     desired = paint_with(network, constants, strength)
     assert_close(paint(cut_channels(network, constants, constants), strength), desired, **SAME)
     assert not torch.allclose(paint(cut_channels(network, constants), strength), desired)
@@ -123,3 +133,10 @@ def test_cut_keeps_every_layer_as_it_was():
 ])
 def test_impossible_cuts_are_refused(cuts, needed):
     assert needed in user_error(cut_channels, small_network(), cuts)
+
+
+def test_of_convs_whose_features_are_added_the_same_channels_go():
+    network = small_network(adain_levels=2)
+    needed = "encoder.layers.0.16 and decoder.layers.0.1: their features are added"
+    for cuts in ({"encoder.layers.0.16": [1]}, {"encoder.layers.0.16": [1], "decoder.layers.0.1": [2]}):
+        assert needed in user_error(cut_channels, network, cuts)

@@ -27,7 +27,6 @@ from data import normalize, prepare_picture
 from distill import DistillConfig, Distiller, Student, distill, in_next_style, rate_share
 from folders import find_pictures, split_holdout
 from main import main
-from network import adain, channel_statistics
 from training.dead_units import DeadUnits
 from weights import STUDENT_NAME, load_network, model_checkpoint
 
@@ -75,28 +74,28 @@ def test_split_goes_by_name_alone():
 
 
 def test_each_picture_is_painted_in_the_style_of_the_next_one():
-    network = small_network().double()
+    network = small_network(adain_levels=2).double()
     pictures = normalize(natural_pictures(6)).double()
     output, feature = in_next_style(network, pictures)
     for number in range(6):
         desired = network(pictures[number][None], pictures[(number + 1) % 6][None])
         assert_close(output[number][None], desired, rtol=1e-9, atol=1e-12)
     assert torch.equal(feature, network.encoder(pictures))
-    assert not torch.allclose(output, network.decoder(adain(feature, *channel_statistics(feature))), atol=1e-2)
+    assert not torch.allclose(output, network(pictures, pictures), atol=1e-2)
 
 
-@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("padding, levels", [("zeros", 1), ("reflect", 3)])
 @torch.no_grad()
-def test_folded_network_does_what_the_student_does(padding):
+def test_folded_network_does_what_the_student_does(padding, levels):
     """In float64 but for the weights, which the folded network holds in float32."""
-    network = small_network()
+    network = small_network(adain_levels=levels)
     network.use(padding=padding)
     student, pictures = Student(network, 12), normalize(natural_pictures())
     for _ in range(3):  # statistics other than those at the start
         in_next_style(student, pictures)
     student.eval()
     folded = student.folded()
-    assert folded.config == replace(small_config(), padding=padding)
+    assert folded.config == replace(small_config(), padding=padding, adain_levels=levels)
     desired, actual = (in_next_style(each.double(), pictures.double()) for each in (student, folded))
     assert_close(actual, desired, rtol=1e-4, atol=1e-4)
 
@@ -156,13 +155,14 @@ def test_student_upsamples_and_pools_as_its_file_says_unless_another_is_asked_fo
     network.use("bilinear", pooling="blur")
     torch.save(model_checkpoint(network), files["load_path"])
     for changes, desired, pooling in (({}, "bilinear", "blur"), ({"upsampling": "nearest"}, "nearest", "blur"),
-                                      ({"pooling": "avg"}, "bilinear", "avg")):
+                                      ({"pooling": "avg", "adain_levels": 2}, "bilinear", "avg")):
         trainer = Distiller(DistillConfig(**files | changes), CPU)
         modes = {layer.mode for layer in trainer.network.decoder.layers if isinstance(layer, torch.nn.Upsample)}
         trainer.dead_units = DeadUnits(natural_pictures(), natural_pictures())
         trainer.report(tmp_path, 1)
         saved = load_network(tmp_path / STUDENT_NAME)[0].config
         assert modes == {desired} == {saved.upsampling} and saved.pooling == pooling
+        assert saved.adain_levels == changes.get("adain_levels", 1)
 
 
 def test_learning_rate_rises_then_falls_to_nothing():

@@ -61,6 +61,22 @@ def test_shared_features_give_the_same_losses():
         assert_close(actual[name], desired[name], rtol=1e-9, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("layers", ["bottleneck", "decoder"])
+def test_shallower_levels_of_the_step_are_the_networks(layers):
+    """The picture and the channels that the losses see are those of the network's own forward pass."""
+    network = small_network(adain_levels=3)
+    trainer = make_trainer(network, dtype=torch.float64, compact_layers=layers, channel_loss_weight=0.0,
+                           xor_loss_weight=0.0)
+    images = [normalize(pictures).double() for pictures in random_batch(32)]
+    with torch.no_grad():
+        target, output = trainer.forward_pass.loss_network(images[0])[-1], network(*images)
+        desired = losses.content_loss(trainer.forward_pass.loss_network(output)[-1:], [target])
+        bottleneck = torch.cat([network.encode(image)[0] for image in images])
+    step = trainer.step(*random_batch(32))
+    assert_close(step["content"], desired, rtol=1e-9, atol=0)
+    assert step["channels_off_for_all"] == (bottleneck == 0).all(dim=3).all(dim=2).all(dim=0).sum()
+
+
 def test_rates_rise_stay_and_fall():
     config = TrainConfig(max_iter=8, warmup_iter=2, decay_iter=3)
     assert [config.rate_share(iteration) for iteration in range(1, 9)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]

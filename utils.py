@@ -439,12 +439,7 @@ def replacing(path: Path, durable: bool = False):
                     _sync(old)
             temporary.unlink()
         if durable:  # the rename itself is only on the disk once the folder is
-            with suppress(OSError):  # the file is there, whole: a share may know nothing of folders
-                folder = os.open(path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+            _sync_folder(path.parent)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = str(named)  # a write does not say whose it was
@@ -462,6 +457,16 @@ def _sync(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in NOT_SYNCED:
             raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """`_sync` for a folder, of which a share may know nothing: what is in it is there, whole, all the same."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def write_atomically(path: Path, write: Callable, durable: bool = False) -> None:

@@ -1,6 +1,5 @@
 """What several test files use: small pictures, networks and trainers, command lines, what a run wrote, refusals."""
 
-import fcntl
 import json
 import os
 import signal
@@ -216,19 +215,15 @@ def stop_after(iteration: int, monkeypatch: pytest.MonkeyPatch, number: int = si
 
 
 def limit_file_system(monkeypatch: pytest.MonkeyPatch, lacks: Iterable[str], number: int) -> None:
-    """Have hard links, fsync of folders, renames over what is there, or locks raise the error, as shares do."""
-    real = {name: getattr(os, name) for name in ("fsync", "replace")}
-
+    """Have os.link, os.fsync of folders, os.replace of what is there, or fcntl.flock raise the error, as shares do."""
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    refusing = {
-        "link": (os, refuse), "flock": (fcntl, refuse),
-        "fsync": (os, lambda file: refuse() if stat.S_ISDIR(os.fstat(file).st_mode) else real["fsync"](file)),
-        "replace": (os, lambda old, new: refuse() if os.path.exists(new) else real["replace"](old, new)),
-    }
+    fsync, replace = os.fsync, os.replace
+    refusing = {"os.fsync": lambda file: refuse() if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file),
+                "os.replace": lambda old, new: refuse() if os.path.exists(new) else replace(old, new)}
     for name in lacks:
-        monkeypatch.setattr(refusing[name][0], name, refusing[name][1])
+        monkeypatch.setattr(name, refusing.get(name, refuse))
 
 
 class Payload:

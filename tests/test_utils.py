@@ -124,32 +124,19 @@ def test_what_the_disk_refuses_is_said_with_the_reason(tmp_path, monkeypatch, ca
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, whole, said", [
+    (errno.ENOSPC, 1, "(No space left on device); the one before is untouched"),
+    (errno.ETXTBSY, 2, "(No such file or directory); it is whole in {tmp}/.check_point.pth."),  # half overwritten
+])
+def test_a_checkpoint_that_cannot_be_written_costs_none(tmp_path, monkeypatch, number, whole, said):
     path = tmp_path / "check_point.pth"
     save_checkpoint({"iteration": 1}, path)
-
-    def no_space(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", no_space)
-    assert user_error(save_checkpoint, {"iteration": 2}, path) == (
-        f"{path}: the checkpoint cannot be written (No space left on device); the one before is untouched")
-    assert load_checkpoint(path) == {"iteration": 1}
-    assert os.listdir(tmp_path) == ["check_point.pth"]
-
-
-def test_a_checkpoint_half_overwritten_is_whole_beside(tmp_path, monkeypatch):
-    """On a share that does not rename over a file that is there, whose disk fails then."""
-    path = tmp_path / "check_point.pth"
-    save_checkpoint({"iteration": 1}, path)
-    limit_file_system(monkeypatch, ("replace",), errno.ETXTBSY)
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.copyfileobj", lambda *_: os.listdir(tmp_path / "no"))
-        message = user_error(save_checkpoint, {"iteration": 2}, path)
-    (whole,) = set(tmp_path.iterdir()) - {path}
-    assert message.endswith(f"; it is whole in {whole}") and load_checkpoint(whole) == {"iteration": 2}
-    save_checkpoint({"iteration": 3}, path)
-    assert load_checkpoint(path) == {"iteration": 3}
+    limit_file_system(monkeypatch, ("os.replace",), number)
+    monkeypatch.setattr("shutil.copyfileobj", lambda *_: os.listdir("/no/such"))
+    message = user_error(save_checkpoint, {"iteration": 2}, path)
+    assert message.startswith(f"{path}: the checkpoint cannot be written {said.replace('{tmp}', str(tmp_path))}")
+    (newest,) = [*tmp_path.glob(".*")] or [path]
+    assert load_checkpoint(newest) == {"iteration": whole} and len(os.listdir(tmp_path)) == whole
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -18,26 +18,22 @@ from utils import load_checkpoint
 
 @pytest.mark.parametrize("keep, desired, lacks", [
     (-1, [10, 20, 30, 1000], ()), (0, [], ()), (1, [1000], ()), (2, [30, 1000], ()), (9, [10, 20, 30, 1000], ()),
-    (2, [30, 1000], ("link",)), (2, [30, 1000], ("replace",)), (2, [30, 1000], ("link", "fsync", "replace")),
+    (2, [30, 1000], ("os.link",)), (2, [30, 1000], ("os.replace",)),
+    (2, [30, 1000], ("os.link", "os.fsync", "os.replace", "fcntl.flock")),
 ])
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EACCES])
-def test_numbered_checkpoints_kept(tmp_path, monkeypatch, keep, desired, lacks, number):
-    """Also on a share that lacks hard links, synchronised folders, or renames over a file that is there."""
+def test_numbered_checkpoints_kept(tmp_path, monkeypatch, capsys, keep, desired, lacks, number):
+    """Also on a share without hard links, synchronised folders, renames over a file that is there, or locks."""
     limit_file_system(monkeypatch, lacks, number)
-    folder = CheckpointFolder(tmp_path, keep)
-    for iteration in (10, 20, 30, 1000):
-        assert folder.save({"iteration": iteration}, iteration) == tmp_path / "check_point.pth"
-        assert load_checkpoint(folder.newest) == {"iteration": iteration}
+    with CheckpointFolder.of_run(str(tmp_path), keep, is_resumed=False) as folder:
+        for iteration in (10, 20, 30, 1000):
+            assert folder.save({"iteration": iteration}, iteration) == tmp_path / "check_point.pth"
+            assert load_checkpoint(folder.newest) == {"iteration": iteration}
     names = [f"check_point_{iteration:07}.pth" for iteration in desired]
-    assert sorted(os.listdir(tmp_path)) == sorted(["check_point.pth", *names])
+    assert sorted(os.listdir(tmp_path)) == sorted([".lock", "check_point.pth", *names])
     assert [load_checkpoint(path)["iteration"] for path in folder.numbered()] == desired
-
-
-def test_a_folder_that_cannot_be_locked_says_so(tmp_path, monkeypatch, capsys):
-    limit_file_system(monkeypatch, ("flock",), errno.ENOLCK)
-    with CheckpointFolder.of_run(str(tmp_path), 0, is_resumed=False) as folder:
-        folder.save({"iteration": 1}, 1)
-    assert "cannot be locked (No locks available): do not start a second run in it" in capsys.readouterr().err
+    said = f"cannot be locked ({os.strerror(number)}): do not start a second run in it"
+    assert (said in capsys.readouterr().err) == ("fcntl.flock" in lacks)
 
 
 @pytest.mark.parametrize("left, said", [(0.5, "a damaged one"), (0.99, "a damaged one"), (0, "a damaged one"),

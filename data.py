@@ -69,8 +69,7 @@ def load_picture(path: Source, imsize: Side = None, cropsize: Side = None, max_p
 
 def prepare_picture(path: Source, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Tensor:
     """`load_picture` as (1, 3, H, W), uint8, 0..255."""
-    with _reading(path):
-        return pil_to_tensor(_on_white(_load(path, imsize, cropsize, max_pixels)))[None]
+    return pil_to_tensor(load_picture(path, imsize, cropsize, max_pixels))[None]
 
 
 def load_alpha(
@@ -205,21 +204,20 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
     if is_preview(image):
         raise PictureError(f"only its preview of {image.width} x {image.height} pixels can be read (a camera's raw "
                            "file?); save it as a JPEG, PNG or plain TIFF")
-    if coded := CODED_COLOURS.search(_head(image, 2**20)):
+    head, keys = _head(image, 2**20), image.info.get("transparency")
+    if coded := CODED_COLOURS.search(head):
         primaries, transfer = (each[0] for each in coded.groups() if each)
         if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:
             _tell(name, "its high dynamic range or wide gamut (cICP or nclx) is not converted: it is taken for sRGB, "
                         "paler than it is")
-    keys, bits = image.info.get("transparency"), 8
-    if image.format == "PNG" and image.mode in ("1", "L", "RGB") and keys is not None and image.tile:
-        packed = image.tile[0][3]  # "1", "L;2", "L;4", "RGB;16B": a PNG's one transparent colour counts in these bits
-        bits = 1 if packed == "1" else int(packed.partition(";")[2].rstrip("B") or 8)
+    is_key = head and image.format == "PNG" and image.mode in ("1", "L", "RGB") and keys is not None
     image.load()
     with suppress(Exception):  # the frames behind may be damaged
         if is_ours and image.format in ANIMATED and image.is_animated:
             _tell(name, "it is animated: its first frame alone is taken")
     image = image if is_ours else image.copy()
-    if bits != 8:  # Pillow's pixels count in 8
+    if is_key:
+        bits = head[24]  # a PNG's one transparent colour counts in these, Pillow's pixels in 8
         scaled = [key >> 8 if bits == 16 else min(255, key * 255 // (2**bits - 1)) for key in np.ravel(keys).tolist()]
         image.info["transparency"] = tuple(scaled) if isinstance(keys, tuple) else scaled[0]
     return _shown(image)

@@ -1,6 +1,7 @@
 """One picture in and out: decoded upright and in sRGB, whatever its metadata says; normalised; saved."""
 
 import io
+import os
 import re
 import struct
 import threading
@@ -37,7 +38,7 @@ ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 # Primaries and transfer function, by their numbers in ITU-T H.273, of a PNG's cICP and of an AVIF's or HEIC's nclx.
 CODED_COLOURS = re.compile(rb"(?s)\0\0\0\x04cICP(.)(.)|colrnclx\0(.)\0(.)")
 WIDE, HDR = (9, 11, 12), (16, 18)  # BT.2020 and P3; PQ and HLG
-MOST_TOLD = 10  # pictures that are named for the same reason
+MOST_TOLD = 10  # pictures of a folder that are named for the same reason
 
 
 class PictureError(Exception):
@@ -260,16 +261,16 @@ def _staying(file):
         file.seek(place)
 
 
-_told: dict[str, set[str]] = {}  # which pictures were named, by what was said of them
+told: dict[tuple[str, str], set[str]] = {}  # pictures that were named, by what was said of them and by their folder
 
 
 def _tell(name: str, what: str) -> None:
-    """Say what is not done with a picture; once, and of many alike not each. Processes that decode for a training say
-    nothing: the check at its start has."""
-    told = _told.setdefault(what, set())
-    if name not in told and len(told) <= MOST_TOLD and parent_process() is None:
-        told.add(name)
-        note_of_process(f"{name}: {what}" if len(told) <= MOST_TOLD else f"more pictures, not named: {what}")
+    """Say what is not done with a picture; once, and of many in a folder not each. Processes that decode for a training
+    say nothing: the check at its start has."""
+    named = told.setdefault((what, os.path.dirname(name)), set())
+    if name not in named and len(named) <= MOST_TOLD and parent_process() is None:
+        named.add(name)
+        note_of_process(f"{name}: {what}" if len(named) <= MOST_TOLD else f"more pictures, not named: {what}")
 
 
 def _attempts(content: bytes) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from data import told
 from distill import DistillConfig, distill
 from evaluate import TestConfig, test
 from export import ExportConfig, export
@@ -118,6 +119,7 @@ def _too_little_memory(error: Exception, mode: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn everything the user can put right into one line. Returns the exit code."""
     process, mode = "", "train"
+    told.clear()
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # what libraries say to a closed stderr goes into no file
         pass
     os.close(spare)

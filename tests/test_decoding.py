@@ -448,9 +448,8 @@ def test_first_frame_of_several(tmp_path, capsys, name):
 @pytest.mark.parametrize("name", ["a.png", "at hand", "profile.png", pytest.param("a.avif", marks=needs_avif)])
 @pytest.mark.parametrize("primaries, transfer, is_said", [(1, 13, False), (2, 2, False), (12, 13, True), (9, 14, True),
                                                           (9, 16, True), (1, 18, True)])
-def test_colours_that_are_not_converted_are_said(tmp_path, capsys, monkeypatch, name, primaries, transfer, is_said):
+def test_colours_that_are_not_converted_are_said(tmp_path, capsys, name, primaries, transfer, is_said):
     """Of a PNG's cICP and an AVIF's nclx; a wide gamut is converted by a profile. Of many, some are named."""
-    monkeypatch.setattr(data, "_told", {})
     path = tmp_path / name.replace("at hand", "a.png")
     Image.new("RGB", (8, 8)).save(path, icc_profile=rgb_profile(P3, 2.2) if name == "profile.png" else b"")
     if name == "a.avif":
@@ -461,7 +460,7 @@ def test_colours_that_are_not_converted_are_said(tmp_path, capsys, monkeypatch, 
     is_said = is_said and (name != "profile.png" or transfer in data.HDR)
     assert (f"{path}: its high dynamic range or wide gamut" in capsys.readouterr().err) == is_said
     for number in range(20):
-        data._tell(str(number), "something else")
+        data._tell(f"{tmp_path}/{number}", "something else")
     assert capsys.readouterr().err.count("\n") == data.MOST_TOLD + 1
 
 

@@ -202,16 +202,6 @@ def test_bad_usage_is_one_line(speedrun, tmp_path, arguments, environment, neede
     assert not (ROOT / "runs" / "speedrun").exists() and sorted(os.listdir(tmp_path)) == ["empty", "python"]
 
 
-@pytest.mark.parametrize("arguments, needed", [
-    ("a.pth photos paintings", "got 3 arguments; BASELINE PHOTOS PAINTINGS OUT"),
-    ("a.pth photos paintings out smaller_0.5", "smaller_0.5: compaction_BUDGET,"),
-])
-def test_comparison_of_compaction_refuses_in_one_line(tmp_path, arguments, needed):
-    done = subprocess.run(["bash", ROOT / "benchmarks" / "compaction.sh", *arguments.split()], capture_output=True,
-                          text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {needed}") and done.stderr.count("\n") == 1
-
-
 # ------------------------------------------------------------------------------------------------- report
 
 

@@ -288,7 +288,8 @@ def _attempts(content: bytes) -> Iterator[bytes]:
         yield content
     with suppress(struct.error, IndexError):  # the structure itself is broken
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
-            for kept in ((b"tRNS", b"eXIf", b"iCCP", b"iTXt", b"tEXt", b"zTXt"), (b"tRNS", b"eXIf"), (b"eXIf",)):
+            for kept in ((b"tRNS", b"eXIf", b"cICP", b"iCCP", b"iTXt", b"tEXt", b"zTXt"), (b"tRNS", b"eXIf", b"cICP"),
+                         (b"eXIf",)):
                 yield _mended_png(content, kept)
         elif content.startswith(b"\xff\xd8\xff"):
             yield _mended_jpeg(content)

@@ -253,24 +253,12 @@ def test_names_of_models_tell_them_apart():
     assert model_names(["x/mod\udce8le.pth", "/y/b"]) == ["mod\ufffdle", "b"]  # a name of another encoding
 
 
-def test_comparison_shows_the_right_pictures_in_the_right_cells(tmp_path):
-    """Pictures of one colour each; of 40 pairs 16 are shown, the first one too, under a title for each column."""
+def test_comparison_shows_some_of_many_pairs_evenly():
+    """Under a title for each column; of 40 pairs 16, the first one too."""
     pairs = [(content, style) for content in range(8) for style in range(5)]
-    sheet = comparison_sheet(pairs, ["one", "a model with a name much too long for the column that it stands over"])
-    colors = {("content", content): (content * 20, 0, 0) for content in range(8)}
-    colors |= {("style", style): (0, style * 20, 0) for style in range(5)}
-    colors |= {(*pair, model): (pair[0] * 20, pair[1] * 20, 100 + model) for pair in pairs for model in range(2)}
-    sheet.save(tmp_path, {key: Image.new("RGB", (300, 200), color) for key, color in colors.items()})
-    picture = Image.open(tmp_path / "comparison.png").convert("RGB")
-    assert picture.size == (4 * 256, 32 + 16 * 256)
-    for row in range(16):
-        pair = pairs[row * 40 // 16]
-        keys = [("content", pair[0]), ("style", pair[1]), (*pair, 0), (*pair, 1)]
-        assert [picture.getpixel((column * 256 + 128, 32 + row * 256 + 128)) for column in range(4)] \
-            == [colors[key] for key in keys]
-    for column in range(4):
-        title = np.asarray(picture.convert("L").crop((column * 256 + 2, 0, (column + 1) * 256 - 2, 32)))
-        assert (title < 128).any() and (title[:, :1] > 200).all() and (title[:, -1:] > 200).all()
+    sheet, shown = comparison_sheet(pairs, ["one", "two"]), [pairs[row * 40 // 16] for row in range(16)]
+    assert sheet.titles == ("content", "style", "one", "two")
+    assert sheet.rows == [[("content", pair[0]), ("style", pair[1]), (*pair, 0), (*pair, 1)] for pair in shown]
 
 
 # -------------------------------------------------------------------------------------------- command line

@@ -106,10 +106,7 @@ def is_picture(path: Path) -> bool:
 
 def _load(path: Source, imsize: Side, cropsize: Side, max_pixels: int) -> Image.Image:
     """`load_picture` as RGB, or RGBA where not all of it is opaque."""
-    if isinstance(path, Image.Image):
-        picture = _loaded(path, _name(path), is_ours=False)
-    else:
-        picture = _decode(path, max(imsize, cropsize or 0) if imsize else None, max_pixels)
+    picture = _decode(path, max(imsize, cropsize or 0) if imsize else None, max_pixels)
     if not (shorter := min(picture.size)):
         raise PictureError("it has no pixels")
     side = max(imsize or shorter, cropsize or 0)
@@ -172,9 +169,11 @@ def _lifted_limits():
 # ----------------------------------------------------------------------------------------------- decoding
 
 
-def _decode(path: Path, shorter_side: int | None, max_pixels: int) -> Image.Image:
+def _decode(path: Source, shorter_side: int | None, max_pixels: int) -> Image.Image:
     """RGB, or RGBA where not all of it is opaque; upright, in sRGB. A JPEG may come at 1/2, 1/4 or 1/8 of its size,
     never below `shorter_side`, which is far faster."""
+    if isinstance(path, Image.Image):
+        return _loaded(path, _name(path), is_ours=False)
     with archives.open_file(path) as file:
         content = file.read()
     reason = None
@@ -205,7 +204,7 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
     if is_preview(image):
         raise PictureError(f"only its preview of {image.width} x {image.height} pixels can be read (a camera's raw "
                            "file?); save it as a JPEG, PNG or plain TIFF")
-    head, keys = _head(image, 2**20), image.info.get("transparency")
+    head, keys = _read_at(image, 0, 2**20), image.info.get("transparency")
     if coded := CODED_COLOURS.search(head):
         primaries, transfer = (each[0] for each in coded.groups() if each)
         if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:
@@ -230,35 +229,28 @@ def is_preview(image: Image.Image) -> bool:
     if image.format != "TIFF":
         return False
     with suppress(Exception):  # what it says may be broken
-        tags, head = image.tag_v2, _head(image, 10)
+        tags, head = image.tag_v2, _read_at(image, 0, 10)
         if tags.get(254, 0) & 1 or tags.get(255) == 2 or 50706 in tags or head[8:] == b"CR":  # a copy; DNG; CR2
             return True
-        with _staying(image.fp) as file:
-            for place in tags.get(330, ()):  # directories of further pictures
-                file.seek(place)
-                further = type(tags)(head[:8])
-                further.load(file)
-                if further[256] * further[257] > image.width * image.height:
-                    return True
+        order = "<" if head.startswith(b"I") else ">"
+        for place in tags.get(330, ()):  # directories of further pictures
+            (count,) = struct.unpack(order + "H", _read_at(image, place, 2))
+            entries = struct.iter_unpack(order + "HHII", _read_at(image, place + 2, 12 * count))
+            further = {tag: value >> 16 if (kind, order) == (3, ">") else value for tag, kind, _, value in entries}
+            if further[256] * further[257] > image.width * image.height:
+                return True
     return False
 
 
-def _head(image: Image.Image, size: int) -> bytes:
-    """The first bytes of the file of a picture that is open; none where it is not."""
-    with suppress(Exception), _staying(image.fp) as file:
-        file.seek(0)
-        return file.read(size)
+def _read_at(image: Image.Image, place: int, size: int) -> bytes:
+    """Bytes of the file of a picture that is open, which stays where it was; none where it is not open."""
+    with suppress(Exception):
+        before = image.fp.tell()
+        image.fp.seek(place)
+        content = image.fp.read(size)
+        image.fp.seek(before)
+        return content
     return b""
-
-
-@contextmanager
-def _staying(file):
-    """Within the block the file may be read anywhere; behind it, it goes on where it was."""
-    place = file.tell()
-    try:
-        yield file
-    finally:
-        file.seek(place)
 
 
 told: dict[tuple[str, str], set[str]] = {}  # pictures that were named, by what was said of them and by their folder

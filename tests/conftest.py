@@ -13,13 +13,7 @@ COMPILED = tempfile.TemporaryDirectory(prefix="compiled_")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "model-store")]
 
-from helpers import REFERENCE, SMALL_TRAINING, small_network, write_model, write_noise  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def reference() -> dict:
-    """Values computed with an independent implementation; the file says how."""
-    return REFERENCE
+from helpers import SMALL_TRAINING, small_network, write_model, write_noise  # noqa: E402
 
 
 @pytest.fixture(scope="session")

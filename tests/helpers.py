@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 CONTENT_DIR, STYLE_DIR = ROOT / "imgs" / "content", ROOT / "imgs" / "style"
 CPU = torch.device("cpu")
 REPORTING_MAIN = Path(__file__).parent / "reporting_main.py"
+# Values computed with an independent implementation; the file says how.
 REFERENCE = json.loads((Path(__file__).parent / "reference_values.json").read_text())
 
 # A training small enough for a test: settings of TrainConfig.

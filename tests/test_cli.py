@@ -48,57 +48,33 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def pruned(trained, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pruned") / "pruned"
-    run(**PRUNE, load_path=trained, prune_nums=(0, 3), content=CONTENT, style=STYLE, save_path=folder)
-    return folder
-
-
-def test_full_pruned_and_original_files_make_the_same_picture(trained, pruned, tmp_path):
-    """What is off for all pictures is cut. A file of the original implementation holds only `state_dict`."""
-    report = json.loads((pruned / "report.json").read_text())
+def test_pruned_networks_paint_the_same_and_are_pruned_again(trained, tmp_path):
+    """What is off for all pictures is cut."""
+    pruned, again = tmp_path / "pruned", tmp_path / "again"
+    run(**PRUNE, load_path=trained, prune_nums=(0, 3), content=CONTENT, style=STYLE, save_path=pruned)
+    run(**PRUNE | {"mode": "prune_eval", "prune_nums": 0}, load_path=pruned, prune_num=1, prune_images=2,
+        save_path=again)
+    report, after = (json.loads((folder / "report.json").read_text()) for folder in (pruned, again))
     assert set(DEAD) <= set(report["cut_channels"]) and report["channels_after"] == 8 - len(report["cut_channels"])
     assert load_network(pruned)[0].config.bottleneck_width == report["channels_after"]
-    state = torch.load(trained / "check_point.pth", weights_only=True)["state_dict"]
-    torch.save({"state_dict": state}, tmp_path / "original.pth")
+    assert load_network(again)[0].config.bottleneck_width == after["channels_after"] == report["channels_after"] - 1
     pictures = []
-    for model in (trained, pruned / "pruned.pth", tmp_path / "original.pth"):
+    for model in (trained, pruned / "pruned.pth"):
         run(mode="eval", gpu_no=-1, load_path=model, content=CONTENT, style=STYLE, imsize=75,
             save_path=tmp_path / "out.png")
         pictures.append(read_pixels(tmp_path / "out.png"))
-    assert pictures[0].shape == (75, 75, 3)
-    assert abs(pictures[0] - pictures[1]).max() <= 1
-    assert np.array_equal(pictures[0], pictures[2])
-
-
-def test_a_pruned_network_is_pruned_again(pruned, tmp_path):
-    run(**PRUNE | {"mode": "prune_eval", "prune_nums": 0}, load_path=pruned, prune_num=1, prune_images=2,
-        save_path=tmp_path / "again")
-    before = json.loads((pruned / "report.json").read_text())["channels_after"]
-    assert json.loads((tmp_path / "again" / "report.json").read_text())["channels_after"] == before - 1
-    assert load_network(tmp_path / "again")[0].config.bottleneck_width == before - 1
-
-
-def test_folders_give_every_pair_and_a_contact_sheet(trained, tmp_path):
-    sizes = {"contents/a.jpg": (37, 50), "contents/c.PNG": (50, 37), "contents/deep/b.webp": (40, 40),
-             "styles/s.jpg": (61, 33), "styles/t.jpg": (33, 61)}
-    for number, (name, size) in enumerate(sizes.items()):
-        write_noise(tmp_path / name, size[::-1], number)
-    run(mode="test", gpu_no=-1, load_path=trained, content=tmp_path / "contents", style=tmp_path / "styles",
-        save_path=tmp_path / "out")
-    actual = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
-    assert actual.pop("contact_sheet.png") == (3 * 256, 4 * 256)
-    assert actual == {f"{name}_{style}.png": size for style in "st"
-                      for name, size in (("a", (37, 50)), ("c", (50, 37)), ("deep-b", (40, 40)))}
+    assert pictures[0].shape == (75, 75, 3) and abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_test_mode_without_paths_stylises_a_bundled_pair_with_the_compact_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    given = {"mode": "test", "gpu_no": -1, "load_path": COMPACT_MODEL, "content": DEMO_CONTENT, "style": DEMO_STYLE}
     run(mode="test", gpu_no=-1)
-    run(mode="test", gpu_no=-1, load_path=COMPACT_MODEL, content=DEMO_CONTENT, style=DEMO_STYLE, save_path="named.png")
-    actual, desired = (read_pixels(Path(name)) for name in ("stylised.png", "named.png"))
+    run(**given, save_path="named.png")
+    run(**given, upsampling="nearest", save_path="blocky.png")
+    actual, desired, blocky = (read_pixels(Path(f"{name}.png")) for name in ("stylised", "named", "blocky"))
     assert np.array_equal(actual, desired) and actual.shape[:2] == Image.open(DEMO_CONTENT).size[::-1]
+    assert abs(blocky - desired).max() > 5
 
 
 def test_holdout_takes_what_training_left_out(trained, tmp_path):
@@ -113,13 +89,6 @@ def test_holdout_takes_what_training_left_out(trained, tmp_path):
     kept = np.load(tmp_path / "prune" / "responses.npz")
     measured, aside = set(kept["paths"].tolist()), set(kept["pairs"].flatten().tolist())
     assert measured | aside == set(map(str, (*contents, *styles))) and not measured & aside
-
-
-def test_upsampling_of_test_mode(tmp_path):
-    for upsampling in ("nearest", "bilinear"):
-        run(mode="test", gpu_no=-1, load_path=COMPACT_MODEL, content=CONTENT, style=STYLE, imsize=64,
-            upsampling=upsampling, save_path=tmp_path / f"{upsampling}.png")
-    assert abs(read_pixels(tmp_path / "nearest.png") - read_pixels(tmp_path / "bilinear.png")).max() > 5
 
 
 def test_a_real_process_refuses_in_one_line(tmp_path):

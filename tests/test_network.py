@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models
-from helpers import REFERENCE, Payload, small_config, small_network, user_error
+from helpers import REFERENCE, Payload, random_vgg, small_config, small_network, user_error
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
@@ -30,7 +30,6 @@ from network import (
     count_macs,
     count_parameters,
     pad_to_stride,
-    upsampled_conv,
 )
 from pruning.surgery import cut_bottleneck
 from weights import conv_indices, find_model_file, load_network, load_vgg, model_checkpoint
@@ -95,35 +94,12 @@ def random_feature(shape, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
 
 
-def test_channel_statistics_by_hand():
-    mean, std = channel_statistics(torch.tensor([0.0, 2.0, 4.0, 5.0, 5.0, 5.0]).reshape(1, 2, 1, 3))
-    assert_close(mean, torch.tensor([2.0, 5.0]).reshape(1, 2, 1, 1))
-    assert_close(std, torch.tensor([2.0, 0.0]).reshape(1, 2, 1, 1))  # unbiased
-
-
 @pytest.mark.parametrize("strength, desired", [(1.0, [7.0, 10.0, 13.0]), (0.25, [1.75, 4.0, 6.25]),
                                                (0.0, [0.0, 2.0, 4.0]), (torch.tensor([0.25]), [1.75, 4.0, 6.25])])
 def test_adain_by_hand(strength, desired):
     content = torch.tensor([0.0, 2.0, 4.0]).reshape(1, 1, 1, 3)  # mean 2, std 2
     mean, std = torch.full((1, 1, 1, 1), 10.0), torch.full((1, 1, 1, 1), 3.0)
     assert_close(adain(content, mean, std, strength), torch.tensor(desired).reshape(1, 1, 1, 3))
-
-
-@pytest.mark.parametrize("size, memory_format", [((1, 1), torch.contiguous_format), ((5, 8), torch.channels_last)])
-def test_upsampled_conv_is_upsampling_padding_and_conv(size, memory_format):
-    """Output and every gradient, at the borders too, in float64."""
-    generator = torch.Generator().manual_seed(size[1])
-    layers = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.ReflectionPad2d(1), nn.Conv2d(3, 5, 3))
-    layers = layers.double()
-    feature = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
-    inputs = [feature.contiguous(memory_format=memory_format).requires_grad_(), *layers.parameters()]
-    weighting = torch.randn(2, 5, 2 * size[0], 2 * size[1], generator=generator, dtype=torch.float64)
-    desired, actual = layers(inputs[0]), upsampled_conv(*inputs)
-    assert_close(actual, desired, rtol=1e-9, atol=1e-9)
-    for one, other in zip(*(torch.autograd.grad((each * weighting).sum(), inputs) for each in (actual, desired))):
-        assert_close(one, other, rtol=1e-9, atol=1e-9)
-    # In float32: rounding of values of order one.
-    assert_close(upsampled_conv(*(each.detach().float() for each in inputs)), desired.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backbone, upsampling, levels", [
@@ -341,10 +317,6 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, save):
 
 def test_other_and_cut_files_are_refused(tmp_path):
     path = tmp_path / "model.pth"
-    assert "no such file" in user_error(load_network, path)
-    for content in ([1, 2], torch.zeros(3)):
-        torch.save(content, path)
-        assert str(path) in user_error(load_network, path)
     torch.save(model_checkpoint(small_network()), path)
     whole = path.read_bytes()
     others = (b"hello, this is a text\n", b"<!DOCTYPE html><html></html>", b"\x00" * 1000, b"PK\x03\x04 not really",
@@ -365,17 +337,12 @@ def save_as(state: dict, path) -> None:
     (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
 
 
-@pytest.fixture(scope="module")
-def random_vgg() -> dict[str, dict[str, torch.Tensor]]:
-    return {backbone: load_vgg(backbone, "random", seed=3)[0] for backbone in BACKBONES}
-
-
 @pytest.mark.parametrize("backbone, deepest", [("vgg19", 19), ("vgg16", 21)])
-def test_random_vgg_is_seeded_and_keeps_responses_of_order_one(random_vgg, backbone, deepest):
+def test_random_vgg_is_seeded_and_keeps_responses_of_order_one(backbone, deepest):
     """He initialisation: the variance of the first filters is 2 / fan_in, 27 inputs; responses neither die out nor
     explode on the way down."""
     again, origin = load_vgg(backbone, "random", seed=3)
-    assert_same_tensors(again, random_vgg[backbone])
+    assert_same_tensors(again, random_vgg(backbone, 3))
     assert "random" in origin and "seed 3" in origin
     assert not torch.equal(load_vgg(backbone, "random", seed=4)[0]["0.weight"], again["0.weight"])
     assert max(conv_indices(backbone)) == deepest
@@ -389,21 +356,21 @@ def test_random_vgg_is_seeded_and_keeps_responses_of_order_one(random_vgg, backb
 
 @pytest.mark.parametrize("suffix, dtype, more", [(".pth", torch.float32, {"features.21.weight": torch.zeros(4, 4)}),
                                                  (".safetensors", torch.float16, {})])
-def test_vgg_file_whole_or_cut_after_the_deepest_layer(tmp_path, random_vgg, suffix, dtype, more):
-    state = {key: tensor.to(dtype) for key, tensor in torchvision_state(random_vgg["vgg19"]).items()} | more
+def test_vgg_file_whole_or_cut_after_the_deepest_layer(tmp_path, suffix, dtype, more):
+    state = {key: tensor.to(dtype) for key, tensor in torchvision_state(random_vgg("vgg19")).items()} | more
     path = tmp_path / f"vgg{suffix}"
     save_as(state, path)
     actual, origin = load_vgg("vgg19", str(path))
-    assert_same_tensors(actual, {name: tensor.to(dtype).float() for name, tensor in random_vgg["vgg19"].items()})
+    assert_same_tensors(actual, {name: tensor.to(dtype).float() for name, tensor in random_vgg("vgg19").items()})
     assert str(path) in origin
     state["features.0.bias"][0] = 1.0
     save_as(state, path)
     assert load_vgg("vgg19", str(path))[1] != origin  # which tells contents apart
 
 
-def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg):
+def test_vgg_files_that_do_not_fit_are_refused(tmp_path):
     """The last is of VGG16, cut at its encoder: its loss network goes deeper."""
-    vgg19, vgg16 = (torchvision_state(random_vgg[backbone]) for backbone in BACKBONES)
+    vgg19, vgg16 = (torchvision_state(random_vgg(backbone)) for backbone in BACKBONES)
     encoder = {key: tensor for key, tensor in vgg16.items() if int(key.split(".")[1]) <= 14}
     cases = [
         ("vgg19", "features.10.bias", {key: tensor for key, tensor in vgg19.items() if key != "features.10.bias"}),
@@ -418,13 +385,13 @@ def test_vgg_files_that_do_not_fit_are_refused(tmp_path, random_vgg):
         assert "vgg_weights" in message and str(path) in message and key in message
 
 
-def test_bundled_weights_are_only_of_vgg19(tmp_path, monkeypatch, random_vgg):
+def test_bundled_weights_are_only_of_vgg19(tmp_path, monkeypatch):
     assert "vgg19" in user_error(load_vgg, "vgg16", "bundled")
     monkeypatch.setattr(weights_module, "BUNDLED_VGG19", tmp_path / "bundled.pth")
     assert f"vgg_weights {tmp_path}/bundled.pth: no such file" in user_error(load_vgg, "vgg19", "bundled")
-    torch.save(torchvision_state(random_vgg["vgg19"]), tmp_path / "bundled.pth")
+    torch.save(torchvision_state(random_vgg("vgg19")), tmp_path / "bundled.pth")
     actual, origin = load_vgg("vgg19", "bundled")
-    assert_same_tensors(actual, random_vgg["vgg19"])
+    assert_same_tensors(actual, random_vgg("vgg19"))
     assert origin.startswith("bundled")
 
 
@@ -445,30 +412,30 @@ IMAGENET_FILES = {"vgg19": "vgg19-dcbb9e9d.pth", "vgg16": "vgg16-397923af.pth"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_imagenet_from_the_cache(hub, random_vgg, backbone):
+def test_imagenet_from_the_cache(hub, backbone):
     """Without a network and a cache, what is missing and what helps are said."""
     message = user_error(load_vgg, backbone, "imagenet")
     for needed in ("vgg_weights imagenet", IMAGENET_FILES[backbone], str(hub), "bundled", "random", "path"):
         assert needed in message
     (hub / IMAGENET_FILES[backbone]).write_bytes(b"<!DOCTYPE html>")  # what was put there by hand may be anything
     assert f"vgg_weights imagenet: {hub / IMAGENET_FILES[backbone]}" in user_error(load_vgg, backbone, "imagenet")
-    torch.save(torchvision_state(random_vgg[backbone]), hub / IMAGENET_FILES[backbone])
+    torch.save(torchvision_state(random_vgg(backbone)), hub / IMAGENET_FILES[backbone])
     actual, origin = load_vgg(backbone, "imagenet")
-    assert_same_tensors(actual, random_vgg[backbone])
+    assert_same_tensors(actual, random_vgg(backbone))
     assert origin.startswith("imagenet")
 
 
 @pytest.mark.parametrize("backbone, pooling", [("vgg19", "avg"), ("vgg16", "max")])
-def test_build_from_vgg(random_vgg, backbone, pooling):
-    network, loss_network = build_from_vgg(NetworkConfig.full(backbone, pooling), random_vgg[backbone])
-    assert_same_tensors(loss_network.layers.state_dict(), random_vgg[backbone])
+def test_build_from_vgg(backbone, pooling):
+    network, loss_network = build_from_vgg(NetworkConfig.full(backbone, pooling), random_vgg(backbone))
+    assert_same_tensors(loss_network.layers.state_dict(), random_vgg(backbone))
     for name, actual in network.encoder.layers[0].state_dict().items():
-        assert_close(actual, random_vgg[backbone][name], rtol=0, atol=0)
+        assert_close(actual, random_vgg(backbone)[name], rtol=0, atol=0)
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert network.config.pooling == pooling
     with torch.no_grad():  # the encoder is a copy: training it must not move the loss network
         network.encoder.layers[0][0].weight.zero_()
-    assert_same_tensors(loss_network.layers.state_dict(), random_vgg[backbone])
+    assert_same_tensors(loss_network.layers.state_dict(), random_vgg(backbone))
 
 
 TAPS = {  # torchvision's index of each tapped ReLU, with its channels and how often the sides were halved
@@ -478,15 +445,15 @@ TAPS = {  # torchvision's index of each tapped ReLU, with its channels and how o
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_loss_network_taps_against_torchvision(random_vgg, backbone):
+def test_loss_network_taps_against_torchvision(backbone):
     """In float64; frozen, but passing gradients on."""
     layout = torchvision.models.vgg.cfgs[{"vgg19": "E", "vgg16": "D"}[backbone]]
     deepest = TAPS[backbone][-1][0]
     with torch.device("meta"):
         features = torchvision.models.vgg.make_layers(layout)[: deepest + 1]
-    features.load_state_dict(random_vgg[backbone], assign=True)
+    features.load_state_dict(random_vgg(backbone), assign=True)
     loss_network = LossNetwork(backbone)
-    loss_network.layers.load_state_dict(random_vgg[backbone])
+    loss_network.layers.load_state_dict(random_vgg(backbone))
     image = random_feature((2, 3, 16, 24), 0).double().requires_grad_()
     actual = loss_network.double()(image)
     assert len(actual) == 4

@@ -1,7 +1,7 @@
 """Bad input: one clear line on stderr and exit code 2. Every refusal of the command line that needs no more than flags
 and a few files is a row here: what is given, and the words that the line must have.
 
-`{tmp}` in a value is a folder of the test's own, see `files`; a refusal leaves no new file in it.
+`{tmp}` in a value is a folder of the test's own, see `files`; a refusal leaves every file in it as it was.
 """
 
 import shlex
@@ -53,7 +53,7 @@ COMMAND_LINE = (
       for flag in ("content", "style") for name in ("text.jpg", "empty.jpg", "cut.png", "missing.jpg")),
     ("train", TRAIN + "--encoder_lr 0 --decoder_lr 0", "both parts are frozen"),
     ("train", TRAIN + "--adain_levels 5", "--adain_levels 5: vgg19 has 1 to 4"),
-    ("distill", DISTILL + "--adain_levels 0", "--adain_levels: got 0, a whole number, 1 or more, is needed"),
+    ("distill", DISTILL + "--adain_levels 0", "--adain_levels: got 0, a whole number from 1 to"),
     ("train", TRAIN + "--adain_levels 2 --compact_layers all", "--compact_layers all: this network adds features"),
     ("train", TRAIN + "--lr inf", "--lr: got inf"),
     ("train", TRAIN + "--l0_eps 0", "--l0_eps: got '0', a number above 0 or relative:NUMBER is needed"),
@@ -179,6 +179,8 @@ EXPORTING = (
     ("export", EXPORT + "x.onnx --style_dir {tmp}", "--style_dir: only a page has styles"),
     ("export", EXPORT + "model.pth/x.safetensors", "a folder is needed"),
     ("export", "--save_path {tmp}/x.safetensors --load_path {tmp}/none.pth", "{tmp}/none.pth: no such file"),
+    ("export", EXPORT + "folder.pt2", "--save_path {tmp}/folder.pt2: is a folder"),
+    ("export", EXPORT + "model.pt2 --load_path {tmp}/model.pt2", "{tmp}/model.pt2: would overwrite the model"),
 )
 
 ROWS = COMMAND_LINE + TRAINING + PAINTING + PICTURES_AND_FILES + PRUNING + EXPORTING
@@ -202,7 +204,8 @@ def files(tmp_path_factory):
     for name, content in (("text", b"text"), ("text.jpg", b"text"), ("broken/a.jpg", b"text"), ("empty.jpg", b""),
                           ("empty.pth", b""), ("cut.pth", whole[:9000]), ("cut.png", picture[:900]),
                           ("cut.zip", b"PK\3\4"), ("photos.tar", b"text"),
-                          ("some/cut.png", picture[:900]), ("folder/notes.txt", b"text")):
+                          ("some/cut.png", picture[:900]), ("folder/notes.txt", b"text"),
+                          ("folder.pt2/notes.txt", b"text"), ("model.pt2", whole)):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     torch.save({"weights": 1}, folder / "other.pth")
@@ -216,9 +219,9 @@ def tmp(files, tmp_path):
     return shutil.copytree(files, tmp_path / "files")
 
 
-def shown_files(folder) -> set:
-    """All files in the folder but hidden ones, as the lock of a run is."""
-    return {path for path in folder.rglob("[!.]*") if path.is_file()}
+def shown_files(folder) -> dict:
+    """What is in all files of the folder but hidden ones, as the lock of a run is."""
+    return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 @pytest.mark.parametrize("mode, flags, words", ROWS)

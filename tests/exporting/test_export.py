@@ -19,9 +19,9 @@ from torch.torch_version import TorchVersion
 import export as export_module
 from data import denormalize, normalize
 from exporting import formats
-from exporting.graphs import ContentGraph, PairGraph, StyleGraph, trace
+from exporting.graphs import ContentGraph, PairGraph, StyleGraph
 from main import main
-from network import level_statistics, resized
+from network import level_statistics
 from weights import load_network
 
 EXPORTS = ("split.onnx", "whole.onnx", "program.pt2", "weights.safetensors")  # of the fixture `exported`
@@ -49,18 +49,6 @@ def test_graphs_compute_what_the_network_does(backbone, pooling, upsampling, pad
         assert_close(code, level_statistics(network.encode(normalized[1])), **same)
         assert_close(content_graph(content, *code, strength), desired, **same)
         assert_close(pair(content, style, strength), desired, **same)
-
-
-def test_a_trace_of_a_size_of_its_own_is_refused():
-    """The trap: padding by a decision on the size seen while tracing, which torch.export must not take in silence."""
-    class Decided(PairGraph):
-        def encode(self, image):
-            image = (image - self.rgb_mean) / self.rgb_std
-            height, width = (-(-int(side) // 8) * 8 for side in image.shape[2:])
-            return [self.network.encoder(resized(image, height, width))]
-
-    with pytest.raises(Exception, match="height"):
-        trace(Decided(small_network("vgg16", width=2)))
 
 
 def painter(folder: Path, name: str):
@@ -291,12 +279,3 @@ def test_an_old_torch_is_named(monkeypatch):
 def test_requirements_are_those_that_are_checked():
     (line,) = re.findall(r"^export = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert set(re.findall(r'"(\w+)>=[^"]+"', line)) == set(formats.ONNX_PACKAGES)
-
-
-def test_paths_that_cannot_be_written(exported, tmp_path, capsys):
-    model = exported / "files" / "weights.safetensors"
-    (tmp_path / "taken.pt2").mkdir()
-    before = model.read_bytes()
-    for save_path, reason in ((tmp_path / "taken.pt2", "is a folder"), (model, "would overwrite the model")):
-        assert reason in refusal(capsys, "--mode", "export", "--load_path", model, "--save_path", save_path)
-    assert [*tmp_path.rglob("*")] == [tmp_path / "taken.pt2"] and model.read_bytes() == before

@@ -63,7 +63,7 @@ def refused(capsys, flags: dict, folder: Path) -> str:
     return line
 
 
-# --------------------------------------------------------------------------------------------- save_path
+# ------------------------------------------------------------------------------------ save_path, and names
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -146,9 +146,6 @@ def test_output_folder_beside_or_around_the_pictures_is_fine(flags, tmp_path):
     assert main(words(flags | {"content": tmp_path / "work" / "one.png", "save_path": tmp_path / "work"})) == 0
 
 
-# ------------------------------------------------------------------------------------------------- names
-
-
 @pytest.mark.parametrize("contents, styles", [
     (["a/b.png", "a-b.png"], ["s.png"]),
     (["a_b.png", "a.png"], ["c.png", "b_c.png"]),  # a_b + c, a + b_c
@@ -229,7 +226,23 @@ def test_alpha_goes_with_the_geometry_and_into_folders(flags, tmp_path):
     assert Image.open(tmp_path / "out" / "plain_paint.png").mode == "RGB"
 
 
-# ------------------------------------------------------------------------------------ bad files in folders
+def test_amp_auto_decodes_in_float16_where_pictures_stay_what_they_are(tmp_path, monkeypatch, capsys):
+    """As on a GPU; the encoder's features and all statistics stay in float32. In bfloat16 pictures change."""
+    pairs = {"mode": "test", "gpu_no": -1, "load_path": ROOT / "model-store" / "tiny.pth", "imsize": 96,
+             "content": CONTENT_DIR / "dog.jpg", "style": STYLE_DIR / "great_wave.jpg"}
+    for amp in ("off", "auto"):
+        assert main(words(pairs | {"amp": amp, "save_path": tmp_path / f"{amp}.png"})) == 0
+    for dtype in (torch.float16, torch.bfloat16):
+        monkeypatch.setattr(stylize, "half_dtype", lambda device, dtype=dtype: dtype)
+        assert main(words(pairs | {"amp": "auto", "save_path": tmp_path / f"{dtype}.png"})) == 0
+    assert "--amp auto: tiny stays in float32: in bfloat16 a picture changes by " in capsys.readouterr().err
+    off, auto, half, brain = (read_pixels(tmp_path / f"{name}.png")
+                              for name in ("off", "auto", "torch.float16", "torch.bfloat16"))
+    assert np.array_equal(off, auto) and np.array_equal(off, brain)
+    assert 1 <= np.abs(off - half).max() <= 3
+
+
+# ----------------------------------------------------- bad files in folders, full disks, too little memory
 
 
 @pytest.mark.parametrize("kind, content", [("content", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), ("style", b""),
@@ -270,9 +283,6 @@ def test_metrics_leave_the_pairs_of_a_skipped_picture_out_and_count_them(flags, 
     assert "c1.png" in report["skipped"][0] and "20 x 20" in report["skipped"][1]
     for content, style in pairs:
         assert (tmp_path / "out" / f"{content}_{style}.png").exists()
-
-
-# ----------------------------------------------------------------------------- full disks, and too little memory
 
 
 def test_metrics_that_cannot_be_written_are_one_line_and_shown_all_the_same(flags, tmp_path, capsys):
@@ -324,27 +334,20 @@ def pairs(tmp_path) -> dict:
             "content": tmp_path / "contents", "style": tmp_path / "styles", "save_path": tmp_path / "out"}
 
 
-def files_of(contents: str, styles: str) -> set[str]:
-    return {f"{content}_{style}.png" for content in contents.split() for style in styles.split()}
-
-
-# -------------------------------------------------------------------------------------------------- lists
-
-
 def test_several_paths_are_a_list_each_with_each(pairs, tmp_path):
-    """Files and folders mixed; a picture that is named twice counts once, and is painted as alone."""
-    single = write_noise(tmp_path / "more" / "photo.png", (17, 50), 9)
+    """Files and folders mixed; a picture that is named twice counts once, and is painted as alone, in its size."""
+    single = write_noise(tmp_path / "more" / "photo.PNG", (17, 50), 9)
+    write_noise(tmp_path / "contents" / "deep" / "b.webp", (40, 33), 8)
     pairs |= {"content": [single, tmp_path / "contents", tmp_path / "contents" / "c1.png"],
               "style": [tmp_path / "styles" / "s1.png", tmp_path / "styles" / "s0.png"]}
     assert main(words(pairs)) == 0
-    assert names_in(tmp_path / "out") == files_of("photo c0 c1", "s0 s1") | {"contact_sheet.png"}
-    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (3 * 256, 4 * 256)
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert sizes.pop("contact_sheet.png") == (3 * 256, 5 * 256)
+    assert sizes == {f"{name}_s{style}.png": size for style in range(2) for name, size in (
+        ("photo", (50, 17)), ("c0", (32, 24)), ("c1", (32, 24)), ("deep-b", (33, 40)))}
     pairs |= {"content": single, "style": tmp_path / "styles" / "s1.png", "save_path": tmp_path / "one.png"}
     assert main(words(pairs)) == 0
     assert np.array_equal(read_pixels(tmp_path / "one.png"), read_pixels(tmp_path / "out" / "photo_s1.png"))
-
-
-# ---------------------------------------------------------------------------------------------- strengths
 
 
 def test_a_list_of_strengths_equals_single_calls(pairs, tmp_path):
@@ -475,9 +478,6 @@ def test_contents_are_not_held_in_memory(pairs, tmp_path, monkeypatch):
     assert not alive and 2 <= max(most) <= 6
 
 
-# ---------------------------------------------------------------------------------------- what is there already
-
-
 def test_what_is_there_and_whole_is_not_painted_again(pairs, tmp_path, capsys, monkeypatch):
     assert main(words(pairs)) == 0
     out = tmp_path / "out"
@@ -503,25 +503,6 @@ def test_what_is_there_and_whole_is_not_painted_again(pairs, tmp_path, capsys, m
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-# ------------------------------------------------------------------------------------------ half precision
-
-
-def test_amp_auto_decodes_in_float16_where_pictures_stay_what_they_are(tmp_path, monkeypatch, capsys):
-    """As on a GPU; the encoder's features and all statistics stay in float32. In bfloat16 pictures change."""
-    pairs = {"mode": "test", "gpu_no": -1, "load_path": ROOT / "model-store" / "tiny.pth", "imsize": 96,
-             "content": CONTENT_DIR / "dog.jpg", "style": STYLE_DIR / "great_wave.jpg"}
-    for amp in ("off", "auto"):
-        assert main(words(pairs | {"amp": amp, "save_path": tmp_path / f"{amp}.png"})) == 0
-    for dtype in (torch.float16, torch.bfloat16):
-        monkeypatch.setattr(stylize, "half_dtype", lambda device, dtype=dtype: dtype)
-        assert main(words(pairs | {"amp": "auto", "save_path": tmp_path / f"{dtype}.png"})) == 0
-    assert "--amp auto: tiny stays in float32: in bfloat16 a picture changes by " in capsys.readouterr().err
-    off, auto, half, brain = (read_pixels(tmp_path / f"{name}.png")
-                              for name in ("off", "auto", "torch.float16", "torch.bfloat16"))
-    assert np.array_equal(off, auto) and np.array_equal(off, brain)
-    assert 1 <= np.abs(off - half).max() <= 3
-
-
 # ---------------------------------------------------------------------------------------------- processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -543,7 +524,8 @@ def test_processes_share_the_pairs_and_write_one_summary(pairs, tmp_path):
     two = run_two(pairs, 1)
     assert main(words(pairs | {"save_path": tmp_path / "alone"})) == 1
     alone, shared = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("alone", "out"))
-    assert alone.keys() == shared.keys() >= files_of("c0 c1 d0 d1 d2", "s0 s1") | {"contact_sheet.png", "metrics.json"}
+    painted = {f"{content}_s{style}.png" for content in ("c0", "c1", "d0", "d1", "d2") for style in range(2)}
+    assert alone.keys() == shared.keys() >= painted | {"contact_sheet.png", "metrics.json"}
     for name in alone.keys() - {"metrics.json"}:
         assert np.abs(read_pixels(alone[name]) - read_pixels(shared[name])).max() <= 1, name
     desired, actual = (json.loads(folder["metrics.json"].read_text()) for folder in (alone, shared))

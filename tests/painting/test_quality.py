@@ -57,7 +57,7 @@ def measure(meter: Meter, content: torch.Tensor, style: torch.Tensor, outputs: l
     return meter.measure(meter.open_content(content), meter.open_style(style), outputs)
 
 
-# --------------------------------------------------------------------------------------------------- SSIM
+# --------------------------------------------------------------------------------------------- the metrics
 
 
 ROWS, COLUMNS = np.mgrid[0:20, 0:26]
@@ -85,9 +85,6 @@ def test_ssim_is_of_the_luma():
     red[:, 0] = 1.0
     assert ssim(red, torch.full((1, 3, 16, 16), LUMA[0])).item() == pytest.approx(1.0, abs=1e-7)
     assert ssim(red, red.flip(1)).item() < 0.7
-
-
-# ---------------------------------------------------------------------------------------------- flat tiles
 
 
 def checked(tiles: list[list[float]], size: tuple[int, int] = (32, 48)) -> torch.Tensor:
@@ -150,9 +147,6 @@ def test_missing_package_is_one_line(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # `import` then raises as for a package that is not there
     message = user_error(load_stlpips)
     assert "metrics stlpips" in message and missing in message and "'.[metrics]'" in message
-
-
-# -------------------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("style_kind", ["meanstd", "gram"])

@@ -68,7 +68,7 @@ def test_grid_shows_the_numbers_that_the_network_has(tmp_path, monkeypatch):
     assert {picture.size for _, picture in shown} == {(48, 48)}
 
 
-# --------------------------------------------------------------------------------------------- one model
+# ---------------------------------------------------------------------------------- one model, and several
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +182,6 @@ def test_a_budget_from_kept_responses(files, measured, tmp_path, capsys):
     assert Responses.load(tmp_path / "bottleneck" / "responses.npz", small_network(width=8).config).layers
     assert "channels of decoder" not in capsys.readouterr().out
     assert not (tmp_path / "bottleneck" / "widths.png").exists()
-
-
-# ------------------------------------------------------------------------------------------- several models
 
 
 def test_several_models_are_pruned_and_compared(files, tmp_path):

@@ -38,9 +38,6 @@ def test_where_none_is_off_none_is_cut_and_where_all_are_it_is_refused():
     assert "all 5" in message and "channel_loss_weight" in message
 
 
-# ------------------------------------------------------------------------------------------------- layers
-
-
 def test_off_and_constant_channels_are_cut_exactly(measured):
     network, config, found = measured
     cuts, constants = select_channels(network.config, found.layers, config)

@@ -144,12 +144,6 @@ def cache(tmp_path) -> PictureCache:
     return PictureCache(tmp_path / "cache")
 
 
-def cached_pictures(folder, cache) -> TrainingPictures:
-    """The pictures of `make_pictures`, through a cache."""
-    pictures = make_pictures(folder)
-    return TrainingPictures(pictures.folders, pictures.crop, pictures.seed, cache)
-
-
 def test_cached_crops_are_the_same_pixels(tmp_path, cache, monkeypatch):
     """In the run that fills the cache and in the next, which decodes nothing; JPEGs too, which are decoded reduced."""
     paths = []
@@ -208,7 +202,8 @@ def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, cache, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sampling, "write_atomically", no_space)
-    pictures, plain = cached_pictures(tmp_path, cache), make_pictures(tmp_path)
+    plain = make_pictures(tmp_path)
+    pictures = TrainingPictures(plain.folders, plain.crop, plain.seed, cache)
     for position in range(6):
         assert torch.equal(pictures[position][0], plain[position][0])
     assert capsys.readouterr().err.count("--cache_dir") == 1
@@ -296,11 +291,3 @@ def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):
     for cores, desired in ((1, 1), (6, 6), (64, 8)):
         monkeypatch.setattr("utils.usable_cores", lambda cores=cores: cores)
         assert worker_count(None) == desired
-
-
-def test_a_skipped_picture_is_said_by_the_process_that_met_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    failed = FailedPictures(Path("photos"), "--content_dir", 100)
-    failed.add(Path("photos/a.jpg"), "photos/a.jpg: the file is empty")
-    assert capsys.readouterr().err == "rank 1: skipped photos/a.jpg: the file is empty\n"

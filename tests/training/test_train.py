@@ -93,6 +93,7 @@ def test_what_a_resumed_run_keeps_and_what_may_change(small, tmp_path):
     for changes, said in (
         ({"batch_size": 2}, "3 processes of --batch_size 2 trained this run, now there are 1 of 2"),
         ({"backbone": "vgg16"}, "--backbone vgg19, not vgg16"), ({"pooling": "avg"}, "--pooling None, not avg"),
+        ({"padding": "reflect"}, "--padding None, not reflect"),
         ({"vgg_weights": "random"}, "VGG weights"), ({"encoder_lr": 1e-5}, "freezes or thaws a part"),
         # The other part has as many tensors.
         ({"encoder_lr": 1e-5, "decoder_lr": 0.0}, "freezes or thaws a part"),
@@ -115,8 +116,9 @@ def test_origins_of_the_same_weights(first, second, desired):
     assert same_vgg(first, second) == same_vgg(second, first) == desired
 
 
-@pytest.mark.parametrize("name, value, other", [("upsampling", "bilinear", "nearest"), ("pooling", "blur", "max")])
-def test_the_file_says_how_to_sample_unless_another_way_is_asked_for(small, tmp_path, name, value, other):
+@pytest.mark.parametrize("name, value, other", [
+    ("upsampling", "bilinear", "nearest"), ("pooling", "blur", "max"), ("padding", "reflect", "zeros")])
+def test_the_file_says_how_to_sample_and_pad_unless_another_way_is_asked_for(small, tmp_path, name, value, other):
     train(small | {"save_path": str(tmp_path / "a"), "max_iter": 1, name: value})
     train({"save_path": str(tmp_path / "a"), "resume": True, "max_iter": 2})
     for folder, more, desired in (("b", {}, value), ("c", {name: other}, other)):
@@ -201,20 +203,9 @@ def test_only_convolutions_of_a_training_may_use_tf32(small, tmp_path):
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_every_check_writes_metrics_grid_and_checkpoint(small, tmp_path):
-    train(small | {"save_path": str(tmp_path), "max_iter": 5, "check_iter": 2, "keep_checkpoints": 2})
-    rows = read_metrics(tmp_path)
-    assert [row["iteration"] for row in rows] == [2, 4, 5]
-    for row in rows:
-        assert {"iteration", "dead_units", "dead_units_by_layer", *METRICS} == row.keys()
-    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert names == ["iteration_0000002.png", "iteration_0000004.png", "iteration_0000005.png"]
-    models = sorted(path.name for path in tmp_path.glob("*.pth"))
-    assert models == ["check_point.pth", "check_point_0000004.pth", "check_point_0000005.pth"]
-
-
 @pytest.mark.parametrize("fails", [False, True])
-def test_wandb_gets_what_metrics_jsonl_gets_and_ends_no_training(small, tmp_path, monkeypatch, capsys, fails):
+def test_every_check_writes_and_wandb_gets_what_metrics_jsonl_gets(small, tmp_path, monkeypatch, capsys, fails):
+    """A metrics row, a grid and a checkpoint. A wandb that fails ends no training."""
     logged, started = {}, {}
 
     def init(**settings):
@@ -227,14 +218,20 @@ def test_wandb_gets_what_metrics_jsonl_gets_and_ends_no_training(small, tmp_path
         logged[step] = values
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **_: None, Image=str))
-    assert train(small | {"save_path": str(tmp_path), "max_iter": 2, "wb_mode": "offline"} | WANDB) == 0
-    assert started["mode"] == "offline" and started["config"]["max_iter"] == 2
+    given = {"save_path": str(tmp_path), "max_iter": 5, "check_iter": 2, "keep_checkpoints": 2, "wb_mode": "offline"}
+    assert train(small | given | WANDB) == 0
+    assert started["mode"] == "offline" and started["config"]["max_iter"] == 5
     assert {f"wb_{name}": started[name] for name in ("name", "tags", "notes")} == WANDB
     assert capsys.readouterr().err.count("wandb failed (Connection lost)") == fails
-    if not fails:
-        for row in read_metrics(tmp_path):
-            picture = {"pictures": str(tmp_path / "samples" / f"iteration_{row['iteration']:07}.png")}
-            assert logged[row.pop("iteration")] == row | picture
+    rows = read_metrics(tmp_path)
+    assert [row["iteration"] for row in rows] == [2, 4, 5]
+    assert all({"iteration", "dead_units", "dead_units_by_layer", *METRICS} == row.keys() for row in rows)
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in pictures] == [f"iteration_{number:07}.png" for number in (2, 4, 5)]
+    models = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert models == ["check_point.pth", "check_point_0000004.pth", "check_point_0000005.pth"]
+    desired = {row.pop("iteration"): row | {"pictures": str(path)} for row, path in zip(rows, pictures)}
+    assert logged == ({} if fails else desired)
 
 
 def test_a_long_run_lists_no_positions(small, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """How the encoder and the loss network pad: zeros, as published, or by reflection. That both paint as networks written
-out do: training/test_step.py, test_adain_files.py."""
+out do: test_step.py, test_adain_files.py."""
 
 import pytest
 import torch

@@ -69,7 +69,7 @@ def smooth_picture(seed: int, low: int = 60, high: int = 190, size=(40, 48)) -> 
     return (low + (high - low) * colours).round().byte()
 
 
-# ------------------------------------------------------------------------------------------------- mixing
+# -------------------------------------------------------------------------------------- mixing, and masks
 
 
 @torch.inference_mode()
@@ -86,9 +86,6 @@ def test_mixed_styles_are_mixed_features(exact, codes):
     assert_close(exact.paint(CONTENT, grey), exact.paint(CONTENT, mix(codes, (51, 204))), rtol=1e-6, atol=1e-6)
     alone = mix(codes, (0, 0.2))
     assert torch.equal(alone.mean, codes[1].mean) and torch.equal(alone.std, codes[1].std)
-
-
-# -------------------------------------------------------------------------------------------------- masks
 
 
 @pytest.mark.parametrize("level, alone, size", [(255, 0, (56, 75)), (0, 1, (112, 150))])
@@ -142,7 +139,7 @@ def test_what_does_not_fit_is_refused(stylizer, settings, said):
     assert said in user_error(stylizer.stylize, **{"content": CONTENT, "style": STYLES} | settings)
 
 
-# ------------------------------------------------------------------------------------------------ colours
+# -------------------------------------------------------------------------------------- colours, and size
 
 
 def chroma(picture: torch.Tensor) -> torch.Tensor:
@@ -205,9 +202,6 @@ def test_ways_to_keep_the_colours_are_those_of_the_functions(stylizer):
         assert np.abs(actual - np.asarray(to_pil(plain), int)).max() > 5
 
 
-# --------------------------------------------------------------------------------------------------- size
-
-
 def test_style_size_resizes_the_style_alone(stylizer, tmp_path):
     path = write_noise(tmp_path / "style.png", (48, 64), 3)
     with Image.open(path) as picture:
@@ -255,14 +249,16 @@ def test_each_flag_paints_what_the_class_does(stylizer, flags, tmp_path, name, v
 
 def test_joined_styles_are_one_for_many_contents(flags, tmp_path, capsys):
     """Their pictures are named by both, and stand in one column of the sheet; a content that the mask does not fit is
-    skipped."""
+    skipped. One alone is the same, and in tiles, too."""
     mask, other = write_noise(tmp_path / "mask.png", (20, 28), 9), write_noise(tmp_path / "other.png", (56, 40), 3)
-    contents = [flags["content"], other, write_noise(tmp_path / "d.png", (40, 56), 8)]
-    assert main(words(flags | {"content": contents, "mask": mask, "save_path": tmp_path / "out"})) == 1
+    large = write_noise(tmp_path / "d.png", (110, 154), 8)
+    flags |= {"mask": mask, "preserve_color": "luma"}
+    assert main(words(flags | {"content": [flags["content"], other, large], "save_path": tmp_path / "out"})) == 1
     assert f"content {other}: mask: 28 x 20 pixels" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"c_s0+s1.png", "d_s0+s1.png", "contact_sheet.png"}
-    single = painted_by(flags | {"content": contents[2], "mask": mask})
+    single, tiled = (painted_by(flags | {"content": large} | more) for more in ({}, {"tile": 96}))
     assert np.array_equal(single, read_pixels(tmp_path / "out" / "d_s0+s1.png"))
+    assert "tile" in capsys.readouterr().err and np.abs(single - tiled).max() <= 1  # there was the bar
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 256, 3 * 256)
 
 
@@ -369,23 +365,6 @@ def test_memory_needed_is_no_less_than_what_was_measured(name, bytes_a_pixel):
     network, _ = load_network(STORE / f"{name}.pth")
     needed = memory_needed(network.config, 10**6) / 10**6
     assert bytes_a_pixel <= needed < 2 * bytes_a_pixel
-
-
-# ------------------------------------------------------------------------------------------- refused, and flags
-
-
-def test_tiles_of_the_command_line(tmp_path, capsys):
-    """With everything at once."""
-    flags = {"mode": "test", "gpu_no": -1, "load_path": write_model(tmp_path / "model.pth", picture_network()),
-             "content": write_noise(tmp_path / "content.png", (110, 123), 0), "preserve_color": "luma",
-             "style": [write_noise(tmp_path / f"{seed}.png", (100, 130), seed) for seed in (1, 2)],
-             "mask": write_noise(tmp_path / "mask.png", (110, 123), 3)}
-    outputs = []
-    for more in ({}, {"tile": 96}):
-        assert main(words(flags | more | {"save_path": tmp_path / "out.png"})) == 0
-        outputs.append(read_pixels(tmp_path / "out.png"))
-    assert "tile" in capsys.readouterr().err  # the bar
-    assert np.abs(outputs[0] - outputs[1]).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------- from Python

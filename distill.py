@@ -1,5 +1,6 @@
 """`--mode distill`: a network of any widths learns to paint as another one does."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import MAX_PIXELS, normalize
 from folders import FailedPictures
 from loss import distillation_errors
-from network import NetworkConfig, StyleTransferNetwork, align, initialize, level_statistics
+from network import NetworkConfig, Part, StyleTransferNetwork, align, initialize, level_statistics
 from settings import check_needed, setting
 from training.dead_units import DeadUnits
 from training.loop import run_training
@@ -70,34 +71,23 @@ class DistillConfig:
             raise UserError("--batch_size 1: each picture takes the style of the next one, 2 or more are needed")
 
 
-class NormalizedLayers(nn.Module):
-    """The layers of an encoder or a decoder. Behind every conv with a ReLU comes batch normalisation, with its bias."""
+def normalized(part: Part) -> Part:
+    """The part with batch normalisation, which takes over the bias, behind every conv with a ReLU."""
+    layers = []
+    for layer, following in pairwise([*part.layers[0], None]):
+        layers.append(layer)
+        if isinstance(following, nn.ReLU):
+            layers.append(nn.BatchNorm2d(layer.out_channels))
+            layers[-1].bias, layer.bias = layer.bias, None
+    return Part(nn.Sequential(*layers))
 
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        self.layers = layers
-        self.norms = nn.ModuleDict()  # by the conv's index
-        for index, (layer, following) in enumerate(pairwise(layers)):
-            if isinstance(following, nn.ReLU):
-                norm = self.norms[str(index)] = nn.BatchNorm2d(layer.out_channels)
-                norm.bias, layer.bias = layer.bias, None
 
-    def forward(self, feature: Tensor, *shallower: Tensor) -> Tensor:
-        """From pictures or bottleneck features, (B, C, H, W), to what the last layer gives."""
-        return self.features(feature, *shallower)[-1]
-
-    def features(self, feature: Tensor, *shallower: Tensor) -> list[Tensor]:
-        """As those of a part of the network."""
-        added, features = list(shallower), []
-        for index, layer in enumerate(self.layers):
-            feature = layer(feature)
-            if str(index) in self.norms:
-                feature = self.norms[str(index)](feature)
-            if added and isinstance(layer, nn.Upsample):
-                feature = feature + added.pop(0)
-            if isinstance(layer, nn.ReLU):
-                features.append(feature)
-        return features if isinstance(layer, nn.ReLU) else [*features, feature]
+def folded(part: Part) -> nn.Sequential:
+    """The layers of a `normalized` part as they were before it, on the CPU, doing what it does in evaluation: each conv
+    takes its normalisation in."""
+    layers = [*copy.deepcopy(part).cpu().eval().layers[0]]
+    return nn.Sequential(*(fuse_conv_bn_eval(layer, following) if isinstance(following, nn.BatchNorm2d) else layer
+                           for layer, following in pairwise([*layers, None]) if not isinstance(layer, nn.BatchNorm2d)))
 
 
 class Student(nn.Module):
@@ -109,20 +99,14 @@ class Student(nn.Module):
     def __init__(self, network: StyleTransferNetwork, teacher_width: int) -> None:
         super().__init__()
         self.config = network.config
-        self.encoder = NormalizedLayers(network.encoder.layers[0])
-        self.decoder = NormalizedLayers(network.decoder.layers[0])
+        self.encoder, self.decoder = normalized(network.encoder), normalized(network.decoder)
         self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
 
     def folded(self) -> StyleTransferNetwork:
-        """The network that does what this one does in evaluation, on the CPU: each conv takes its normalisation in."""
+        """The network that does what this one does in evaluation, on the CPU."""
         network = StyleTransferNetwork(self.config)
-        for own, part in ((self.encoder, network.encoder), (self.decoder, network.decoder)):
-            weights = own.layers.state_dict()
-            for index, norm in own.norms.items():
-                weights[f"{index}.weight"], weights[f"{index}.bias"] = fuse_conv_bn_weights(
-                    weights[f"{index}.weight"], None, norm.running_mean, norm.running_var, norm.eps, norm.weight,
-                    norm.bias)
-            part.layers[0].load_state_dict(weights)
+        network.encoder.layers[0].load_state_dict(folded(self.encoder).state_dict())
+        network.decoder.layers[0].load_state_dict(folded(self.decoder).state_dict())
         return network
 
 
@@ -131,8 +115,7 @@ def in_next_style(network: StyleTransferNetwork | Student, pictures: Tensor) -> 
 
     pictures: (B, 3, H, W), ImageNet-normalised.
     """
-    features = network.encoder.features(pictures)
-    levels = [features[conv] for conv in network.config.level_convs]
+    levels = network.encoder.features(pictures, convs=network.config.level_convs)[::-1]
     mean, std = (statistic.roll(-1, dims=0) for statistic in level_statistics(levels))
     return network.decoder(*align(levels, mean, std)), levels[0]
 
@@ -233,6 +216,8 @@ class Distiller:
         width = len(checkpoint["state_dict"]["projection.weight"])
         if width != self.network.projection.out_channels:
             raise UserError(f"--resume: --teacher {self.config.teacher} had a bottleneck of {width} channels")
+        if checkpoint["state_dict"].keys() != self.network.state_dict().keys():
+            raise UserError("--resume: the run is of a version that names its weights otherwise; start it anew")
         self.network.load_state_dict(checkpoint["state_dict"])
 
 

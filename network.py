@@ -256,7 +256,7 @@ def pad_to_stride(image: Tensor, stride: int) -> Tensor:
     return resized(image, *(torch.sym_max(2, (side + stride - 1) // stride) * stride for side in image.shape[2:]))
 
 
-class _Part(nn.Module):
+class Part(nn.Module):
     """The encoder, (B, 3, H, W), ImageNet-normalised, to (B, C, H/stride, W/stride), >= 0; or the decoder, back."""
 
     def __init__(self, layers: nn.Sequential) -> None:
@@ -311,8 +311,8 @@ class StyleTransferNetwork(nn.Module):
         super().__init__()
         self.config = config
         layout = ENCODERS[config.backbone]
-        self.encoder = _Part(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
-        self.decoder = _Part(_decoder_layers(config))
+        self.encoder = Part(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
+        self.decoder = Part(_decoder_layers(config))
 
     def use(self, upsampling: str | None = None, padding: str | None = None, pooling: str | None = None,
             adain_levels: int | None = None) -> None:

@@ -118,7 +118,7 @@ def test_student_errors_by_definition(tmp_path):
 def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
     trainer = distiller(tmp_path, max_iter=100, new_weights=new_weights)
     start = small_network().encoder.layers[0][0].weight  # of new weights, only the widths are the file's
-    assert torch.allclose(trainer.network.encoder.layers[0].weight, start) != new_weights
+    assert torch.allclose(trainer.network.encoder.layers[0][0].weight, start) != new_weights
     given = natural_pictures()
     before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
     steps = []
@@ -157,7 +157,7 @@ def test_student_upsamples_and_pools_as_its_file_says_unless_another_is_asked_fo
     for changes, desired, pooling in (({}, "bilinear", "blur"), ({"upsampling": "nearest"}, "nearest", "blur"),
                                       ({"pooling": "avg", "adain_levels": 2}, "bilinear", "avg")):
         trainer = Distiller(DistillConfig(**files | changes), CPU)
-        modes = {layer.mode for layer in trainer.network.decoder.layers if isinstance(layer, torch.nn.Upsample)}
+        modes = {layer.mode for layer in trainer.network.decoder.layers[0] if isinstance(layer, torch.nn.Upsample)}
         trainer.dead_units = DeadUnits(natural_pictures(), natural_pictures())
         trainer.report(tmp_path, 1)
         saved = load_network(tmp_path / STUDENT_NAME)[0].config

@@ -350,37 +350,31 @@ def test_several_paths_are_a_list_each_with_each(pairs, tmp_path):
     assert np.array_equal(read_pixels(tmp_path / "one.png"), read_pixels(tmp_path / "out" / "photo_s1.png"))
 
 
-def test_a_list_of_strengths_equals_single_calls(pairs, tmp_path):
-    pairs |= {"content": tmp_path / "contents" / "c0.png", "style": tmp_path / "styles" / "s0.png"}
-    strengths = ["0", "0.25", "1"]
+def test_a_list_of_strengths_equals_single_calls(pairs, tmp_path, capsys):
+    """The metrics have a row for each."""
+    pairs |= {"metrics": "ssim"}
+    strengths, out, pictures = ["0", "0.25", "1"], tmp_path / "out", []
     assert main(words(pairs | {"style_strength": strengths})) == 0
-    assert names_in(tmp_path / "out") == {*(f"c0_s0_{strength}.png" for strength in strengths), "comparison.png"}
-    pictures = []
-    for strength in strengths:
-        assert main(words(pairs | {"style_strength": strength, "save_path": tmp_path / "one.png"})) == 0
-        pictures.append(read_pixels(tmp_path / "one.png"))
-        assert np.array_equal(pictures[-1], read_pixels(tmp_path / "out" / f"c0_s0_{strength}.png"))
+    assert names_in(out) == {f"c{content}_s{style}_{strength}.png" for content in range(2) for style in range(2)
+                             for strength in strengths} | {"comparison.png", "contact_sheet.png", "metrics.json"}
+    shown = [row.split("  ")[0] for row in capsys.readouterr().out.splitlines()[1:6]]
+    assert shown == [*(f"model at {each}" for each in strengths),
+                     *(f"model at {each} - model at 0" for each in strengths[1:])]
+    several = json.loads((out / "metrics.json").read_text())
+    assert several["settings"]["style_strength"] == [0.0, 0.25, 1.0]
+    for strength, row in zip(strengths, several["models"], strict=True):
+        assert main(words(pairs | {"style_strength": strength, "save_path": tmp_path / "one"})) == 0
+        single = json.loads((tmp_path / "one" / "metrics.json").read_text())
+        assert single["settings"]["style_strength"] == float(strength) == row["style_strength"]
+        assert single["models"][0]["metrics"] == row["metrics"]
+        pictures.append(read_pixels(tmp_path / "one" / "c0_s0.png"))
+        assert np.array_equal(pictures[-1], read_pixels(out / f"c0_s0_{strength}.png"))
     assert all(np.abs(first - second).max() > 1 for first, second in zip(pictures, pictures[1:]))
-    style = tmp_path / "styles" / "s1.png"
-    assert main(words(pairs | {"style": style, "style_strength": 0, "save_path": tmp_path / "one.png"})) == 0
-    assert np.array_equal(read_pixels(tmp_path / "one.png"), pictures[0])  # whatever the style
-    sheet = Image.open(tmp_path / "out" / "comparison.png")
-    assert sheet.size == (5 * 256, 32 + 256)  # content, style, and the strengths in order
+    assert np.array_equal(pictures[0], read_pixels(out / "c0_s1_0.png"))  # whatever the style
+    sheet = Image.open(out / "comparison.png")
+    assert sheet.size == (5 * 256, 32 + 4 * 256)  # content, style, and the strengths in order
     middles = [sheet.getpixel((column * 256 + 128, 32 + 128)) for column in range(2, 5)]
     assert middles == [tuple(picture[12, 16]) for picture in pictures]
-
-
-def test_metrics_have_a_row_for_each_strength(pairs, tmp_path, capsys):
-    pairs |= {"metrics": "ssim"}
-    assert main(words(pairs | {"style_strength": [0, 1]})) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split("  ")[0] for row in rows[1:4]] == ["model at 0", "model at 1", "model at 1 - model at 0"]
-    several = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert several["settings"]["style_strength"] == [0.0, 1.0]
-    assert main(words(pairs | {"style_strength": 0.0, "save_path": tmp_path / "single"})) == 0
-    single = json.loads((tmp_path / "single" / "metrics.json").read_text())
-    assert single["settings"]["style_strength"] == 0.0 == several["models"][0]["style_strength"]
-    assert several["models"][0]["metrics"] == single["models"][0]["metrics"]
 
 
 # ----------------------------------------------------------------------------------------- once, and at once

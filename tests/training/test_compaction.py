@@ -217,8 +217,7 @@ def test_bottleneck_run_of_any_widths_goes_on_with_more_layers(tmp_path):
     path = tmp_path / "run" / "check_point.pth"
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["metric_sums"]["names"]
-    newer = ("compact_layers", "compact_cost", "target_macs")
-    for name in newer:
+    for name in ("compact_layers", "compact_cost", "target_macs"):  # newer
         del checkpoint["train_config"][name]
     save_checkpoint(checkpoint, path)
     train({"save_path": str(tmp_path / "run"), "resume": True, "max_iter": 4, "compact_layers": "all",

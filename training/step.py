@@ -19,7 +19,7 @@ from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
 from training.dead_units import DeadUnits
 from training.muon import Muon, muon_groups
 from training.sampling import TrainingPictures, first_pictures
-from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, process_count
+from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, note, process_count
 from weights import model_checkpoint
 
 PUBLISHED_RATES = {"encoder": 5e-6, "decoder": 1e-4}
@@ -208,6 +208,10 @@ class TransferTrainer:
         self.forward_pass = ForwardPass(network, loss_network.to(device, self.dtype), config, self.amp_dtype, device)
         self.optimizer = build_optimizer(network, config, self.amp_dtype or self.dtype)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        if config.warmup_iter + config.decay_iter > config.max_iter:
+            most = max(map(config.rate_share, range(1, config.max_iter + 1)))
+            note(f"--warmup_iter {config.warmup_iter} and --decay_iter {config.decay_iter} of --max_iter "
+                 f"{config.max_iter}: the learning rates reach {most:.0%} of what was asked for")
         names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
         self.optimized = [[names[each], list(each.shape)] for group in self.optimizer.param_groups
                           for each in group["params"]]

@@ -83,6 +83,13 @@ def test_rates_rise_stay_and_fall():
     assert {TrainConfig(max_iter=8).rate_share(iteration) for iteration in range(1, 9)} == {1.0}
 
 
+def test_rates_that_never_rise_to_what_was_asked_for_are_said(capsys):
+    for warmup, decay, said in ((4, 4, ""), (0, 8, ""), (8, 8, "rates reach 50% of"), (0, 15, "rates reach 50% of")):
+        make_trainer(small_network(), warmup_iter=warmup, decay_iter=decay, max_iter=8)
+        err = capsys.readouterr().err
+        assert said in err and bool(said) == bool(err)
+
+
 def test_a_step_at_a_share_of_the_rates_is_one_at_rates_that_small():
     scheduled = make_trainer(small_network(), warmup_iter=4)
     plain = make_trainer(small_network(), encoder_lr=5e-5 / 4, decoder_lr=1e-3 / 4)

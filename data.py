@@ -37,6 +37,7 @@ HEIC = re.compile(rb"(?s).{4}ftyp(hei[cx]|hev[cx]|m[is]f1)")
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 # Primaries and transfer function, by their numbers in ITU-T H.273, of a PNG's cICP and of an AVIF's or HEIC's nclx.
 CODED_COLOURS = re.compile(rb"(?s)\0\0\0\x04cICP(.)(.)|colrnclx\0(.)\0(.)")
+CODED = ("PNG", "AVIF", "HEIF")
 WIDE, HDR = (9, 11, 12), (16, 18)  # BT.2020 and P3; PQ and HLG
 MOST_TOLD = 10  # pictures of a folder that are named for the same reason
 
@@ -204,7 +205,9 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
     if is_preview(image):
         raise PictureError(f"only its preview of {image.width} x {image.height} pixels can be read (a camera's raw "
                            "file?); save it as a JPEG, PNG or plain TIFF")
-    head, keys = _read_at(image, 0, 2**20), image.info.get("transparency")
+    # Only of kinds that name their colours so: searching it takes milliseconds.
+    head = _read_at(image, 0, 2**20) if image.format in CODED else b""
+    keys = image.info.get("transparency")
     if coded := CODED_COLOURS.search(head):
         primaries, transfer = (each[0] for each in coded.groups() if each)
         if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:

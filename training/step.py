@@ -209,7 +209,9 @@ class TransferTrainer:
         self.optimizer = build_optimizer(network, config, self.amp_dtype or self.dtype)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if config.warmup_iter + config.decay_iter > config.max_iter:
-            most = max(map(config.rate_share, range(1, config.max_iter + 1)))
+            rising = max(1, config.warmup_iter)
+            meeting = (config.max_iter + 1) * rising // (rising + config.decay_iter + 1)  # of the two straight lines
+            most = max(config.rate_share(min(max(1, each), config.max_iter)) for each in (meeting, meeting + 1))
             note(f"--warmup_iter {config.warmup_iter} and --decay_iter {config.decay_iter} of --max_iter "
                  f"{config.max_iter}: the learning rates reach {most:.0%} of what was asked for")
         names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}

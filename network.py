@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loss import in_full
+from loss import channel_statistics, in_full
 
 ADAIN_EPS = 1e-5
 
@@ -192,15 +192,6 @@ def upsampled_conv(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv_transpose2d(padded, taps, bias, stride=2, padding=3)
 
 
-def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of every channel over its positions, in float32 or finer.
-
-    feature: (B, C, H, W), H * W >= 2. Returns mean and std, each (B, C, 1, 1), std >= 0.
-    """
-    std, mean = torch.std_mean(in_full(feature), dim=(2, 3), keepdim=True)
-    return mean, std
-
-
 def level_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`channel_statistics` of the features of every level, one level's channels behind the other's."""
     means, stds = zip(*map(channel_statistics, features))
@@ -219,7 +210,7 @@ def adain(
     """
     content_mean, content_std = content_statistics or channel_statistics(content_feature)
     content_feature = in_full(content_feature)
-    aligned = (content_feature - content_mean) / (content_std + ADAIN_EPS) * style_std + style_mean
+    aligned = torch.addcmul(style_mean, content_feature - content_mean, style_std / (content_std + ADAIN_EPS))
     if isinstance(strength, float) and strength == 1.0:  # a tensor is one input of an exported graph
         return aligned
     return (1.0 - strength) * content_feature + strength * aligned
@@ -276,7 +267,7 @@ class Part(nn.Module):
         for step in steps:
             feature = step(feature)
             if added and isinstance(step, nn.Upsample):
-                feature = feature + added.pop(0)
+                feature = feature.add_(added.pop(0))
             if isinstance(step, nn.ReLU) or step is steps[-1]:
                 if convs is None or conv in convs:
                     features.append(feature)
@@ -340,9 +331,8 @@ class StyleTransferNetwork(nn.Module):
     def forward(self, content: Tensor, style: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, any size. Returns (B, 3, H, W) in
         normalised space."""
-        content_features = self.encode(content)  # [(B, C, H/stride, W/stride), ...]
-        style_features = self.encode(style)  # [(B, C, H'/stride, W'/stride), ...]
-        aligned = align(content_features, *level_statistics(style_features), strength)
+        statistics = level_statistics(self.encode(style))  # its features, the largest there are, go at once
+        aligned = align(self.encode(content), *statistics, strength)  # [(B, C, H/stride, W/stride), ...]
         return resized(self.decoder(*aligned), *content.shape[2:])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data import normalize
+from loss import channel_moments
 from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork, conv_layers
 from utils import progress_bar
 
@@ -89,24 +90,23 @@ class TiledPicture:
         return [range(start, stop) for start, stop in zip(ends, ends[1:])]
 
     def statistics(self, weights: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
-        """Mean and unbiased standard deviation of every channel over all positions, (B, C, 1, 1) each, float32, summed
-        up in float64. With weights, (1, 1, *grid) each: over the positions as each of these weighs them."""
+        """Mean and unbiased standard deviation of every channel over all positions, (B, C, 1, 1) each, float32, merged
+        in float64. With weights, (1, 1, *grid) each: over the positions as each of these weighs them."""
         return self._measured(weights) if weights else self._plain
 
     @cached_property
     def _plain(self) -> list[tuple[Tensor, Tensor]]:
-        return self._measured([torch.ones(1, 1, *self.grid, device=next(self.network.parameters()).device)])
+        return self._measured([None])
 
     @torch.inference_mode()
-    def _measured(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _measured(self, weights: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
         moments = [[Moments() for _ in self.network.config.level_widths] for _ in weights]
         kept = self.kept
         for rows, columns in self._progress("encode"):
             features = self.features(rows, columns)
             for of_weight, weight in zip(moments, weights):
-                share = cut(weight, rows, columns)
                 for level, (each, feature) in enumerate(zip(of_weight, features)):
-                    each.add(feature, at_level(share, level))
+                    each.add(feature, None if weight is None else at_level(cut(weight, rows, columns), level))
             if self.kept is None:
                 kept = self._keep(features, rows, columns, kept)
         self.kept = kept
@@ -180,14 +180,18 @@ class Moments:
     def __init__(self) -> None:
         self.weight = self.squares = self.mean = self.deviations = 0.0  # sums of w, w^2, and of w (x - mean)^2
 
-    def add(self, feature: Tensor, weights: Tensor) -> None:
-        """feature: (B, C, h, w); weights: (1, 1, h, w), 0 or more."""
-        feature, weights = feature.double(), weights.double()
-        weight, squares = weights.sum().item(), weights.square().sum().item()
-        if weight == 0.0:
-            return
-        mean = (feature * weights).sum((2, 3), keepdim=True) / weight
-        deviations = ((feature - mean).square() * weights).sum((2, 3), keepdim=True)
+    def add(self, feature: Tensor, weights: Tensor | None) -> None:
+        """feature: (B, C, h, w); weights: (1, 1, h, w), 0 or more; None: 1 everywhere."""
+        if weights is None:
+            mean, deviations = (moment.double() for moment in channel_moments(feature))
+            weight = squares = feature.shape[2] * feature.shape[3]
+        else:
+            feature, weights = feature.double(), weights.double()
+            weight, squares = weights.sum().item(), weights.square().sum().item()
+            if weight == 0.0:
+                return
+            mean = (feature * weights).sum((2, 3), keepdim=True) / weight
+            deviations = ((feature - mean).square() * weights).sum((2, 3), keepdim=True)
         total, difference = self.weight + weight, mean - self.mean
         self.mean = self.mean + difference * (weight / total)
         self.deviations = self.deviations + deviations + difference.square() * (self.weight * weight / total)

@@ -210,7 +210,8 @@ def adain(
     """
     content_mean, content_std = content_statistics or channel_statistics(content_feature)
     content_feature = in_full(content_feature)
-    aligned = torch.addcmul(style_mean, content_feature - content_mean, style_std / (content_std + ADAIN_EPS))
+    scale = style_std / (content_std + ADAIN_EPS)
+    aligned = torch.addcmul(style_mean - scale * content_mean, content_feature, scale)  # features are large: one pass
     if isinstance(strength, float) and strength == 1.0:  # a tensor is one input of an exported graph
         return aligned
     return (1.0 - strength) * content_feature + strength * aligned

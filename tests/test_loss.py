@@ -231,6 +231,17 @@ def feature_with(kind: str) -> torch.Tensor:
     return feature
 
 
+def test_channel_statistics_and_their_gradients_are_torchs():
+    results = []
+    for statistics in (channel_statistics, lambda f: torch.std_mean(f, dim=(2, 3), keepdim=True)[::-1]):
+        feature = feature_with("dead for one picture").double().requires_grad_()
+        mean, std = statistics(feature)
+        (mean.square() + std).sum().backward()
+        results.append((mean, std, feature.grad))
+    for actual, expected in zip(*results):
+        assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ALL_LOSSES)
 def test_value_and_gradient_are_finite(name):
     for kind in KINDS:

@@ -26,7 +26,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     matrix = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
         square = matrix @ matrix.T
-        matrix = 3.4445 * matrix + (-4.7750 * square + 2.0315 * square @ square) @ matrix
+        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        matrix = torch.addmm(matrix, factor, matrix, beta=3.4445)
     return matrix
 
 

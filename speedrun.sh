@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper in one command: from photographs and paintings to trained, pruned, distilled and compared networks.
+# The paper in one command: from photographs and paintings to trained, pruned, narrow and compared networks.
 #
 #   bash speedrun.sh CONTENT STYLE [OUT]
 #
@@ -8,7 +8,7 @@
 # whole is not made again. In the environment:
 #   SCALE=small  few iterations on small pictures: minutes on a CPU; shows how it all works, not how well
 #   TIME=20m     as many iterations as fit (s, m or h), by the rate that each training's first stretch shows
-#   ITERATIONS=N of each training, at most (default: 80000, and 20000 where a network learns from another)
+#   ITERATIONS=N of each training, at most (default: 80000)
 #   HOLDOUT=N    --holdout (default: 0.1)
 #   GPU=N        --gpu_no (-1: the CPU)
 #   VGG=SOURCE   --vgg_weights (default: bundled)
@@ -32,21 +32,21 @@ budget=${TIME%[smh]}
 case $TIME in *m) budget=$((budget * 60)) ;; *h) budget=$((budget * 3600)) ;; esac
 case $SCALE in
     full)
-        holdout=${HOLDOUT:-0.1} probe=400 warmup=200 checks=40 iterations=80000 student_iterations=20000
+        holdout=${HOLDOUT:-0.1} probe=400 warmup=200 checks=40 iterations=80000
         rates=(1e-4 5e-6) # decoder, encoder
-        crops=(--imsize 512 --cropsize 256 --batch_size 4) student_crops=(--imsize 256 --cropsize 128 --batch_size 16)
+        crops=(--imsize 512 --cropsize 256 --batch_size 4)
         measured=(--imsize 512 --cropsize 512) pairs=100 pruned=(--prune_images 1000) latency=(--sizes 512 1024) ;;
     small) # rates as large as so few iterations need
-        holdout=${HOLDOUT:-0.25} probe=4 warmup=2 checks=4 iterations=40 student_iterations=40
+        holdout=${HOLDOUT:-0.25} probe=4 warmup=2 checks=4 iterations=40
         rates=(1e-3 5e-5)
-        crops=(--imsize 96 --cropsize 64 --batch_size 2) student_crops=(--imsize 64 --cropsize 32 --batch_size 8)
+        crops=(--imsize 96 --cropsize 64 --batch_size 2)
         measured=(--imsize 96 --cropsize 96) pairs=6 pruned=(--latency_runs 3 --report_size 128)
         latency=(--sizes 128 --runs 3) ;;
     *) die "SCALE=$SCALE: full or small is needed" ;;
 esac
 if [ -n "$ITERATIONS" ]; then
     [ "$ITERATIONS" -ge $probe ] || die "ITERATIONS=$ITERATIONS: $probe or more are needed"
-    iterations=$ITERATIONS student_iterations=$((ITERATIONS < student_iterations ? ITERATIONS : student_iterations))
+    iterations=$ITERATIONS
 fi
 if [ -n "$TIME" ] && [ "$SCALE" = full ]; then pairs=40 pruned=(--prune_images 200); fi
 
@@ -168,18 +168,17 @@ published() {
         "${measured[@]}" "${pruned[@]}" --save_path "$out/$1_pruned"
 }
 
-# narrow NAME FROM MULTIPLY_ADDS RATE SHARE: widths of FROM, cut to a fraction of its multiply-adds; new weights that
-# learn from the baseline (1 part of the time), then by the losses.
+# narrow NAME FROM MULTIPLY_ADDS SHARE: widths of FROM, cut to a fraction of its multiply-adds; new weights that learn
+# by the losses, with AdaIN on all levels.
 narrow() {
     measure "$1_cut" "${main[@]}" --mode prune --load_path "$out/$2" --prune_macs "$3" --prune_rank magnitude \
         --content_dir imgs/content --style_dir imgs/style "${device[@]}" --imsize 32 --cropsize 32 --latency_runs 1 \
         --report_size 32 --prune_nums 0 --save_path "$out/$1_cut"
     [ -e "$marks/$1_cut.done" ] || exit 1
-    learn "$1_student" 1 $student_iterations 0 --mode distill --teacher "$out/baseline" --load_path "$out/$1_cut" \
-        --new_weights --pooling blur "${student_crops[@]}" --lr 3e-3
-    learn "$1" "$5" $iterations 50 --mode train --vgg_weights "$VGG" --load_path "$out/$1_student" "${crops[@]}" \
-        --lr "$4" --optimizer muon --warmup_iter $warmup --style_loss_weight 100 --uncorrelation_loss_weight 0 \
-        --channel_loss_weight 0 --xor_loss_weight 0 --shift_loss_weight 15 --wb_mode disabled $FLAGS
+    learn "$1" "$4" $iterations 50 --mode train --vgg_weights "$VGG" --load_path "$out/$1_cut" --new_weights \
+        --adain_levels 4 --pooling blur "${crops[@]}" --lr 1e-3 --optimizer muon --warmup_iter $warmup \
+        --style_loss_weight 100 --uncorrelation_loss_weight 0 --channel_loss_weight 0 --xor_loss_weight 0 \
+        --shift_loss_weight 15 --wb_mode disabled $FLAGS
 }
 
 trap '"$py" benchmarks/report.py "$out"' EXIT
@@ -189,8 +188,8 @@ trap 'stopped=143' TERM
 published baseline 4 0 0 0 0
 published uncorrelation 3 "${rates[1]}" 50 0 0
 published ch_xor 6 "${rates[1]}" 0 10000 500
-narrow compact baseline 0.064 5e-4 3
-narrow tiny compact_cut 0.152 1e-3 2
+narrow compact baseline 0.064 4
+narrow tiny compact_cut 0.152 3
 
 models=()
 for name in baseline uncorrelation ch_xor {baseline,uncorrelation,ch_xor}_pruned compact tiny; do

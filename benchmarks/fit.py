@@ -2,7 +2,7 @@
 
     python benchmarks/fit.py RUN --done 400 --every 200 --took 60 --seconds 300 --checks 40 --most 80000
 
-RUN is the folder of a run of --mode train or distill that was last started for two checks, --every iterations apart,
+RUN is the folder of a run of --mode train that was last started for two checks, --every iterations apart,
 ended after --done iterations in all, and took --took seconds, the start included. The files of the checks tell the rate
 between them and what a check costs. --seconds are left for the run, with --checks checks in them, and --most iterations
 are enough. Prints the --max_iter with which the run goes on.
@@ -16,8 +16,7 @@ from pathlib import Path
 def iterations_that_fit(run: Path, done: int, every: int, took: float, seconds: float, checks: int, most: int) -> int:
     """From `done` to `most`. Raises FileNotFoundError when the files of both checks are not there."""
     before, last = (run / f"check_point_{iteration:07d}.pth" for iteration in (done - every, done))
-    shown = [run / "samples" / f"iteration_{done:07d}.png", run / "student.pth"]  # what a check writes first
-    begun = next((path for path in shown if path.exists()), last).stat().st_mtime
+    begun = (run / "samples" / f"iteration_{done:07d}.png").stat().st_mtime  # what a check writes first
     per_iteration = (begun - before.stat().st_mtime) / every
     per_check = last.stat().st_mtime - begun
     start = max(0.0, took - 2 * (every * per_iteration + per_check))

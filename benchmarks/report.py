@@ -11,7 +11,7 @@ from pathlib import Path
 
 STAGES = "stages"  # the folder of settings, order (the names), and NAME.done (commit, command), .seconds, .log, .failed
 PUBLISHED = ("baseline", "uncorrelation", "ch_xor")
-TRAININGS = (*PUBLISHED, "compact_student", "compact", "tiny_student", "tiny")
+TRAININGS = (*PUBLISHED, "compact", "tiny")
 METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM"}
 FIGURES = {"l0_map.png": "which channels (across) are off (black) for which picture (down)",
            "l2_curve.png": "summed response of the channels, weakest first",
@@ -118,8 +118,7 @@ def channels(out: Path) -> list[str]:
 def trainings(out: Path) -> list[str]:
     """Where every training stands."""
     titles = {"content": "content loss", "style": "style loss", "channels_off_for_all": "off for all of a batch",
-              "channels_off_for_some": "off for some", "loss": "loss against the teacher",
-              "held_out_loss": "loss against the teacher"}
+              "channels_off_for_some": "off for some"}
     rows = {}
     for name in TRAININGS:
         for last in read_rows(out / name / "metrics.jsonl")[-1:]:
@@ -128,7 +127,7 @@ def trainings(out: Path) -> list[str]:
     if not rows:
         return []
     return ["", "## Trainings", *table("training", rows), "",
-            "*Means since the check before the last; the loss against the teacher is of held-out pictures.*",
+            "*Means since the check before the last.*",
             *figure(out, out / "curves.png", "Channels off, content and style loss over the iterations")]
 
 

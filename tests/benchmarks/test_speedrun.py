@@ -53,10 +53,9 @@ if "--max_iter" in arguments:
         stopped.unlink()
         (out / f"check_point_{{last - every:07d}}.pth").unlink()
 """
-TRAININGS = ["baseline", "uncorrelation", "ch_xor", "compact_student", "compact", "tiny_student", "tiny"]
+TRAININGS = ["baseline", "uncorrelation", "ch_xor", "compact", "tiny"]
 ORDER = ["baseline", "baseline_pruned", "uncorrelation", "uncorrelation_pruned", "ch_xor", "ch_xor_pruned",
-         "compact_cut", "compact_student", "compact", "tiny_cut", "tiny_student", "tiny", "compared", "latency",
-         "curves"]
+         "compact_cut", "compact", "tiny_cut", "tiny", "compared", "latency", "curves"]
 
 
 @pytest.fixture
@@ -134,7 +133,7 @@ def test_stages_and_their_settings(speedrun, tmp_path, monkeypatch, capsys):
         assert tuple(trained[name][each] for each in names) == settings
         assert trained[name].get("optimizer", "adam") == "adam" and "decay_iter" not in trained[name]
         assert trained[name]["compile"] and trained[name]["num_workers"] == 14
-    for given in (*checked["train"], *checked["distill"], *checked["test"]):
+    for given in (*checked["train"], *checked["test"]):
         assert given["holdout"] == 0.1 and given["gpu_no"] == -1
         for name, folder in (("content_dir", CONTENT_DIR), ("style_dir", STYLE_DIR)):
             assert given[name] in (str(folder), (str(folder),))  # test mode takes several
@@ -161,10 +160,9 @@ def test_time_is_shared_out_by_the_measured_rate(speedrun, tmp_path):
     # A second an iteration after the first 400; 40 checks take 120 seconds. At first 8 of 25 parts are kept for what is
     # measured, and soon none: that takes no time here. Each training has its parts of what is then left.
     hours = {"baseline": 20 * 17 / 25 * 4 / 20, "uncorrelation": 20 * 3 / 16, "ch_xor": 20 * 6 / 13,
-             "compact_student": 20 * 1 / 7, "compact": 20 * 3 / 6, "tiny": 20}
+             "compact": 20 * 4 / 7, "tiny": 20}
     for name, share in hours.items():
         assert iterations[name] == pytest.approx(400 + share * 3600 - 120, rel=0.06), name
-    assert iterations["tiny_student"] == 20_000  # are enough
 
 
 def test_iterations_that_fit(tmp_path):
@@ -178,8 +176,6 @@ def test_iterations_that_fit(tmp_path):
         (70, 300, 4, 10**6, 800 + (300 - 20 - 4 * 5) * 10), (70, 300, 4, 1000, 1000), (70, -5, 4, 10**6, 800),
     ):
         assert fit.iterations_that_fit(tmp_path, 800, 200, took, seconds, checks, most) == desired
-    (tmp_path / "samples" / "iteration_0000800.png").rename(tmp_path / "student.pth")  # of a distillation
-    assert fit.iterations_that_fit(tmp_path, 800, 200, 50, 60, 0, 10**6) == 800 + 600
     (tmp_path / "check_point_0000600.pth").unlink()
     with pytest.raises(FileNotFoundError):
         fit.iterations_that_fit(tmp_path, 800, 200, 50, 60, 0, 10**6)

@@ -22,7 +22,8 @@ def channel_moments(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of every channel over its positions, and the sum of the squared deviations from it, (B, C, 1, 1) each, in
     float32 or finer. feature: (B, C, H, W)."""
     feature = in_full(feature)
-    mean = feature.mean(dim=(2, 3), keepdim=True)
+    # Not by .mean(): the ONNX exporter would call it as a graph's output is called (torch 2.14).
+    mean = feature.sum(dim=(2, 3), keepdim=True) / (feature.shape[2] * feature.shape[3])
     # The deviations add up to 0, so that their squares' sum has no gradient by way of the mean.
     return mean, (feature - mean.detach()).square().sum(dim=(2, 3), keepdim=True)
 

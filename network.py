@@ -209,12 +209,10 @@ def adain(
     content_statistics: mean and standard deviation of the whole content, where the feature is a tile of it.
     """
     content_mean, content_std = content_statistics or channel_statistics(content_feature)
-    content_feature = in_full(content_feature)
     scale = style_std / (content_std + ADAIN_EPS)
-    aligned = torch.addcmul(style_mean - scale * content_mean, content_feature, scale)  # features are large: one pass
-    if isinstance(strength, float) and strength == 1.0:  # a tensor is one input of an exported graph
-        return aligned
-    return (1.0 - strength) * content_feature + strength * aligned
+    # All that is linear in the feature at once: features are large, statistics are small.
+    return torch.addcmul(strength * (style_mean - scale * content_mean), in_full(content_feature),
+                         (1.0 - strength) + strength * scale)
 
 
 def align(

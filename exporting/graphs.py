@@ -19,6 +19,12 @@ AXES = {
 }
 
 
+def in_rows(feature: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, C, 1, H * W). Convolutions of integers leave a feature's channels side by side at every
+    position; onnxruntime puts them in order for this, and then aligns a channel at once, in a fifth of the time."""
+    return feature.flatten(2).unsqueeze(2)
+
+
 class Graph(nn.Module):
     """A network with what stands around it: RGB of 0..1 in and out, normalisation, padding and cropping.
 
@@ -45,7 +51,9 @@ class Graph(nn.Module):
 
     def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""
-        decoded = self.network.decoder(*align(self.encode(content), mean, std, strength))
+        features = self.encode(content)
+        aligned = align([*map(in_rows, features)], mean, std, strength)
+        decoded = self.network.decoder(*(row.squeeze(2).reshape(feature.shape) for row, feature in zip(aligned, features)))
         scale, offset = (F.pad(each, (0, 0, 0, 0, 0, self.added)) for each in (self.rgb_std, self.rgb_mean))
         picture = decoded * scale + offset  # `quantize` makes it part of the last conv
         if self.added:
@@ -59,7 +67,7 @@ class StyleGraph(Graph):
     inputs, outputs = ("style",), ("mean", "std")
 
     def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        return level_statistics(self.encode(style))
+        return level_statistics([*map(in_rows, self.encode(style))])
 
 
 class ContentGraph(Graph):
@@ -77,7 +85,7 @@ class PairGraph(Graph):
     inputs = ("content", "style", "strength")
 
     def forward(self, content: Tensor, style: Tensor, strength: Tensor) -> Tensor:
-        return self.paint(content, *level_statistics(self.encode(style)), strength)
+        return self.paint(content, *level_statistics([*map(in_rows, self.encode(style))]), strength)
 
 
 def dynamic_shapes(graph: Graph) -> dict:

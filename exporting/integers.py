@@ -12,8 +12,8 @@ from exporting.formats import onnx_session
 from exporting.graphs import StyleGraph, fill_up
 from network import StyleTransferNetwork
 
-# What computes in integers. What stands between, AdaIN and its statistics, stays in float32.
-INTEGER_OPS = ["Conv", "Relu", "MaxPool", "AveragePool", "Pad", "Resize", "Gather", "Slice"]
+# What computes in integers. What stands between, AdaIN, its statistics and upsampling, stays in float32.
+INTEGER_OPS = ["Conv", "Relu", "MaxPool", "AveragePool", "Pad", "Gather", "Slice"]
 # onnxruntime's convolutions of 8 bits take 1.3 to 3.5 times as long for 3 colours or 12 channels as for 4 and 16.
 MULTIPLE = 16  # of the channels that come out
 COLORS = 4  # that go into the first one

@@ -49,11 +49,15 @@ class Graph(nn.Module):
         normalized = (image - self.rgb_mean) / self.rgb_std
         return self.network.encode(normalized.index_select(1, self.colors) if len(self.colors) > 3 else normalized)
 
+    def statistics(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image: (B, 3, H, W), 0..1. Returns `level_statistics`, (B, C, 1, 1) each."""
+        return level_statistics([*map(in_rows, self.encode(image))])
+
     def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""
         features = self.encode(content)
-        aligned = align([*map(in_rows, features)], mean, std, strength)
-        decoded = self.network.decoder(*(row.squeeze(2).reshape(feature.shape) for row, feature in zip(aligned, features)))
+        rows = align([*map(in_rows, features)], mean, std, strength)
+        decoded = self.network.decoder(*(row.squeeze(2).reshape(feature.shape) for row, feature in zip(rows, features)))
         scale, offset = (F.pad(each, (0, 0, 0, 0, 0, self.added)) for each in (self.rgb_std, self.rgb_mean))
         picture = decoded * scale + offset  # `quantize` makes it part of the last conv
         if self.added:
@@ -67,7 +71,7 @@ class StyleGraph(Graph):
     inputs, outputs = ("style",), ("mean", "std")
 
     def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        return level_statistics([*map(in_rows, self.encode(style))])
+        return self.statistics(style)
 
 
 class ContentGraph(Graph):
@@ -85,7 +89,7 @@ class PairGraph(Graph):
     inputs = ("content", "style", "strength")
 
     def forward(self, content: Tensor, style: Tensor, strength: Tensor) -> Tensor:
-        return self.paint(content, *level_statistics([*map(in_rows, self.encode(style))]), strength)
+        return self.paint(content, *self.statistics(style), strength)
 
 
 def dynamic_shapes(graph: Graph) -> dict:

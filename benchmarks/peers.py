@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None, open_peer: Callable = open_lite) ->
     test(settings | {"load_path": tuple(options.load_path), "metrics": tuple(options.metrics),
                      "painted": (f"{PEER}={folder}",), "imsize": SIDE, "cropsize": SIDE, "gpu_no": -1})
     if set(LOSS_METRICS) <= set(options.metrics):
-        print(f"\n{sums(json.loads((folder.parent / METRICS_NAME).read_text())).table(width=22)}")
+        print(f"\n{sums(json.loads((folder.parent / METRICS_NAME).read_text())).table()}")
     times = time_painters(lambda threads: {PEER: open_peer(threads)} | ours, first, runs) if runs else {}
     if runs:
         print("\nmilliseconds a pair, medians, with " + ", ".join(f"{threads} thread(s)" for threads in THREADS))

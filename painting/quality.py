@@ -201,16 +201,16 @@ class Measurement:
             summaries[metric] = {"mean": mean, "interval": interval}
         return summaries
 
-    def table(self, width: int = 20) -> str:
-        """Models down, metrics across in columns of `width`; below, each further model's difference from the first.
-        A metric that is none of METRICS stands under its own name."""
-        rows = {name: self.summary(model) for model, name in enumerate(self.names)}
-        rows |= {f"{name} - {self.names[0]}": self.summary(model, minus=0)
-                 for model, name in enumerate(self.names) if model}
-        named = max(map(len, rows)) + 2
-        lines = [" " * named + "".join(f"{METRICS.get(metric, metric):>{width}}" for metric in self.metrics)]
-        lines += [f"{name:{named}}" + "".join(f"{show_summary(each):>{width}}" for each in summaries.values())
-                  for name, summaries in rows.items()]
+    def table(self) -> str:
+        """Models down, metrics across; below, each further model's difference from the first. A metric that is none of
+        METRICS stands under its own name."""
+        summaries = {name: self.summary(model) for model, name in enumerate(self.names)}
+        summaries |= {f"{name} - {self.names[0]}": self.summary(model, minus=0)
+                      for model, name in enumerate(self.names) if model}
+        rows = {"": [METRICS.get(metric, metric) for metric in self.metrics]}
+        rows |= {name: [*map(show_summary, summary.values())] for name, summary in summaries.items()}
+        named, width = max(map(len, rows)) + 2, max(20, 2 + max(len(cell) for row in rows.values() for cell in row))
+        lines = [f"{name:{named}}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in rows.items()]
         contents, styles = (len(set(numbers)) for numbers in zip(*self.pairs))
         lines.append(f"{len(self.pairs)} pairs of {contents} content and {styles} style pictures; ± is the {INTERVAL}")
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -218,6 +219,12 @@ def test_differences_are_taken_pair_by_pair():
     lines = measurement.table().splitlines()
     assert lines[0].split() == ["SSIM"] and lines[1].split()[:2] == ["a", "6.000"]
     assert lines[3].startswith("b - a") and "1.000 ±" in lines[3]
+
+
+def test_columns_of_a_table_stand_apart():
+    values = -1e-4 * np.random.default_rng(0).random((3, 2, 2))  # small and negative: as long as numbers get
+    lines = Measurement(values, [(0, 0), (1, 1), (2, 2)], ["a", "b"], ("ssim", "flat")).table().splitlines()
+    assert [len(re.findall(r" -?[\d.e-]+ ± [\d.e-]+(?= |$)", line)) for line in lines[1:4]] == [2, 2, 2]
 
 
 # --------------------------------------------------------------------------------------------- pairs, names

@@ -14,6 +14,7 @@ from data import denormalize, load_picture, prepare_picture
 from folders import find_pictures
 from network import NetworkConfig, StyleTransferNetwork
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
+from painting.tiling import shallower_width
 from utils import UserError, make_folder
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +38,10 @@ LARGEST_LAYERS = 4  # at a picture's full size that the runtime holds at once: i
 
 
 def max_pixels(config: NetworkConfig) -> int:
-    """How large a picture a browser paints within MEMORY: its widest layers at full size decide."""
-    return MEMORY // (LARGEST_LAYERS * 4 * max(*config.encoder_widths[:2], *config.decoder_widths[-3:]))
+    """How large a picture a browser paints within MEMORY: its widest layers at full size decide, and what AdaIN takes
+    of shallower levels, and gives."""
+    widest = max(*config.encoder_widths[:2], *config.decoder_widths[-3:])
+    return int(MEMORY / (4 * (LARGEST_LAYERS * widest + 2 * shallower_width(config))))
 
 
 def check_picture(stylizer: Stylizer) -> dict:

@@ -45,9 +45,13 @@ def memory_needed(config: NetworkConfig, pixels: int) -> int:
     """About the bytes that painting so many pixels at once takes at its peak, by the widest layer; rather too many."""
     layers = conv_layers(config, config.stride)  # of a content picture with one position, and a style picture
     widest = max(layer.width * layer.positions / (2 if layer.name.startswith("encoder") else 1) for layer in layers)
-    shallower = sum(width << 2 * level for level, width in enumerate(config.level_widths) if level)
     # float32: a layer's input, padded, and output; shallower features, and aligned; and pictures.
-    return int(4 * pixels * ((5 * widest + 2 * shallower) / config.stride**2 + 12))
+    return int(4 * pixels * (5 * widest / config.stride**2 + 2 * shallower_width(config) + 12))
+
+
+def shallower_width(config: NetworkConfig) -> float:
+    """The channels at every pixel that all levels but the bottleneck come to."""
+    return sum(width << 2 * level for level, width in enumerate(config.level_widths) if level) / config.stride**2
 
 
 def cut(feature: Tensor, rows: range, columns: range) -> Tensor:

@@ -346,9 +346,9 @@ def test_no_more_than_a_tile_is_in_memory(monkeypatch, kept, most):
     assert max(largest) <= most
 
 
-@pytest.mark.parametrize("free, tile", [(2**40, None), (2**31, 1024), (2**28, 512), (1, 256)])
+@pytest.mark.parametrize("free, tile", [(2**40, None), (2**31, 1024), (2**29, 512), (1, 256)])
 def test_the_tile_is_chosen_by_the_free_memory(monkeypatch, capsys, free, tile):
-    """4000 x 3000 pixels by `compact` would take about 4 GiB. It is said once."""
+    """4000 x 3000 pixels by `compact` would take about 7 GiB. It is said once."""
     monkeypatch.setattr(stylizer_module, "free_memory", lambda device: free)
     stylizer = Stylizer(STORE / "compact.pth", device="cpu")
     picture = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, 3, 3000, 4000)
@@ -359,7 +359,7 @@ def test_the_tile_is_chosen_by_the_free_memory(monkeypatch, capsys, free, tile):
     assert said.count("4000 x 3000 pixels") == (tile is not None) and (tile is None or f"tiles of {tile}" in said)
 
 
-@pytest.mark.parametrize("name, bytes_a_pixel", [("compact", 342), ("tiny", 101), ("baseline", 919)])
+@pytest.mark.parametrize("name, bytes_a_pixel", [("compact", 369), ("tiny", 101), ("baseline", 919)])
 def test_memory_needed_is_no_less_than_what_was_measured(name, bytes_a_pixel):
     """The growth of the process while 24 (compact) or 4 megapixels are painted whole (benchmarks/stylize.py)."""
     network, _ = load_network(STORE / f"{name}.pth")

@@ -88,12 +88,9 @@ test("a bundled style gives the picture of --mode test", async () => {
 
 test("half the strength gives the picture of --style_strength 0.5", async () => {
   const strength = page.locator("#strength");
-  await afterPainting(page, async () => {
-    await strength.fill("50");
-    await strength.dispatchEvent("change");
-  });
+  await afterPainting(page, () => strength.fill("50")); // which changes it, too
   assertSame((await save(page)).file, at("half.png"));
-  await strength.fill("100");
+  await afterPainting(page, () => strength.fill("100"));
 });
 
 test("a painting of one's own becomes a style, and transparency lies on white", async () => {

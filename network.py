@@ -266,7 +266,7 @@ class Part(nn.Module):
         for step in steps:
             feature = step(feature)
             if added and isinstance(step, nn.Upsample):
-                feature = feature.add_(added.pop(0))
+                feature.add_(added.pop(0))  # upsampling made it, and nobody else has it
             if isinstance(step, nn.ReLU) or step is steps[-1]:
                 if convs is None or conv in convs:
                     features.append(feature)

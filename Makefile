@@ -12,7 +12,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses auto --dist worksteal
 NUMERIC := tests/test_network.py tests/test_loss.py tests/test_model_store.py tests/painting/test_stylizer.py \
-	tests/painting/test_padding.py tests/training/test_step.py tests/training/test_muon.py tests/pruning \
+	tests/training/test_step.py tests/training/test_muon.py tests/pruning \
 	tests/exporting/test_export.py
 
 .PHONY: demo test test-numeric test-browser lint clean

@@ -46,7 +46,7 @@ def _name(entry: ZipInfo) -> str:
     """A member's name with / between folders, also where a Windows program wrote \\, and as it was meant, where its
     bytes are UTF-8 or Shift-JIS and the archive does not say so."""
     name = entry.filename
-    if not entry.flag_bits & 0x800:  # else it is UTF-8 and says so
+    if not entry.flag_bits & 0x800 and name == entry.orig_filename:  # else it is UTF-8 and says so, or has that besides
         raw = name.encode("cp437")
         # In Shift-JIS the second byte of a letter may be that of \; otherwise no other encoding is told from cp437.
         for encoding in ("utf-8", *["cp932"] * (b"\\" in raw)):

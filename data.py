@@ -1,6 +1,7 @@
 """One picture in and out: decoded upright and in sRGB, whatever its metadata says; normalised; saved."""
 
 import io
+import math
 import os
 import re
 import struct
@@ -46,10 +47,6 @@ class PictureError(Exception):
     """A picture that cannot be used; the message names the file and the reason."""
 
 
-class NotFinite(UserError):
-    """A painted picture with values that are infinite or no numbers."""
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
@@ -62,11 +59,13 @@ def load_picture(path: Source, imsize: Side = None, cropsize: Side = None, max_p
     of several frames or pages the first.
 
     imsize: of its shorter side, in proportion (bicubic, antialiased); cropsize: of a square from its centre, to which a
-    smaller picture is enlarged. Raises PictureError for a missing, empty, truncated or non-image file, or one above
-    `max_pixels`; metadata that cannot be read costs no picture.
+    smaller picture is enlarged. Raises PictureError for what is no whole picture, or has more than `max_pixels`.
     """
     with _reading(path):
-        return _on_white(_load(path, imsize, cropsize, max_pixels))
+        picture = _load(path, imsize, cropsize, max_pixels)
+        if picture.mode == "RGBA":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return picture
 
 
 def prepare_picture(path: Source, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -74,11 +73,9 @@ def prepare_picture(path: Source, imsize: Side = None, cropsize: Side = None, ma
     return pil_to_tensor(load_picture(path, imsize, cropsize, max_pixels))[None]
 
 
-def load_alpha(
-    path: Source, imsize: Side = None, cropsize: Side = None, max_pixels: int = MAX_PIXELS
-) -> Image.Image | None:
-    """How opaque the pixels of `load_picture` are, mode L, of the same size; None when all are fully. Raises
-    PictureError where that does."""
+def load_alpha(path: Source, imsize: Side = None, cropsize: Side = None,
+               max_pixels: int = MAX_PIXELS) -> Image.Image | None:
+    """How opaque each pixel of `load_picture` is, mode L; None where all are fully. Raises PictureError as it does."""
     if (seen := path if isinstance(path, Image.Image) else look_at(path)) and not seen.has_transparency_data:
         return None
     with _reading(path):
@@ -94,8 +91,7 @@ def look_at(path: Path) -> Image.Image | None:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture, told by what Pillow makes of its header, whatever its name; False where it cannot be
-    read."""
+    """Whether Pillow takes a file for a picture by its header, whatever its name; False where it cannot be read."""
     with suppress(Exception), archives.open_file(path) as file:  # of an archive, zipfile's own errors, too
         head = file.read(64)
         if HEIC.match(head):  # which Pillow tells only with pillow-heif
@@ -129,8 +125,7 @@ def _name(source: Source) -> str:
 
 @contextmanager
 def _reading(source: Source):
-    """Within the block Pillow's limits are lifted, and whatever goes wrong becomes a PictureError of one line that
-    names the file."""
+    """Within the block Pillow's limits are lifted, and any error becomes a PictureError, one line naming the file."""
     try:
         with _lifted_limits():
             yield
@@ -151,8 +146,7 @@ _lock, _lifted = threading.Lock(), []  # a list of Pillow's own limits for each 
 
 @contextmanager
 def _lifted_limits():
-    """Pillow's limits are those of the whole program: they are lifted only while one of its threads reads a picture
-    here."""
+    """Pillow's limits are the whole program's: they are lifted only while one of its threads reads a picture here."""
     with _lock:
         _lifted.append(_lifted[-1] if _lifted else [getattr(module, name) for module, name, _ in _LIMITS])
         for module, name, value in _LIMITS:
@@ -180,23 +174,19 @@ def _decode(path: Source, shorter_side: int | None, max_pixels: int) -> Image.Im
     reason = None
     for attempt in _attempts(content):
         try:
-            return _decode_content(attempt, shorter_side, max_pixels, path)
+            with Image.open(io.BytesIO(attempt)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
+                if shorter_side is not None and image.format == "JPEG":
+                    shrink = shorter_side / min(width, height)
+                    image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
+                return _loaded(image, str(path))
         except (PictureError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError and more
             reason = reason or error
     raise reason
-
-
-def _decode_content(content: bytes, shorter_side: int | None, max_pixels: int, path: Path) -> Image.Image:
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise PictureError(f"{width} x {height} pixels are more than --max_pixels {max_pixels}")
-        if shorter_side is not None and image.format == "JPEG":
-            shrink = shorter_side / min(width, height)
-            image.draft(None, (-int(-width * shrink // 1), -int(-height * shrink // 1)))
-        return _loaded(image, str(path))
 
 
 def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
@@ -207,23 +197,21 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
                            "file?); save it as a JPEG, PNG or plain TIFF")
     # Only of kinds that name their colours so: searching it takes milliseconds.
     head = _read_at(image, 0, 2**20) if image.format in CODED else b""
-    keys = image.info.get("transparency")
     if coded := CODED_COLOURS.search(head):
         primaries, transfer = (each[0] for each in coded.groups() if each)
         if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:
             _tell(name, "its high dynamic range or wide gamut (cICP or nclx) is not converted: it is taken for sRGB, "
                         "paler than it is")
-    is_key = head and image.format == "PNG" and image.mode in ("1", "L", "RGB") and keys is not None
     image.load()
     with suppress(Exception):  # the frames behind may be damaged
         if is_ours and image.format in ANIMATED and image.is_animated:
             _tell(name, "it is animated: its first frame alone is taken")
-    image = image if is_ours else image.copy()
-    if is_key:
+    keys = image.info.get("transparency")
+    if head and image.mode in ("1", "L", "RGB") and keys is not None:
         bits = head[24]  # a PNG's one transparent colour counts in these, Pillow's pixels in 8
         scaled = [key >> 8 if bits == 16 else min(255, key * 255 // (2**bits - 1)) for key in np.ravel(keys).tolist()]
         image.info["transparency"] = tuple(scaled) if isinstance(keys, tuple) else scaled[0]
-    return _shown(image)
+    return _shown(image if is_ours else image.copy())
 
 
 def is_preview(image: Image.Image) -> bool:
@@ -381,13 +369,6 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     return transform if max(most for _, most in changes.getextrema()) > 1 else None
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB or RGBA to RGB."""
-    if picture.mode == "RGB":
-        return picture
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
 # ------------------------------------------------------------------------------------------ in the network
 
 
@@ -405,10 +386,10 @@ def normalize(image: Tensor) -> Tensor:
 
 
 def denormalize(image: Tensor) -> Tensor:
-    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1. Raises NotFinite for values that are not finite,
+    """(B, 3, H, W), ImageNet-normalised, to float32 clipped to 0..1. Raises UserError for values that are not finite,
     which would be written as black."""
     if not image.isfinite().all():
-        raise NotFinite("a picture has values that are not finite: the network is damaged, or its training diverged")
+        raise UserError("a picture has values that are not finite: the network is damaged, or its training diverged")
     mean, std = _imagenet_statistics(image.device)
     return (image.float() * std + mean).clamp(0.0, 1.0)
 

@@ -20,7 +20,7 @@ from training.dead_units import DeadUnits
 from training.loop import run_training
 from training.sampling import MixedPictures, first_pictures
 from utils import UserError, autocast_dtype, process_count, save_checkpoint
-from weights import STUDENT_NAME, load_network, load_teacher, model_checkpoint, use_settings
+from weights import STUDENT_NAME, load_network, model_checkpoint, use_settings
 
 # Settings that a resumed run keeps.
 FIXED = ("teacher", "load_path", "new_weights", "vgg_weights", "upsampling", "pooling", "adain_levels")
@@ -82,14 +82,6 @@ def normalized(part: Part) -> Part:
     return Part(nn.Sequential(*layers))
 
 
-def folded(part: Part) -> nn.Sequential:
-    """The layers of a `normalized` part as they were before it, on the CPU, doing what it does in evaluation: each conv
-    takes its normalisation in."""
-    layers = [*copy.deepcopy(part).cpu().eval().layers[0]]
-    return nn.Sequential(*(fuse_conv_bn_eval(layer, following) if isinstance(following, nn.BatchNorm2d) else layer
-                           for layer, following in pairwise([*layers, None]) if not isinstance(layer, nn.BatchNorm2d)))
-
-
 class Student(nn.Module):
     """A style-transfer network with batch normalisation, and the projection of its bottleneck to its teacher's.
 
@@ -103,10 +95,13 @@ class Student(nn.Module):
         self.projection = nn.Conv2d(network.config.bottleneck_width, teacher_width, 1)
 
     def folded(self) -> StyleTransferNetwork:
-        """The network that does what this one does in evaluation, on the CPU."""
-        network = StyleTransferNetwork(self.config)
-        network.encoder.layers[0].load_state_dict(folded(self.encoder).state_dict())
-        network.decoder.layers[0].load_state_dict(folded(self.decoder).state_dict())
+        """The network that does what this one does in evaluation, on the CPU: each conv takes its normalisation in."""
+        network, student = StyleTransferNetwork(self.config), copy.deepcopy(self).cpu().eval()
+        convs = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+        for layer, following in pairwise([*student.encoder.layers[0], *student.decoder.layers[0], None]):
+            if isinstance(layer, nn.Conv2d):
+                layer = fuse_conv_bn_eval(layer, following) if isinstance(following, nn.BatchNorm2d) else layer
+                next(convs).load_state_dict(layer.state_dict())
         return network
 
 
@@ -144,7 +139,11 @@ class Distiller:
             network, _ = load_network(config.load_path, vgg_weights=config.vgg_weights)
         else:
             network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["student_config"]))
-        teacher, teacher_checkpoint = load_teacher(config.teacher, network.config, config.vgg_weights)
+        teacher, teacher_checkpoint = load_network(config.teacher, flag="--teacher", vgg_weights=config.vgg_weights)
+        if teacher.config.stride != network.config.stride:
+            raise UserError(f"teacher {config.teacher} is a {teacher.config.backbone} network, with a bottleneck of "
+                            f"1/{teacher.config.stride} of the side; this {network.config.backbone} has "
+                            f"1/{network.config.stride}")
         self.teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.vgg_origin = teacher_checkpoint.get("vgg_weights")
         if config.new_weights:
@@ -162,8 +161,7 @@ class Distiller:
         if measured := [(each, tally) for each, tally in zip(held_out, tallies) if each]:
             folders, their_tallies = zip(*measured)
             count = max(1, HELD_OUT_PICTURES // self.config.batch_size) * self.config.batch_size
-            held_out = MixedPictures(folders, pictures.crop, self.config.seed)
-            (self.held_out,) = first_pictures(held_out, count, their_tallies)
+            (self.held_out,) = first_pictures(MixedPictures(folders, self.config), count, their_tallies)
 
     def errors(self, pictures: Tensor) -> Tensor:
         """pictures: (B, 3, H, W), uint8. Returns `metrics`, (3,): the loss, and what it is the sum of."""

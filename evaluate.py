@@ -1,62 +1,31 @@
 """`--mode test`: stylise pictures with one or more networks, full or pruned."""
 
-import hashlib
 import json
 import platform
 import re
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import torch
 
+import utils
 from data import MAX_PIXELS, OUTPUT_FORMATS
 from folders import is_searched
 from network import count_parameters
-from painting.control import PRESERVED, check_styles
-from painting.many import Outcome, PairPainter, Plan
-from painting.pairs import (
-    Pair,
-    Pictures,
-    check_outputs,
-    choose_pairs,
-    distinct,
-    find_inputs,
-    find_painted,
-    note_learned_from,
-    output_names,
-)
+from painting.control import PRESERVED
+from painting.many import Outcome, PairPainter
+from painting.pairs import METRICS_NAME, Plan, make_plan, note_learned_from
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
-from painting.sheets import COMPARISON, CONTACT_SHEET, comparison_sheet, contact_sheet
-from painting.stylizer import (
-    DEMO_CONTENT,
-    DEMO_STYLE,
-    OpenedModel,
-    Stylizer,
-    common_backbone,
-    decode_in_half,
-    open_mask,
-    open_models,
-)
+from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, common_backbone, make_stylizers, open_models
 from painting.video import check_video, makes_video, stylize_video
 from settings import amount, changed, count, fraction_below_1, rate, refuse, setting
-from utils import (
-    UserError,
-    allow_tf32,
-    describe_device,
-    is_first_process,
-    note,
-    process_group,
-    resolve_device,
-    show,
-    write_text_atomically,
-)
-from weights import COMPACT_MODEL, model_names, same_vgg
+from utils import UserError, note, process_rank, show
+from weights import COMPACT_MODEL, same_vgg
 
 OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
-METRICS_NAME = "metrics.json"
 SEVERAL = ("content", "style", "content_dir", "style_dir", "style_strength")  # one alone is reported as such
 PATIENCE = timedelta(days=30)  # that a process has with others, which may have larger pictures to paint
 
@@ -68,35 +37,29 @@ class TestConfig:
     __test__ = False  # not a pytest class
 
     load_path: tuple[str, ...] = setting((str(COMPACT_MODEL),), more="several are compared")
-    content: tuple[str, ...] = setting(
-        (str(DEMO_CONTENT),), more="also several, and folders or .zip archives of them, each painted in each style; "
-        "or a video")
+    content: tuple[str, ...] = setting((str(DEMO_CONTENT),), more="also several, and folders or .zip archives of them, "
+                                       "each painted in each style; or a video")
     style: tuple[str, ...] = setting((str(DEMO_STYLE),), more="also several, and folders or .zip archives of them")
     content_dir: tuple[str, ...] | None = setting(more="another name of --content")
     style_dir: tuple[str, ...] | None = setting(more="another name of --style")
     save_path: str | None = setting(
         more="also a picture file for one picture, or a video file for a video or a folder of its frames (without this "
         f"flag, several pictures go to {OUTPUT_NAME}/)", none=f"{OUTPUT_NAME}.png")
-    skip_existing: bool = setting(
-        False, "paint only pictures that are not there yet, or damaged, whatever painted the others; not with "
-        "--metrics", "output")
+    skip_existing: bool = setting(False, "paint only pictures that are not there yet, or damaged, whatever painted the "
+                                  "others; not with --metrics", "output")
     holdout: float = setting(0.0, more="only those are taken, or with 0 all")
     backbone: str | None = None
     swap_max_pool: bool = False
-    style_strength: tuple[float, ...] = setting(
-        (1.0,), more="several are each painted, and side by side in a sheet")
-    style_weights: tuple[float, ...] | None = setting(
-        None, "mix all --style pictures to one style, in these shares, one each", "stylising", amount,
-        none="each style by itself")
-    mask: str | None = setting(
-        None, "where this picture of the content's aspect is white, the first of two --style pictures is painted, "
-        "where it is black the second", "stylising")
+    style_strength: tuple[float, ...] = setting((1.0,), more="several are each painted, and side by side in a sheet")
+    style_weights: tuple[float, ...] | None = setting(None, "mix all --style pictures to one style, in these shares, "
+                                                      "one each", "stylising", amount, none="each style by itself")
+    mask: str | None = setting(None, "where this picture of the content's aspect is white, the first of two --style "
+                               "pictures is painted, where it is black the second", "stylising")
     preserve_color: str | None = setting(
         None, "keep the content's colours: luma paints the lightness alone, histogram gives the style the content's "
         "colours first", "stylising", choices=PRESERVED)
-    style_size: int | None = setting(
-        None, "resize style pictures so that their shorter sides have this many pixels: the scale of what is taken",
-        "stylising", count, none="as --imsize says")
+    style_size: int | None = setting(None, "resize style pictures so that their shorter sides have this many pixels: "
+                                     "the scale of what is taken", "stylising", count, none="as --imsize says")
     tile: int | None = setting(
         None, "paint in tiles of this side in pixels: the same picture in less memory; 88 or more for most models",
         "stylising", count, none="only where the whole picture would not fit the free memory")
@@ -104,8 +67,8 @@ class TestConfig:
     imsize: int | None = None
     cropsize: int | None = setting(more="it is cut from the centre")
     max_pixels: int = MAX_PIXELS
-    pairs: int | None = setting(
-        more="with every picture used equally often, give or take one", none="every content with every style")
+    pairs: int | None = setting(more="with every picture used equally often, give or take one",
+                                none="every content with every style")
     metrics: tuple[str, ...] | None = setting(
         None, "measure content loss, style loss, SSIM, ST-LPIPS or flat tiles, and write metrics.json; without a name, "
         "all", "output", choices=tuple(METRICS), nargs="*", none="nothing is measured")
@@ -116,11 +79,10 @@ class TestConfig:
     style_loss: str = "meanstd"
     seed: int = setting(0, more="of --pairs and of --vgg_weights random")
     gpu_no: int | None = None
-    amp: str = setting(
-        "off", more="auto is a decoder in float16 on GPUs, for models whose pictures it changes by at most 3 of 255",
-        choices=("auto", "off"))
-    frame_rate: float = setting(
-        25.0, "frames a second, or a fraction, of the video that a folder of frames becomes", "stylising", rate)
+    amp: str = setting("off", more="auto is a decoder in float16 on GPUs, for models whose pictures it changes by at "
+                       "most 3 of 255", choices=("auto", "off"))
+    frame_rate: float = setting(25.0, "frames a second, or a fraction, of the video that a folder of frames becomes",
+                                "stylising", rate)
     temporal_smoothing: float = setting(
         0.0, "less flicker in a video: the share, from 0 to below 1, that each painted frame takes of the one before, "
         "carried along with the motion; 0.8 is much", "stylising", fraction_below_1)
@@ -132,14 +94,15 @@ class TestConfig:
             return ()
         return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
 
-    @property
-    def measures_losses(self) -> bool:
-        return not set(LOSS_METRICS).isdisjoint(self.measured)
-
     def input(self, kind: str) -> tuple[tuple[str, ...], str]:
         """What is named as content or style, and the flag that names it."""
         other = f"{kind}_dir"
         return (getattr(self, kind), kind) if getattr(self, other) is None else (getattr(self, other), other)
+
+    @property
+    def strengths(self) -> list[str]:
+        """`style_strength` in names, as short as tells each from any other: 0, 0.25, 1."""
+        return [repr(strength + 0.0).removesuffix(".0") for strength in self.style_strength]
 
     @property
     def combines_styles(self) -> bool:
@@ -150,7 +113,7 @@ class TestConfig:
     def names_many(self) -> bool:
         """Whether several contents or styles, or a folder of them, are named."""
         named = [self.input(kind)[0] for kind in (("content",) if self.combines_styles else ("content", "style"))]
-        return any(len(paths) > 1 or is_searched(paths[0]) for paths in named)
+        return any(len(set(paths)) > 1 or is_searched(paths[0]) for paths in named)
 
     @property
     def is_single(self) -> bool:
@@ -180,13 +143,14 @@ class TestConfig:
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
                 raise UserError(f"{flag} is empty; leave it out for the default")
-        strengths, measures = [_words(strength) for strength in self.style_strength], self.metrics is not None
+        measures = self.metrics is not None
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
         has_format = re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix) and not makes_video(self)
         refuse({
             "content and --content_dir mean the same: give one of them": {"content", "content_dir"} <= changed(self),
             "style and --style_dir mean the same: give one of them": {"style", "style_dir"} <= changed(self),
-            f"style_strength {' '.join(strengths)}: one is given twice": len(set(strengths)) < len(strengths),
+            f"style_strength {' '.join(self.strengths)}: one is given twice":
+                len(set(self.strengths)) < len(self.strengths),
             f"{'mask' if self.mask else 'style_weights'}: --metrics compares with one style picture; leave one out":
                 self.combines_styles and measures,
             "mask: --cropsize cuts the content alone; cut both beforehand": self.mask and self.cropsize,
@@ -197,31 +161,14 @@ class TestConfig:
         })
 
 
-def _words(strength: float) -> str:
-    """As short as tells it from any other: 0, 0.25, 1."""
-    return repr(float(strength)).removesuffix(".0")
-
-
-def _make_stylizers(config: TestConfig, models: list[OpenedModel], device: torch.device) -> dict[Path, Stylizer]:
-    """One for each model, by its file."""
-    stylizers = {}
-    for model in models:
-        stylizer = Stylizer(model.network, device=device, upsampling=config.upsampling, tile=config.tile)
-        if config.amp == "auto":
-            decode_in_half(stylizer, model.name)
-        stylizers[model.file] = stylizer
-    return stylizers
-
-
 def _open_meter(config: TestConfig, models: list[OpenedModel], device: torch.device) -> Meter | None:
     """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
     if not config.measured:
         return None
-    backbone = models[0].network.config.backbone
-    if config.measures_losses:
-        backbone = common_backbone(models, "metrics", ", name other metrics")
+    has_losses = not set(LOSS_METRICS).isdisjoint(config.measured)
+    backbone = common_backbone(models, "metrics", ", name other metrics") if has_losses else ""
     meter = Meter(config.measured, backbone, config.vgg_weights, config.style_loss, config.seed, device)
-    for model in models if config.measures_losses else ():
+    for model in models if has_losses else ():
         trained_with = model.checkpoint.get("vgg_weights")
         if not same_vgg(trained_with, meter.vgg_origin):
             note(f"{model.name} was trained with VGG weights {trained_with or 'that its file does not name'}; "
@@ -238,25 +185,24 @@ def test(given: dict) -> int:
     config = TestConfig(**given)
     config.check()
     is_video = makes_video(config)
-    if is_video and not is_first_process():
+    if is_video and process_rank() > 0:
         return 0  # one file, one process
     target = check_video(config) if is_video else None
     unused = ("holdout", "pairs", "skip_existing", "seed") if is_video else ("frame_rate", "temporal_smoothing")
     for flag in sorted(changed(config).intersection(unused)):
         note(f"--{flag} has no effect on {'a video' if is_video else 'pictures'}")
-    device = resolve_device(config.gpu_no)
-    allow_tf32(False)
+    device = utils.resolve_device(config.gpu_no, tf32=False)
     if is_video:
-        (stylizer,) = _make_stylizers(config, open_models(config), device).values()
+        (stylizer,) = make_stylizers(config, open_models(config), device).values()
         return stylize_video(config, stylizer, target)
-    with process_group(torch.device("cpu"), PATIENCE):  # what the processes tell each other lies in the CPU's memory
+    with utils.process_group(torch.device("cpu"), PATIENCE):  # what they tell each other lies in its memory
         return _stylise(config, device)
 
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
-    plan = _make_plan(config)
+    plan = make_plan(config)
     models = open_models(config)
-    stylizers = _make_stylizers(config, models, device)
+    stylizers = make_stylizers(config, models, device)
     meter = _open_meter(config, models, device)
     if meter is not None:
         contents, styles = map(set, zip(*plan.pairs))
@@ -267,64 +213,18 @@ def _stylise(config: TestConfig, device: torch.device) -> int:
     if not outcome.values:
         first = next(iter(outcome.unusable.values()))
         raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {first}")
-    if is_first_process():
+    if process_rank() == 0:
         _report(config, plan, outcome, models, meter)
     return 1 if outcome.unusable else 0
-
-
-def _make_plan(config: TestConfig) -> Plan:
-    """Raises UserError for pictures that are not there or do not fit each other, and for outputs that would overwrite
-    what is read."""
-    contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
-    if config.combines_styles:
-        check_styles(len(styles.paths), config.style_weights, config.mask)
-        styles = styles.combined()
-    pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
-    others = {each.partition("=")[0]: find_painted(each, pairs, contents, styles) for each in config.painted or ()}
-    names = model_names(config.load_path)
-    columns = [name if len(config.style_strength) == 1 else f"{name} at {_words(strength)}"
-               for name, strength in product(names, config.style_strength)]
-    columns += others
-    if distinct(columns) != columns or len(others) < len(config.painted or ()):
-        raise UserError(f"painted {' '.join(config.painted)}: another row has this name; choose another")
-    sheets = []
-    if len(columns) > 1 or config.pairs is not None and not config.is_single:
-        sheets.append(comparison_sheet(pairs, columns))
-    if config.names_many and config.pairs is None:
-        sheets.append(contact_sheet(pairs, columns))
-    folder, files = _outputs(config, pairs, contents, styles, names)
-    mask = None if config.mask is None else open_mask(config.mask)
-    written = [*chain.from_iterable(files.values()), *(folder / sheet.name for sheet in sheets)]
-    written += [folder / METRICS_NAME] * bool(config.measured)
-    check_outputs(config, written, (contents, styles), [path for each in others.values() for path in each.values()])
-    return Plan(contents, styles, pairs, columns, others, mask, folder, files, sheets)
-
-
-def _outputs(
-    config: TestConfig, pairs: list[Pair], contents: Pictures, styles: Pictures, names: list[str]
-) -> tuple[Path, dict[Pair, list[Path]]]:
-    """The folder to write to, and the files of every pair: for each model, in its own folder where there are several,
-    one a strength. names: of the models. Raises UserError where `--save_path` is a file and cannot hold them."""
-    save_path, strengths = config.output, config.style_strength
-    if config.writes_a_file:
-        if config.measured or not config.is_single:
-            raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
-                            f"{len(names)} model(s) at {len(strengths)} strength(s), or their metrics; name a folder")
-        return save_path.parent, {pairs[0]: [save_path]}
-    endings = [""] if len(strengths) == 1 else [f"_{_words(strength)}" for strength in strengths]
-    folders = [save_path / name for name in names] if len(names) > 1 else [save_path]
-    taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
-    named = output_names(pairs, contents, styles, endings, taken)
-    return save_path, {pair: [folder / f"{name}.png" for folder in folders for name in named[pair]] for pair in pairs}
 
 
 def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], meter: Meter | None) -> None:
     """Write the sheets and metrics.json, print the table, and say what was written and what could not be used."""
     done = [pair for pair in plan.pairs if pair in outcome.values]
     left_out = len(plan.pairs) - len(done)
-    pictures = sum(len(plan.files[pair]) for pair in done) - outcome.kept
-    wrote = [f"{pictures} pictures" if pictures != 1 else plan.files[done[0]][0].name]
-    wrote[0] += f" ({outcome.kept} were there already)" if outcome.kept else ""
+    new = [path for pair in done for path in plan.files[pair] if path not in outcome.kept]
+    wrote = [new[0].name if len(new) == 1 else f"{len(new)} pictures"]
+    wrote[0] += f" ({len(outcome.kept)} were there already)" if outcome.kept else ""
     for sheet in plan.sheets:
         sheet.save(plan.folder, outcome.shown)
         wrote.append(sheet.name)
@@ -334,7 +234,7 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
         show(measurement.table())
         metrics = _metrics(config, plan, measurement, models, meter)
         metrics |= {"skipped": [*outcome.unusable.values()], "pairs_left_out": left_out}
-        write_text_atomically(plan.folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
+        utils.write_text_atomically(plan.folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
         wrote.append(METRICS_NAME)
     note(f"wrote {', '.join(wrote)} to {plan.folder}")
     if outcome.unusable:
@@ -344,40 +244,32 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
 
 def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[OpenedModel], meter: Meter) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
-    packages = ("torch", "torchvision", "Pillow", "numpy", *(["stlpips-pytorch"] if meter.stlpips else []))
-    painters = [
-        {
-            "file": str(model.file),
-            "sha256": hashlib.sha256(model.file.read_bytes()).hexdigest(),
-            "backbone": model.network.config.backbone,
-            "bottleneck_channels": model.network.config.bottleneck_width,
-            "parameters": count_parameters(model.network),
-            "iteration": model.checkpoint.get("iteration"),
-            "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
-            "style_strength": strength,
-        }
-        for model, strength in product(models, config.style_strength)
-    ]
+    packages = ("torch", "torchvision", "Pillow", "numpy", *["stlpips-pytorch"] * ("stlpips" in meter.metrics))
+    painters = [{
+        "file": str(model.file),
+        "sha256": model.sha256,
+        "backbone": model.network.config.backbone,
+        "bottleneck_channels": model.network.config.bottleneck_width,
+        "parameters": count_parameters(model.network),
+        "iteration": model.checkpoint.get("iteration"),
+        "vgg_weights_in_training": model.checkpoint.get("vgg_weights"),
+        "style_strength": strength,
+    } for model, strength in product(models, config.style_strength)]
     painters += [{"painted": each.partition("=")[2]} for each in config.painted or ()]
     return {
-        "models": [
-            each | {
-                "name": measurement.names[number],
-                "metrics": measurement.summary(number),
-                "difference_from_first": measurement.summary(number, minus=0) if number else None,
-            }
-            for number, each in enumerate(painters)
-        ],
+        "models": [each | {
+            "name": measurement.names[number],
+            "metrics": measurement.summary(number),
+            "difference_from_first": measurement.summary(number, minus=0) if number else None,
+        } for number, each in enumerate(painters)],
         "interval": INTERVAL,
-        "pairs": [
-            {"content": str(plan.contents.paths[content]), "style": str(plan.styles.paths[style]),
-             "metrics": {name: dict(zip(meter.metrics, values.tolist()))
-                         for name, values in zip(plan.columns, measurement.values[number])}}
-            for number, (content, style) in enumerate(measurement.pairs)
-        ],
+        "pairs": [{
+            "content": str(plan.contents.paths[content]), "style": str(plan.styles.paths[style]),
+            "metrics": {name: dict(zip(meter.metrics, values.tolist())) for name, values in zip(plan.columns, of_pair)},
+        } for (content, style), of_pair in zip(measurement.pairs, measurement.values)],
         "settings": {name: value[0] if name in SEVERAL and value and len(value) == 1 else value
                      for name, value in asdict(config).items()},
         "vgg_weights_of_losses": meter.vgg_origin,
-        "device": describe_device(meter.device),
+        "device": utils.describe_device(meter.device),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }

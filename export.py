@@ -15,7 +15,7 @@ from exporting.formats import FORMATS, ONNX, check_files, make_files, need_packa
 from exporting.graphs import fill_up
 from exporting.integers import fill_for_integers, quantize_files
 from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
-from folders import find_split
+from folders import find_measured, find_pictures, split_holdout
 from painting.pairs import choose_pairs
 from painting.quality import MIN_SIDE, Measurement, Meter, ssim
 from painting.stylizer import load_input, open_model
@@ -96,19 +96,20 @@ def load_pairs(config: ExportConfig) -> tuple[Pairs, Pairs, list[tuple[int, int]
     Raises UserError for folders without such pictures, or pictures that cannot be used.
     """
     names = ("content_dir", "style_dir")
-    splits = [find_split(getattr(config, name), f"--{name}", config.holdout) for name in names]
+    folders = [(getattr(config, name), f"--{name}") for name in names]
+    held_out = [find_measured(*each, config.holdout) for each in folders]
+    learned = [split_holdout(find_pictures(folder, flag), config.holdout, f"{flag} {folder}")[0]
+               for folder, flag in folders]
     loaded = []
-    for paths, count in zip(zip(*splits), (CALIBRATION_PAIRS, config.pairs)):  # learned from, then held out
+    for paths, count in ((learned, CALIBRATION_PAIRS), (held_out, config.pairs)):
         numbers = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
         loaded.append([tuple(load_input(paths[kind][pair[kind]], config, name, MIN_SIDE)
                              for kind, name in enumerate(names)) for pair in numbers])
     return *loaded, numbers
 
 
-def compare(
-    float_files: dict[Path, bytes], int8_files: dict[Path, bytes], pairs: Pairs, numbers: list[tuple[int, int]],
-    meter: Meter,
-) -> None:
+def compare(float_files: dict[Path, bytes], int8_files: dict[Path, bytes], pairs: Pairs, numbers: list[tuple[int, int]],
+            meter: Meter) -> None:
     """Print what integers cost in quality, on the held-out pairs, and what they save in size and time."""
     names = ("float32", "int8")
     painters = [open_painter(files) for files in (float_files, int8_files)]

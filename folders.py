@@ -117,28 +117,24 @@ def is_held_out(path: Path, share: float) -> bool:
     return place < share
 
 
-def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """Pictures to learn from, and those held out, in the order given. Raises UserError when none is to learn from."""
+def split_holdout(paths: list[Path], share: float, where: str) -> tuple[list[Path], list[Path]]:
+    """Pictures to learn from, and those held out, in the order given. where: the flag and the folder that they are
+    from. Raises UserError when none is to learn from."""
     held_out = [path for path in paths if is_held_out(path, share)]
     learned = [path for path in paths if not is_held_out(path, share)]
     if not learned:
-        raise UserError(f"--holdout {share}: all {len(paths)} pictures of {paths[0].parent} would be held out")
-    return learned, held_out
-
-
-def find_split(folder: Path, flag: str, holdout: float, output: Path | None = None) -> tuple[list[Path], list[Path]]:
-    """The pictures of `find_pictures`, split. Raises UserError also where none is to learn from, or none held out."""
-    paths = find_pictures(folder, flag, output)
-    learned, held_out = split_holdout(paths, holdout)
-    if not held_out:
-        raise UserError(f"{flag} {folder}: --holdout {holdout} holds none of its {len(paths)} pictures out")
+        raise UserError(f"{where}: --holdout {share} would hold all its {len(paths)} pictures out")
     return learned, held_out
 
 
 def find_measured(folder: Path, flag: str, holdout: float, output: Path | None = None) -> list[Path]:
     """The pictures to measure: those that training with the same `holdout` left out; all when it is 0. Raises UserError
-    where there are none."""
-    return find_split(folder, flag, holdout, output)[1] if holdout else find_pictures(folder, flag, output)
+    as `find_pictures` does, and where none is held out."""
+    paths = find_pictures(folder, flag, output)
+    measured = [path for path in paths if not holdout or is_held_out(path, holdout)]
+    if not measured:
+        raise UserError(f"{flag} {folder}: --holdout {holdout} holds none of its {len(paths)} pictures out")
+    return measured
 
 
 # ---------------------------------------------------------------------------------- what cannot be used
@@ -173,9 +169,8 @@ class FailedPictures:
         return f"{self.where}: {self.total} pictures, {len(self.paths)} skipped"
 
 
-def open_folder(
-    folder: Path, flag: str, max_pixels: int, output: Path | None = None
-) -> tuple[list[Path], FailedPictures]:
+def open_folder(folder: Path, flag: str, max_pixels: int,
+                output: Path | None = None) -> tuple[list[Path], FailedPictures]:
     """The pictures of a folder and the tally of its failures.
 
     Up to STARTUP_CHECK of them are decoded now, so that a hopeless folder stops a run before it starts; the rest are

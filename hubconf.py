@@ -1,15 +1,12 @@
 """`torch.hub.load(repository, "compact")`: the models of model-store/, each as a `Stylizer`."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from runpy import run_path
 
 dependencies = ["torch", "torchvision", "PIL", "numpy", "tqdm", "psutil"]
 
 # By its path: the program may have a package of its own by the name of ours.
-_spec = spec_from_file_location("apart", Path(__file__).parent / "painting" / "apart.py")
-_module = module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-with _module.apart():
+with run_path(str(Path(__file__).parent / "painting" / "apart.py"))["apart"]():
     from painting.stylizer import Stylizer
     from weights import MODEL_STORE
 

@@ -155,14 +155,8 @@ def shift_loss(output: Tensor, moved_output: Tensor, move: Tensor, stride: int) 
     return F.mse_loss(in_full(moved(output, move)[inner]), in_full(moved_output[inner]))
 
 
-def nonzero_channels(norm: Tensor) -> Tensor:
-    """Number of channels with any response, averaged over pictures. norm: (n, C) from `channel_norm`."""
-    return (norm > 0).sum(dim=1).float().mean()
-
-
-def distillation_errors(
-    output: Tensor, teacher_output: Tensor, feature: Tensor, teacher_feature: Tensor
-) -> tuple[Tensor, Tensor]:
+def distillation_errors(output: Tensor, teacher_output: Tensor, feature: Tensor,
+                        teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
     """How far a student is from its teacher: the mean squared error of the outputs, (B, 3, H, W), and that of the
     bottleneck features, (B, C, h, w), as a fraction of the teacher's mean square. The loss is their sum."""
     feature_error = F.mse_loss(in_full(feature), in_full(teacher_feature))

@@ -11,25 +11,15 @@ from typing import NamedTuple
 
 import torch
 
+import utils
 from data import told
 from distill import DistillConfig, distill
 from evaluate import TestConfig, test
 from export import ExportConfig, export
 from prune import PruneConfig, prune
-from settings import TOPICS, add_flag, flags_of
+from settings import TOPICS, description, flags_of, path
 from train import TrainConfig, train
-from utils import (
-    STDERR,
-    STDOUT,
-    UserError,
-    check_processes,
-    lacks_memory,
-    note,
-    process_count,
-    process_rank,
-    tidy_end,
-    usable_cores,
-)
+from utils import UserError, note, process_count
 
 
 class Mode(NamedTuple):
@@ -82,12 +72,20 @@ def build_parser(mode: str) -> argparse.ArgumentParser:
     groups = {topic: parser.add_argument_group(topic) for topic in TOPICS}
     every_flag = {name: flag for flags in FLAGS.values() for name, flag in flags.items()}
     for name, flag in (every_flag | FLAGS[mode]).items():
-        add_flag(groups[flag["topic"]], name, flag, is_hidden=name not in FLAGS[mode])
+        choices, kind = flag.get("choices"), flag.get("kind", path)
+        if flag["is_switch"]:
+            options = {"nargs": "?", "const": True, "choices": choices} if choices else {"action": "store_true"}
+        else:
+            metavar = None if choices else flag.get("metavar", "PATH" if kind is path else "N")
+            nargs = flag.get("nargs", "+") if flag["several"] else None
+            options = {"nargs": nargs, "type": kind, "choices": choices, "metavar": metavar}
+        shown = description(flag).replace("%", "%%") if name in FLAGS[mode] else argparse.SUPPRESS
+        groups[flag["topic"]].add_argument(f"--{name}", help=shown, **options)
     return parser
 
 
-def parse(arguments: list[str] | None) -> tuple[str, dict] | None:
-    """The mode, and the flags that are given of it; None where help is asked for, which is printed."""
+def parse(arguments: list[str] | None) -> tuple[str, dict | None]:
+    """The mode, and the flags that are given of it; None for them where help is asked for, which is printed."""
     first = _Parser(prog="python main.py", add_help=False, description=ABOUT)
     first.add_argument("-h", "--help", action="store_true")
     first.add_argument("--mode", choices=(*MODES, *OTHER_NAMES), metavar=f"{{{','.join(MODES)}}}", help="see above")
@@ -95,25 +93,13 @@ def parse(arguments: list[str] | None) -> tuple[str, dict] | None:
     mode = getattr(named, "mode", "train")
     mode = OTHER_NAMES.get(mode, mode)
     if "help" in named:
-        (build_parser(mode) if "mode" in named else first).print_help(STDOUT)
-        return None
+        (build_parser(mode) if "mode" in named else first).print_help(utils.STDOUT)
+        return mode, None
     given = vars(build_parser(mode).parse_args(others))
     for name in [name for name in given if name not in FLAGS[mode]]:
         note(f"--{name} has no effect in {mode} mode")
         del given[name]
     return mode, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def _with_dashes(message: str, mode: str) -> str:
-    """The message, with `--` before its first word where that is a flag of the mode: functions name arguments."""
-    word = re.split(r"[ :,]", message, maxsplit=1)[0]
-    return f"--{message}" if word in FLAGS[mode] else message
-
-
-def _too_little_memory(error: Exception, mode: str) -> str:
-    memory = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
-    *most, last = (f"--{name}" for name in MEMORY_FLAGS if name in FLAGS[mode])
-    return f"{memory} memory is too small for this; a smaller {', '.join(most)} or {last} helps"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,28 +111,30 @@ def main(arguments: list[str] | None = None) -> int:
     os.close(spare)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # broken tags, say: what is needed of them is checked
     try:
-        check_processes()
+        utils.check_processes()
         if process_count() > 1:  # each says its own errors: it may be the only one that failed
-            process = f"rank {process_rank()} of {process_count()}: "
-        parsed = parse(arguments)
-        if parsed is None:
+            process = f"rank {utils.process_rank()} of {process_count()}: "
+        mode, given = parse(arguments)
+        if given is None:
             return 0
-        mode, given = parsed
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch asks no control group for a quota
-        with tidy_end():
+        torch.set_num_threads(min(torch.get_num_threads(), utils.usable_cores()))  # torch knows no control groups
+        with utils.tidy_end():
             return MODES[mode].run(given)
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        message = _with_dashes(str(error), mode)
+        is_flag = re.split(r"[ :,]", str(error), maxsplit=1)[0] in FLAGS[mode]  # functions name their arguments
+        message = f"--{error}" if is_flag else str(error)
     except (MemoryError, RuntimeError, OSError) as error:
-        if lacks_memory(error):
-            message = _too_little_memory(error, mode)
+        if utils.lacks_memory(error):
+            memory = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
+            *most, last = (f"--{name}" for name in MEMORY_FLAGS if name in FLAGS[mode])
+            message = f"{memory} memory is too small for this; a smaller {', '.join(most)} or {last} helps"
         elif isinstance(error, OSError):  # a full disk, say, where no better word was found for it
             message = f"{error.filename or 'a file'}: cannot be read or written ({error.strerror or error})"
         else:
             raise
-    print(f"error: {process}{message}", file=STDERR)
+    print(f"error: {process}{message}", file=utils.STDERR)
     return 2
 
 

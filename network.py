@@ -1,9 +1,9 @@
 """The networks and their configuration: encoder, AdaIN, decoder, the loss network; and what a network costs."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -152,27 +152,23 @@ def _pooling_layer(pooling: str, channels: int) -> nn.Module:
 
 def _encoder_layers(layout, widths: Sequence[int], pooling: str, padding: str) -> nn.Sequential:
     """VGG layers numbered as in torchvision's `vgg.features`: conv, ReLU, ..., pooling."""
-    layers, width_in, remaining = [], 3, iter(widths)
+    layers, channels = [], pairwise((3, *widths))
     for entry in layout:
         if entry == POOL:
-            layers.append(_pooling_layer(pooling, width_in))
+            layers.append(_pooling_layer(pooling, layers[-2].out_channels))
         else:
-            width = next(remaining)
-            layers += [nn.Conv2d(width_in, width, 3, padding=1, padding_mode=padding), nn.ReLU(inplace=True)]
-            width_in = width
+            layers += [nn.Conv2d(*next(channels), 3, padding=1, padding_mode=padding), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
 def _decoder_layers(config: NetworkConfig) -> nn.Sequential:
     """The encoder mirrored: convs in reverse order, each pooling a x2 upsampling."""
-    layers, width_in, remaining = [], config.bottleneck_width, iter(config.decoder_widths)
+    layers, channels = [], pairwise((config.bottleneck_width, *config.decoder_widths))
     for entry in reversed(ENCODERS[config.backbone]):
         if entry == POOL:
             layers.append(nn.Upsample(scale_factor=2, mode=config.upsampling))
         else:
-            width = next(remaining)
-            layers += [nn.ReflectionPad2d(1), nn.Conv2d(width_in, width, 3), nn.ReLU(inplace=True)]
-            width_in = width
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(*next(channels), 3), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])  # pictures are not clipped at zero: no ReLU at the end
 
 
@@ -198,10 +194,8 @@ def level_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(means, dim=1), torch.cat(stds, dim=1)
 
 
-def adain(
-    content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0,
-    content_statistics: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0,
+          content_statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32 or finer.
 
     content_feature: (B, C, H, W); means and standard deviations: (B, C, 1, 1), see `channel_statistics`.
@@ -215,10 +209,8 @@ def adain(
                          (1.0 - strength) + strength * scale)
 
 
-def align(
-    features: Sequence[Tensor], mean: Tensor, std: Tensor, strength: float | Tensor = 1.0,
-    content_statistics: tuple[Tensor, Tensor] | None = None,
-) -> list[Tensor]:
+def align(features: Sequence[Tensor], mean: Tensor, std: Tensor, strength: float | Tensor = 1.0,
+          content_statistics: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
     """`adain` of the features of every level, (B, C, H, W) each. mean, std, content_statistics: as of
     `level_statistics`."""
     widths = [feature.shape[1] for feature in features]
@@ -261,37 +253,24 @@ class Part(nn.Module):
     def features(self, feature: Tensor, *shallower: Tensor, convs: Collection[int] | None = None) -> list[Tensor]:
         """The outputs of the convs, each behind its ReLU where it has one, in forward order: of all, or of those in
         `convs`, counted from 0. The last conv's is what `forward` returns."""
-        added, features, conv = list(shallower), [], 0
-        steps = self._steps(feature.device.type, len(added))
-        for step in steps:
-            feature = step(feature)
-            if added and isinstance(step, nn.Upsample):
+        added, features, conv, layers = [*shallower], [], 0, [*self.layers[0]]
+        # A CPU's transposed convolutions in bfloat16 take two to three times as long, with their gradients, as all
+        # multiply-adds of the two layers (torch 2.14 with AMX).
+        is_joined = not (feature.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+        remaining = iter(layers)
+        for layer in remaining:
+            if is_joined and not added and isinstance(layer, nn.Upsample) and layer.mode == "nearest":
+                _, following = next(remaining), next(remaining)  # its reflection padding, and the conv
+                feature = upsampled_conv(feature, following.weight, following.bias)
+                continue
+            feature = layer(feature)
+            if added and isinstance(layer, nn.Upsample):
                 feature.add_(added.pop(0))  # upsampling made it, and nobody else has it
-            if isinstance(step, nn.ReLU) or step is steps[-1]:
+            if isinstance(layer, nn.ReLU) or layer is layers[-1]:
                 if convs is None or conv in convs:
                     features.append(feature)
                 conv += 1
         return features
-
-    def _steps(self, device_type: str, added: int) -> list[Callable[[Tensor], Tensor]]:
-        """The layers, with each nearest upsampling and the conv after it as one `upsampled_conv`, but for the first
-        `added` upsamplings, behind which something comes.
-
-        Not where a CPU convolves in bfloat16: its transposed convolutions take two to three times as long then, with
-        their gradients, as all multiply-adds of the two layers (torch 2.14 with AMX).
-        """
-        if device_type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return [*self.layers[0]]
-        steps, layers = [], iter(self.layers[0])
-        for layer in layers:
-            if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
-                if added == 0:
-                    next(layers)  # its reflection padding
-                    conv = next(layers)
-                    layer = partial(upsampled_conv, weight=conv.weight, bias=conv.bias)
-                added = max(0, added - 1)
-            steps.append(layer)
-        return steps
 
 
 class StyleTransferNetwork(nn.Module):

@@ -17,7 +17,7 @@ from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
 from pruning.surgery import cut_bottleneck, cut_channels
 from settings import check_needed, count, count_or_zero, positive_fraction, refuse, setting
-from utils import UserError, allow_tf32, make_folder, note, resolve_device, save_checkpoint, show, write_text_atomically
+from utils import UserError, make_folder, note, resolve_device, save_checkpoint, show, write_text_atomically
 from weights import PRUNED_NAME, model_checkpoint
 
 
@@ -61,8 +61,8 @@ class PruneConfig:
         None, "how many channels are cut in each picture of the picture grid, and for several models at each point of "
         "the loss curves", "pruning", count_or_zero,
         none=f"{' '.join(map(str, GRID_NUMBERS))}; for curves 0 to 500 in fifties")
-    pairs: int = setting(20, more="those set aside from choosing channels, at most a quarter of a folder, to measure "
-                         "what a cut changes")
+    pairs: int = setting(20, more="those set aside from choosing channels, at most a quarter of a folder or one "
+                         "picture of it, to measure what a cut changes")
     vgg_weights: str = setting("bundled", more="it measures the losses of several models")
     responses: str | None = setting(
         None, "responses.npz of an earlier pruning of the same model, to spare measuring again", "pruning")
@@ -109,32 +109,23 @@ def check_models(models: list[OpenedModel], config: PruneConfig) -> None:
                             "can be cut")
     for model in models:
         target = config.folder_of(model) / PRUNED_NAME
-        if target.exists() and target.samefile(model.file):
-            raise UserError(f"save_path {config.save_path}: would overwrite the model that load_path names; choose "
+        if target.exists() and any(target.samefile(each.file) for each in models):
+            raise UserError(f"save_path {config.save_path}: would overwrite a model that load_path names; choose "
                             "another")
         most_macs(model.network.config, config)
         cut_bottleneck(model.network, config.prune_channels or ())
-
-
-def open_meter(models: list[OpenedModel], config: PruneConfig, device: torch.device) -> Meter:
-    """What measures the losses of several models. Raises UserError where these are not comparable, or the weights of
-    the loss network cannot be had."""
-    return Meter(MEASURED, common_backbone(models, "load_path"), config.vgg_weights, "meanstd", 0, device)
-
-
-# -------------------------------------------------------------------------------------------------- mode
 
 
 def prune(given: dict) -> int:
     """Run `--mode prune` with the flags given on the command line. Returns the exit code."""
     config = PruneConfig(**given)
     config.check()
-    device = resolve_device(config.gpu_no)
-    allow_tf32(False)
+    device = resolve_device(config.gpu_no, tf32=False)
     # All that can be refused is refused before the long measurement.
     models = open_models(config)
     check_models(models, config)
-    meter = open_meter(models, config, device) if len(models) > 1 else None
+    backbone = common_backbone(models, "load_path")  # the losses of several are compared
+    meter = Meter(MEASURED, backbone, config.vgg_weights, "meanstd", 0, device) if len(models) > 1 else None
     for name in ("content", "style"):
         load_input(Path(getattr(config, name)), config, name)
     if config.responses:
@@ -174,10 +165,8 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
     if not any(cuts.values()):
         note(f"{model.name}: no channel is off for every picture, so none is cut; --prune_num N cuts the N weakest, "
              "--prune_macs F the least important of all layers")
-    cut = cut_channels(network, cuts, constants)
     dtype = torch.float16 if config.half else torch.float32
-    for parameter in cut.parameters():  # the report is of the weights as they are written
-        parameter.data = parameter.data.to(dtype).float()
+    cut = cut_channels(network, cuts, constants).to(dtype).float()  # the report is of the weights as they are written
     plot_l0_maps({model.name: responses}, folder / "l0_map.png")
     plot_l2_curve(responses, folder / "l2_curve.png")
     paint_grid(network, responses, config, folder / "prune_grid.png")

@@ -9,19 +9,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import field, fields
 from fractions import Fraction
-from pathlib import Path
-from types import UnionType
 
 from loss import STYLE_LOSSES
 from network import BACKBONES, POOLINGS, UPSAMPLINGS
 from utils import UserError
-from weights import VGG_SOURCES
+from weights import MODEL_STORE, VGG_SOURCES
 
-ROOT = Path(__file__).parent
 TOPICS = ("pictures to read", "networks", "stylising", "output", "losses", "learning", "compaction", "pruning",
           "the run", "the device", "wandb")
-
-
 MOST = 10**12  # of anything that is counted: more of it, times something else, fits no integer of torch and numpy
 
 
@@ -133,28 +128,15 @@ SHARED = {
 
 
 def flags_of(config: type) -> dict[str, dict]:
-    """What `add_flag` takes, of every setting of a configuration, by name; the types of its fields say which flags are
-    switches, and which take several values."""
+    """What a flag's help and parser are made of, of every setting of a configuration, by name; the types of its fields
+    say which flags are switches, and which take several values."""
     flags = {}
     for each in fields(config):
-        kinds = typing.get_args(each.type) if isinstance(each.type, UnionType) else (each.type,)
+        kinds = typing.get_args(each.type | None)
         several = any(typing.get_origin(kind) is tuple for kind in kinds)
         flags[each.name] = SHARED.get(each.name, {}) | each.metadata | {
             "default": each.default, "is_switch": bool in kinds, "several": several}
     return flags
-
-
-def add_flag(parser, name: str, flag: dict, is_hidden: bool) -> None:
-    """Add a flag to a parser or a group of its, whose help may leave it out."""
-    choices, kind = flag.get("choices"), flag.get("kind", path)
-    if flag["is_switch"]:
-        options = {"nargs": "?", "const": True, "choices": choices} if choices else {"action": "store_true"}
-    else:
-        metavar = flag.get("metavar", "PATH" if kind is path else "N")
-        options = {"nargs": flag.get("nargs", "+") if flag["several"] else None, "type": kind, "choices": choices,
-                   "metavar": None if choices else metavar}
-    parser.add_argument(f"--{name}", help=argparse.SUPPRESS if is_hidden else description(flag).replace("%", "%%"),
-                        **options)
 
 
 def description(flag: dict) -> str:
@@ -168,16 +150,15 @@ def description(flag: dict) -> str:
         words = "default: off"
     else:
         values = default if isinstance(default, tuple) else (default,)
-        words = "default: " + " ".join(f"{each:g}" if isinstance(each, float) else str(each).removeprefix(f"{ROOT}/")
-                                       for each in values)
+        shown = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+        words = f"default: {shown}".replace(f"{MODEL_STORE.parent}/", "")
     return f"{'; '.join(flag[part] for part in ('help', 'more') if part in flag)} ({words})"
 
 
 def check_needed(config, mode: str) -> None:
     """Raises UserError for a setting that the mode needs and that has no value."""
-    for each in fields(config):
-        if each.metadata.get("needed") and not getattr(config, each.name):
-            raise UserError(f"--{each.name} is needed in {mode} mode")
+    refuse({f"--{each.name} is needed in {mode} mode": each.metadata.get("needed") and not getattr(config, each.name)
+            for each in fields(config)})
 
 
 def refuse(cases: dict[str, object]) -> None:

@@ -5,24 +5,57 @@ from dataclasses import dataclass
 import torch
 
 from data import MAX_PIXELS
+from loss import L0_EPS
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
-from settings import check_needed, refuse, setting
-from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, selected_widths
+from settings import amount, check_needed, count_or_zero, proper_fraction, refuse, setting
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, l0_epsilon, least_widths, selected_convs
 from training.loop import run_training
 from training.sampling import TrainingPictures
-from training.step import TransferConfig, TransferTrainer
+from training.step import TransferTrainer
 from utils import UserError, note, process_count
 from weights import load_network, load_vgg, same_vgg, use_settings
 
 # Settings that a resumed run keeps.
 FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "upsampling", "padding", "optimizer",
          "adain_levels")
+PUBLISHED_RATES = {"encoder": 5e-6, "decoder": 1e-4}
 
 
 @dataclass(frozen=True)
-class TrainConfig(TransferConfig):
-    """Every setting of a training run, with its default; `main.py` makes the flags from it."""
+class TrainConfig:
+    """Every setting of a training run, with its default, the published `ch_xor`; `main.py` makes the flags from it."""
 
+    lr: float | None = setting(None, more="of both parts", none="each part has its own")
+    encoder_lr: float | None = setting(None, "learning rate of the encoder; 0 freezes it", "learning", amount,
+                                       none=f"--lr, or {PUBLISHED_RATES['encoder']:g}")
+    decoder_lr: float | None = setting(None, "learning rate of the decoder; 0 freezes it", "learning", amount,
+                                       none=f"--lr, or {PUBLISHED_RATES['decoder']:g}")
+    optimizer: str = setting("adam", "adam, as published, or muon (Jordan et al., 2024): updates made orthogonal",
+                             "learning", choices=("adam", "muon"))
+    warmup_iter: int = setting(0, "first iterations, over which the learning rates rise", "learning", count_or_zero)
+    decay_iter: int = setting(0, "last iterations, over which the learning rates fall to 0", "learning", count_or_zero)
+    max_iter: int = 80_000
+    style_loss: str = "meanstd"
+    style_loss_weight: float = setting(100.0, "weight of the style loss; the content loss's is 1", "losses", amount)
+    uncorrelation_loss_weight: float = setting(0.0, "weight of the uncorrelation loss", "losses", amount)
+    channel_loss_weight: float = setting(1e4, "weight of the channel loss: it switches channels off", "losses", amount)
+    xor_loss_weight: float = setting(500.0, "weight of the xor loss: the same channels off for all", "losses", amount)
+    shift_loss_weight: float = setting(
+        0.0, "weight of the shift loss, beyond the papers: a photograph moved by a few pixels is to be painted the "
+        "same, moved, which makes videos calmer; 30 is much", "losses", amount)
+    l0_eps: float | str = setting(
+        L0_EPS, "epsilon of the channel and xor losses, in units of a channel's l2 norm; a larger one switches off "
+        "stronger channels; relative:N is N times the mean norm of each layer", "compaction", l0_epsilon, metavar="N")
+    compact_layers: str = setting("bottleneck", "layers of the channel and xor losses; bottleneck is as published",
+                                  "compaction", choices=tuple(COMPACT_LAYERS))
+    compact_cost: str = setting("count", "share that the channel loss measures: of channels that are on, or of their "
+                                "multiply-adds", "compaction", choices=COMPACT_COSTS)
+    target_macs: float | None = setting(
+        None, "adjust the weight of the channel loss, starting from --channel_loss_weight, so that the run ends at "
+        "this fraction of the full network's multiply-adds", "compaction", proper_fraction)
+    amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
+    compile: bool = setting(False, "faster training by torch.compile, after a minute or more of compiling; on a CPU it "
+                            "needs a C++ compiler", "the device")
     content_dir: str | None = setting(needed=True)
     style_dir: str | None = setting(needed=True)
     save_path: str | None = setting(needed=True)
@@ -57,6 +90,28 @@ class TrainConfig(TransferConfig):
     wb_name: str | None = setting(None, "name of the run", "wandb", metavar="TEXT", none="chosen by wandb")
     wb_notes: str | None = setting(None, "notes on the run", "wandb", metavar="TEXT")
     wb_tags: tuple[str, ...] | None = setting(None, "tags of the run", "wandb", metavar="TEXT")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each part; 0 freezes it."""
+        given = {part: (getattr(self, f"{part}_lr"), self.lr, rate) for part, rate in PUBLISHED_RATES.items()}
+        return {part: next(rate for rate in rates if rate is not None) for part, rates in given.items()}
+
+    def rate_share(self, iteration: int) -> float:
+        """What the learning rates are multiplied by in an iteration, counted from 1: straight lines up over the first
+        `warmup_iter`, and down to 0, behind the last, over the last `decay_iter`."""
+        return min(1.0, iteration / max(1, self.warmup_iter), (self.max_iter + 1 - iteration) / (self.decay_iter + 1))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term in the total loss; with `target_macs`, the channel loss's at the start."""
+        names = ("style", "uncorrelation", "channel", "xor", *(("shift",) if self.shift_loss_weight else ()))
+        return {"content": 1.0} | {name: getattr(self, f"{name}_loss_weight") for name in names}
+
+    @property
+    def takes_census(self) -> bool:
+        """Whether the multiply-adds that are left are followed: in all but the published method."""
+        return (self.compact_layers, self.compact_cost, self.target_macs) != ("bottleneck", "count", None)
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
@@ -103,12 +158,15 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if config.new_weights:
             initialize(network, network)
     use_settings(network, config)
+    if None not in (config.lr, config.encoder_lr, config.decoder_lr):
+        note("--lr has no effect: --encoder_lr and --decoder_lr are the rates of both parts")
     if config.compact_layers != "bottleneck" and network.config.adain_levels > 1:
         raise UserError(f"--compact_layers {config.compact_layers}: this network adds features of its encoder to its "
                         f"decoder's (adain_levels {network.config.adain_levels}), which the losses do not switch off "
                         "together; bottleneck is needed")
-    cost, widths = NetworkCost(network.config, "cpu"), selected_widths(network.config, config.compact_layers)
-    least, start = cost({part: torch.zeros(len(each)) for part, each in widths.items()}), cost({})
+    cost = NetworkCost(network.config, config.compact_layers, "cpu")
+    widths = network.config.widths[selected_convs(network.config, config.compact_layers)]
+    least, start = cost(least_widths(network.config, config.compact_layers)), cost(torch.tensor(widths))
     if config.target_macs is not None and not least < config.target_macs < start:
         raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes this "
                         f"network from {start:.3f} to {least:.3f} of the full network's multiply-adds at most")

@@ -100,7 +100,7 @@ _Bar.set_lock(threading.RLock())
 
 def note(message: str) -> None:
     """Print one line on stderr, above a progress bar where there is one; of several processes, the first does."""
-    if is_first_process():
+    if process_rank() == 0:
         _Bar.write(message, file=STDERR)
 
 
@@ -112,7 +112,7 @@ def note_of_process(message: str) -> None:
 def progress_bar(total: int, description: str, unit: str, hidden: bool = False, **more) -> tqdm:
     """A tqdm bar that redraws twice a second on a terminal, and every half minute into a log file."""
     return _Bar(file=STDERR, total=total, desc=description, unit=unit, dynamic_ncols=True,
-                mininterval=0.5 if STDERR.isatty() else 30.0, disable=hidden or not is_first_process(), **more)
+                mininterval=0.5 if STDERR.isatty() else 30.0, disable=hidden or process_rank() > 0, **more)
 
 
 # ------------------------------------------------------------------------------------------ processes
@@ -126,10 +126,6 @@ def process_rank() -> int:
 def process_count() -> int:
     """How many processes torchrun started, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def is_first_process() -> bool:
-    return process_rank() == 0
 
 
 def check_processes() -> None:
@@ -179,12 +175,6 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
-def own_part(items: list) -> list:
-    """This process's part of the items, in order: as many as any other's, or one more or less."""
-    rank, count = process_rank(), process_count()
-    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
-
-
 def gather(value) -> list:
     """The value of every process, in the order of their numbers; each must call this. value: plain types, pictures, and
     tensors on the CPU. Raises UserError when one of the processes has ended."""
@@ -201,11 +191,14 @@ def gather(value) -> list:
 # --------------------------------------------------------------------------------------------- device
 
 
-def resolve_device(gpu_no: int | None) -> torch.device:
+def resolve_device(gpu_no: int | None, tf32: bool = True) -> torch.device:
     """The device of `--gpu_no`: -1 is the CPU; None is a GPU where there is one, for each process of torchrun another.
 
-    A GPU becomes torch's current one, so that nothing is put on another. Raises UserError when it is not there.
+    A GPU becomes torch's current one, so that nothing is put on another. Raises UserError when it is not there. tf32:
+    whether float32 convolutions on it may round their inputs to 10 bits, as training does, whose mixed precision rounds
+    more. Matrix products never may: they are the losses' Gram matrices and correlations.
     """
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32, False
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu_no is None:
         gpu_no = (int(os.environ["LOCAL_RANK"]) if process_count() > 1 else 0) if count else -1
@@ -215,13 +208,6 @@ def resolve_device(gpu_no: int | None) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(gpu_no)
     return torch.device("cuda", gpu_no)
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether float32 convolutions on a GPU may round their inputs to TF32's 10 bits, as training does, whose mixed
-    precision rounds more. Matrix products never may: they are the losses' Gram matrices and correlations."""
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def free_memory(device: torch.device) -> int:
@@ -270,11 +256,6 @@ def _control_groups(controller: str) -> Iterator[Path]:
                 yield from (folder, *folder.parents)
 
 
-def worker_count(asked: int | None) -> int:
-    """The processes that decode pictures: as asked, or one a usable core, at most 8."""
-    return asked if asked is not None else min(8, usable_cores())
-
-
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The data type of mixed precision for `--amp`, or None for float32 throughout.
 
@@ -293,9 +274,11 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def _cpu_says(name: str) -> str:
-    """What a line of Linux's /proc/cpuinfo says of the first core; empty where there is no such line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+    """What a line of Linux's /proc/cpuinfo says of the first core; empty where there is no such line or file."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+    return ""
 
 
 def describe_device(device: torch.device) -> str:
@@ -329,74 +312,46 @@ def time_in_turns(calls: list[Callable], turns: int, device: torch.device, warmu
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class StopWhileWaiting(BaseException):
-    """A stop signal that came within `StopRequest.while_waiting`; no library takes it for an error of its own."""
-
-
 @dataclass
 class StopRequest:
     """Remembers that one of STOP_SIGNALS came, so that a loop can finish its step and save."""
 
     signal_number: int | None = None
-    raises: bool = False
+    ends: bool = False  # whether it raises SystemExit, too: set while a loop waits for what may never come
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
 
-    @contextmanager
-    def while_waiting(self):
-        """Within the block, for what may never come, a signal also raises StopWhileWaiting; one from before does at
-        once."""
-        self.raises = True
-        try:
-            if self:
-                raise StopWhileWaiting
-            yield
-        finally:
-            self.raises = False
+    def end(self) -> None:
+        if self and self.ends:
+            raise SystemExit(128 + self.signal_number)  # as a shell has it
 
 
 @contextmanager
-def catch_stop_signals():
+def catch_stop_signals(only=None, ends: bool = False):
     """Within the block the first of STOP_SIGNALS only sets the yielded StopRequest; Ctrl-C after it acts at once. Of
-    the others, schedulers and shells send several."""
-    request, ctrl_c = StopRequest(), signal.getsignal(signal.SIGINT)
+    the others, schedulers and shells send several. In a program's main thread; signals that are ignored stay so, as
+    nohup has it, and with `only` all but those that have this handler do. ends: see StopRequest."""
+    request, ctrl_c = StopRequest(ends=ends), signal.getsignal(signal.SIGINT)
 
     def remember(number, _frame):
         if not request:
             request.signal_number = number
             signal.signal(signal.SIGINT, ctrl_c or signal.SIG_DFL)
-            if request.raises:
-                raise StopWhileWaiting
+            request.end()
 
-    with _handled(remember):
+    with ExitStack() as block:
+        for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            before = signal.getsignal(number)
+            if before not in (signal.SIG_IGN, None) and only in (before, None):
+                block.callback(signal.signal, number, signal.signal(number, remember))
         yield request
 
 
-@contextmanager
 def tidy_end():
     """Within the block the first of STOP_SIGNALS ends the program as an exception does, so that what was half-written
     goes; not where they are caught already, nor among several processes, which would wait for each other's end."""
-    request = StopRequest()
-
-    def end(number, _frame):
-        if not request:
-            request.signal_number = number
-            raise SystemExit(128 + number)
-
-    with _handled(end, only=signal.SIG_DFL) if process_count() == 1 else nullcontext():
-        yield
-
-
-def _handled(handler: Callable, only=None) -> ExitStack:
-    """A block within which `handler` gets STOP_SIGNALS, in a program's main thread; not those that are ignored, as
-    nohup has it, and with `only` none but those that have this handler."""
-    block = ExitStack()
-    for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(number)
-        if before not in (signal.SIG_IGN, None) and only in (before, None):
-            block.callback(signal.signal, number, signal.signal(number, handler))
-    return block
+    return catch_stop_signals(signal.SIG_DFL, ends=True) if process_count() == 1 else nullcontext()
 
 
 # --------------------------------------------------------------------------------------------- files

@@ -116,10 +116,8 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
             torch.hub.download_url_to_file(entry.url, file, hash_prefix=file.stem.rsplit("-")[-1],
                                            progress=STDERR.isatty())
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the download's hash is wrong
-        raise UserError(
-            f"vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
-            f"({error}); put the file there, or use bundled, random or a path"
-        ) from error
+        raise UserError(f"vgg_weights imagenet: {file.name} is neither in {file.parent} nor could it be downloaded "
+                        f"({error}); put the file there, or use bundled, random or a path") from error
     # Not by torchvision's own loader: it would run code pickled in a file of that name.
     return load_checkpoint(file, flag="vgg_weights imagenet:"), f"imagenet (torchvision {entry}, {_digest(file)})"
 
@@ -127,7 +125,7 @@ def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
 def _read_file(path: Path, flag: str) -> dict:
     """The dictionary in a file of torch's format, or as `pack_safetensors` made it; tensors alone are its `state_dict`.
     Raises UserError, naming `flag`."""
-    if path.suffix != SAFETENSORS:
+    if path.suffix.lower() != SAFETENSORS:
         content = load_checkpoint(path, flag)
         return {"state_dict": content} if _holds_tensors(content) else content
     if not path.is_file():
@@ -137,7 +135,7 @@ def _read_file(path: Path, flag: str) -> dict:
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        values = {name: json.loads(metadata[name]) for name in ("format", "config", *ORIGINS) if name in metadata}
+        values = {name: json.loads(metadata[name]) for name in ("config", *ORIGINS) if name in metadata}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{flag} {path}: not a safetensors file ({error})") from error
     except ValueError as error:
@@ -272,9 +270,8 @@ def model_names(paths: Iterable[str]) -> list[str]:
     return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
 
 
-def load_network(
-    path: Path, swap_max_pool: bool = False, flag: str = "--load_path", vgg_weights: str | None = None
-) -> tuple[StyleTransferNetwork, dict]:
+def load_network(path: Path, swap_max_pool: bool = False, flag: str = "--load_path",
+                 vgg_weights: str | None = None) -> tuple[StyleTransferNetwork, dict]:
     """The network in a model file, full or pruned, on the CPU, in float32 and evaluation mode, and the whole checkpoint
     dictionary. Raises UserError, naming `flag`, when it is no model.
 
@@ -308,17 +305,6 @@ def load_network(
     network = StyleTransferNetwork(config)
     network.load_state_dict(state_dict)
     return network.eval(), checkpoint
-
-
-def load_teacher(
-    path: Path, student: NetworkConfig, vgg_weights: str | None = None
-) -> tuple[StyleTransferNetwork, dict]:
-    """`load_network` of `--teacher`. Raises UserError when its bottleneck is not as large as the student's."""
-    teacher, checkpoint = load_network(path, flag="--teacher", vgg_weights=vgg_weights)
-    if teacher.config.stride != student.stride:
-        raise UserError(f"teacher {path} is a {teacher.config.backbone} network, with a bottleneck of "
-                        f"1/{teacher.config.stride} of the side; this {student.backbone} has 1/{student.stride}")
-    return teacher, checkpoint
 
 
 def _holds_tensors(value) -> bool:

@@ -19,15 +19,7 @@ from pathlib import Path
 import torch
 from measure import benchmark_parser, peak_memory, show_spread, spread, versions
 
-from network import (
-    BACKBONES,
-    NetworkConfig,
-    StyleTransferNetwork,
-    align,
-    count_macs,
-    count_parameters,
-    level_statistics,
-)
+from network import NetworkConfig, StyleTransferNetwork, align, count_macs, count_parameters, level_statistics
 from painting.stylizer import Stylizer
 from painting.tiling import TILES, memory_needed
 from utils import errors_in_one_line, free_memory, resolve_device, time_in_turns
@@ -45,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_network(name: str) -> StyleTransferNetwork:
-    if name.removeprefix("full-") in BACKBONES:
+    if name in ("full-vgg19", "full-vgg16"):
         return StyleTransferNetwork(NetworkConfig.full(name.removeprefix("full-"))).eval()
     return load_network(Path(name))[0]
 

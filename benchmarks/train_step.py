@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from folders import find_pictures
 from network import NetworkConfig, build_from_vgg
 from train import TrainConfig
-from training.sampling import CropConfig, PictureCache, TrainingPictures, training_batches
+from training.sampling import PictureCache, TrainingPictures, training_batches
 from training.step import TransferTrainer
 from utils import errors_in_one_line, resolve_device, time_in_turns
 from weights import load_vgg
@@ -125,7 +125,7 @@ def open_loader(
     """(content, style), endless: from this trainer's loader, or where workers is None from the plain one."""
     if workers is None:
         yield from zip(*(plain_loader(folder, config.imsize, config.cropsize, config.batch_size) for folder in paths))
-    pictures = TrainingPictures(paths, CropConfig.of(config), config.seed, cache)
+    pictures = TrainingPictures(paths, config, cache)
     for content, style, _ in training_batches(pictures, range(10**9), config.batch_size, workers,
                                               device.type == "cuda"):
         yield content, style
@@ -194,7 +194,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = PictureCache(Path(folder))
         for path in (*paths[0], *paths[1]):
-            cache.open(path, CropConfig.of(base).shorter_side)
+            cache.open(path, max(base.imsize, base.cropsize))
         workers = arguments.num_workers
         report["loader"] = measure_rates(arguments, base, device, paths, {
             "plain": (None, None, lambda *_: None), "this loader": (workers, None, lambda *_: None),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data import denormalize
-from exporting.graphs import ContentGraph, Graph, PairGraph, StyleGraph, dynamic_shapes, trace
+from exporting.graphs import AXES, Graph, PairGraph, StyleGraph, trace
 from network import StyleTransferNetwork
 from painting.stylizer import Stylizer
 from utils import UserError
@@ -22,7 +22,7 @@ from weights import SAFETENSORS, load_network, pack_safetensors
 
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
 FORMATS = (ONNX, TORCH_EXPORT, SAFETENSORS)
-SPLIT = {"style": StyleGraph, "content": ContentGraph}
+SPLIT = {"style": StyleGraph, "content": Graph}
 
 GRAPH_TORCH = "2.9"  # older ones fail on our graphs
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -70,7 +70,7 @@ def to_onnx(graph: Graph, network: StyleTransferNetwork) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that inputs share an axis's name
         exported = torch.onnx.export(trace(graph), input_names=list(graph.inputs), output_names=list(graph.outputs),
-                                     dynamic_shapes=dynamic_shapes(graph), verbose=False)
+                                     dynamic_shapes={name: AXES[name] for name in graph.inputs}, verbose=False)
     model = exported.model_proto
     model.metadata_props.add(key="config", value=json.dumps(network.config.to_dict()))
     return model.SerializeToString()

@@ -26,13 +26,13 @@ def in_rows(feature: Tensor) -> Tensor:
 
 
 class Graph(nn.Module):
-    """A network with what stands around it: RGB of 0..1 in and out, normalisation, padding and cropping.
+    """From a content picture, and a style as mean and std, to the painted picture: a network with what stands around
+    it, RGB of 0..1 in and out, normalisation, padding and cropping.
 
     `inputs` names what `forward` takes, of AXES; `outputs` what it returns.
     """
 
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...] = ("picture",)
+    inputs, outputs = ("content", "mean", "std", "strength"), ("picture",)
 
     def __init__(self, network: StyleTransferNetwork) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class Graph(nn.Module):
         normalized = (image - self.rgb_mean) / self.rgb_std
         return self.network.encode(normalized.index_select(1, self.colors) if len(self.colors) > 3 else normalized)
 
-    def statistics(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image: (B, 3, H, W), 0..1. Returns `level_statistics`, (B, C, 1, 1) each."""
-        return level_statistics([*map(in_rows, self.encode(image))])
+    def statistics(self, style: Tensor) -> tuple[Tensor, Tensor]:
+        """style: (B, 3, H, W), 0..1. Returns `level_statistics`, (B, C, 1, 1) each."""
+        return level_statistics([*map(in_rows, self.encode(style))])
 
-    def paint(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
+    def forward(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
         """content: (B, 3, H, W), 0..1; mean, std: (B, C, 1, 1); strength: (1,), 0..1. Returns (B, 3, H, W), 0..1."""
         features = self.encode(content)
         rows = align([*map(in_rows, features)], mean, std, strength)
@@ -69,18 +69,7 @@ class StyleGraph(Graph):
     """From a style picture to all that is taken from it: mean and std of every bottleneck channel."""
 
     inputs, outputs = ("style",), ("mean", "std")
-
-    def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        return self.statistics(style)
-
-
-class ContentGraph(Graph):
-    """From a content picture, and a style as mean and std, to the painted picture."""
-
-    inputs = ("content", "mean", "std", "strength")
-
-    def forward(self, content: Tensor, mean: Tensor, std: Tensor, strength: Tensor) -> Tensor:
-        return self.paint(content, mean, std, strength)
+    forward = Graph.statistics
 
 
 class PairGraph(Graph):
@@ -89,13 +78,7 @@ class PairGraph(Graph):
     inputs = ("content", "style", "strength")
 
     def forward(self, content: Tensor, style: Tensor, strength: Tensor) -> Tensor:
-        return self.paint(content, *self.statistics(style), strength)
-
-
-def dynamic_shapes(graph: Graph) -> dict:
-    """The AXES of the graph's inputs, as torch.export has them."""
-    dims = {dim: torch.export.Dim(dim) for name in graph.inputs for dim in AXES[name].values()}
-    return {name: {axis: dims[dim] for axis, dim in AXES[name].items()} for name in graph.inputs}
+        return super().forward(content, *self.statistics(style), strength)
 
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:
@@ -104,8 +87,10 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
     statistic = (2, sum(graph.network.config.level_widths), 1, 1)
     sizes = {"content": (2, 3, 37, 45), "style": (2, 3, 52, 44), "mean": statistic, "std": statistic, "strength": (1,)}
     example = tuple(torch.rand(sizes[name]) for name in graph.inputs)
+    dims = {dim: torch.export.Dim(dim) for name in graph.inputs for dim in AXES[name].values()}
+    shapes = {name: {axis: dims[dim] for axis, dim in AXES[name].items()} for name in graph.inputs}
     with torch.no_grad():
-        return torch.export.export(graph.eval(), example, dynamic_shapes=dynamic_shapes(graph))
+        return torch.export.export(graph.eval(), example, dynamic_shapes=shapes)
 
 
 def fill_up(network: StyleTransferNetwork, multiple: int) -> StyleTransferNetwork:

@@ -88,9 +88,8 @@ def runtime_files() -> dict[str, bytes]:
     return files
 
 
-def page_files(
-    network: StyleTransferNetwork, name: str, style_graph: bytes, content_graph: bytes, styles: Sequence[Path]
-) -> dict[str, bytes]:
+def page_files(network: StyleTransferNetwork, name: str, style_graph: bytes, content_graph: bytes,
+               styles: Sequence[Path]) -> dict[str, bytes]:
     """The content of every file of the page, by its name in the folder.
 
     network: the one that the two ONNX graphs were made from; name: what the page calls it.
@@ -98,7 +97,7 @@ def page_files(
     """
     files = {each: (WEB / each).read_bytes() for each in OWN_FILES} | runtime_files()
     files |= {"style.onnx": style_graph, "content.onnx": content_graph, "photograph.jpg": DEMO_CONTENT.read_bytes()}
-    stylizer, has_sources = Stylizer(network), STYLES in {path.parent for path in styles}
+    stylizer, has_sources = Stylizer(network), STYLES.resolve() in {path.parent.resolve() for path in styles}
     if has_sources:
         files[SOURCES.name] = SOURCES.read_bytes()
     settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network.config),
@@ -119,7 +118,7 @@ def check_page_folder(path: Path) -> None:
 
 def write_page(path: Path, files: Mapping[str, bytes]) -> None:
     """Write all files to the folder `path`, or none: they are written beside it first."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     check_page_folder(path)
     make_folder(path.parent, "--save_path")
     try:

@@ -16,10 +16,9 @@ FILES |= {path.parent.name: path for path in ROOT.glob("*/__init__.py")}
 def at_home() -> bool:
     """Whether the names of all modules of this toolkit mean them, as in its own programs."""
     try:
-        specs = {file: find_spec(name) for name, file in FILES.items()}
-    except ValueError:  # a module of one of these names that comes from no file
+        return all(Path(find_spec(name).origin).resolve() == file for name, file in FILES.items())
+    except (ValueError, AttributeError, TypeError):  # there is none of this name, or it comes from no file
         return False
-    return all(spec is not None and Path(spec.origin or "").resolve() == file for file, spec in specs.items())
 
 
 @contextmanager

@@ -10,42 +10,18 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from data import (
-    NotFinite,
-    PictureError,
-    denormalize,
-    load_alpha,
-    normalize,
-    pixels_to_pil,
-    read_written,
-    save_picture,
-    to_pil,
-)
+import utils
+from data import PictureError, denormalize, load_alpha, normalize, pixels_to_pil, read_written, save_picture, to_pil
 from painting.control import MaskedStyle, Style, check_mask
-from painting.pairs import Pair, Pictures
+from painting.pairs import Pair, Pictures, Plan
 from painting.quality import MIN_SIDE, Meter
-from painting.sheets import Key, Sheet
+from painting.sheets import Key
 from painting.stylizer import Stylizer, UnusablePicture, load_input, usable
 from painting.tiling import TiledPicture
-from utils import UserError, gather, make_folder, note_of_process, own_part, progress_bar, usable_cores
+from utils import UserError, gather, make_folder, note_of_process, progress_bar, usable_cores
 
 MOST_THREADS = 8  # that read, and that write; as many pictures are read ahead
 KEPT_STYLES = 128 * 2**20  # bytes of pictures that are not decoded again for each content that colours them
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is painted in what, and where it goes."""
-
-    contents: Pictures
-    styles: Pictures
-    pairs: list[Pair]
-    columns: list[str]  # the names of a pair's pictures: of each model at each strength, then of `others`
-    others: dict[str, dict[Pair, Path]]  # by a name: pictures of the same pairs, to be measured, too
-    mask: Image.Image | None  # L
-    folder: Path
-    files: dict[Pair, list[Path]]  # to write, of each model at each strength
-    sheets: list[Sheet]
 
 
 @dataclass
@@ -53,7 +29,7 @@ class Outcome:
     """What came of all pairs."""
 
     values: dict[Pair, Tensor | None] = field(default_factory=dict)  # measured, of the pairs that could be painted
-    kept: int = 0  # pictures that were there already
+    kept: set[Path] = field(default_factory=set)  # pictures that were there already
     unusable: dict[tuple[str, int], str] = field(default_factory=dict)  # the reasons, by flag and number
     shown: dict[Key, Image.Image] = field(default_factory=dict)  # small copies for the sheets
 
@@ -79,7 +55,7 @@ class PairPainter:
         self.outcome = Outcome()
         self.shown = {key for sheet in plan.sheets for row in sheet.rows for key in row}
         self.cell = max((sheet.cell for sheet in plan.sheets), default=0)
-        self.threads = min(usable_cores(), MOST_THREADS)
+        self.threads, self.least_side = min(usable_cores(), MOST_THREADS), MIN_SIDE if meter else 1
 
     def run(self) -> Outcome:
         """Paint what is this process's part, and return what came out of all processes.
@@ -88,7 +64,8 @@ class PairPainter:
         pairs. Raises UserError for an output that is not finite or cannot be written, and for a picture that was named
         alone and cannot be used.
         """
-        pairs = own_part(self.plan.pairs)
+        every, rank, processes = self.plan.pairs, utils.process_rank(), utils.process_count()
+        pairs = every[len(every) * rank // processes : len(every) * (rank + 1) // processes]
         self.pairs = {content: [*own] for content, own in groupby(pairs, key=lambda pair: pair[0])}
         self.encoded: dict[int, _Style] = {}
         self.being_written = deque()
@@ -102,7 +79,7 @@ class PairPainter:
         outcome = Outcome()
         for own in gather(self.outcome):
             outcome.values |= own.values
-            outcome.kept += own.kept
+            outcome.kept |= own.kept
             outcome.unusable |= own.unusable
             outcome.shown |= own.shown
         return outcome
@@ -125,21 +102,19 @@ class PairPainter:
     def _load_style(self, number: int) -> list[Tensor]:
         """The pictures of a style, (1, 3, H, W), uint8, each. Raises UnusablePicture."""
         config = replace(self.config, imsize=self.config.style_size or self.config.imsize)
-        return [self._load(path, config, self.plan.styles) for path in self.plan.styles.groups[number]]
+        styles = self.plan.styles
+        return [load_input(path, config, styles.flag, self.least_side) for path in styles.groups[number]]
 
     def _load_content(self, number: int) -> Content:
         """Raises UnusablePicture or PictureError, also where the picture has another aspect than the mask."""
         config, (path,) = self.config, self.plan.contents.groups[number]
-        picture = self._load(path, config, self.plan.contents)
+        picture = load_input(path, config, self.plan.contents.flag, self.least_side)
         try:
             check_mask(self.plan.mask, picture)
         except UserError as error:
             raise PictureError(f"{path}: {error}") from error
         alpha = load_alpha(path, config.imsize, config.cropsize, config.max_pixels)
         return picture, alpha, [stylizer.open(picture) for stylizer in self.stylizers.values()]
-
-    def _load(self, path: Path, config, pictures: Pictures) -> Tensor:
-        return load_input(path, config, pictures.flag, MIN_SIDE if self.meter else 1)
 
     def _encode_style(self, number: int, pictures: list[Tensor]) -> None:
         self._show(("style", number), pictures[0])
@@ -179,7 +154,7 @@ class PairPainter:
                 outputs.append(output)
                 self._write(painted, path, alpha)
             else:
-                self.outcome.kept += 1
+                self.outcome.kept.add(path)
             self._show((*pair, column), painted)
             self.bar.update()
         for column, (name, files) in enumerate(self.plan.others.items(), len(outputs)):
@@ -192,9 +167,8 @@ class PairPainter:
             outputs.append(normalize(other.to(self.meter.device)))
         return outputs
 
-    def _paint(
-        self, model: Path, content: TiledPicture, style: Style | MaskedStyle, strength: float
-    ) -> tuple[Image.Image, Tensor | None]:
+    def _paint(self, model: Path, content: TiledPicture, style: Style | MaskedStyle,
+               strength: float) -> tuple[Image.Image, Tensor | None]:
         """The painted picture, and the output that it is of where there is a meter."""
         stylizer, keeps_colors = self.stylizers[model], self.config.preserve_color == "luma"
         try:
@@ -202,7 +176,7 @@ class PairPainter:
                 return stylizer.paint_picture(content, style, strength, keeps_colors=keeps_colors), None
             output = stylizer.paint(content, style, strength, keeps_colors=keeps_colors)
             return to_pil(denormalize(output)), output
-        except NotFinite as error:
+        except UserError as error:  # not finite
             raise UserError(f"load_path {model}: {error}") from error
 
     def _write(self, picture: Image.Image, path: Path, alpha: Image.Image | None) -> None:

@@ -5,11 +5,19 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain, count, product
 from pathlib import Path
 
+from PIL import Image
+
 from folders import find_measured, find_pictures, is_held_out, is_searched, refuse_within
+from painting.control import check_styles
+from painting.sheets import COMPARISON, CONTACT_SHEET, Sheet, comparison_sheet, contact_sheet
+from painting.stylizer import open_mask
 from utils import UserError, note
+from weights import model_names
+
+METRICS_NAME = "metrics.json"
 
 LONGEST_NAME = 180  # bytes of a pair's name: file systems take 255, and a file in the making has a longer one
 
@@ -37,6 +45,21 @@ class Pictures:
     def combined(self) -> "Pictures":
         """All of them as one style, of number 0 and with all their names."""
         return replace(self, groups=[tuple(self.paths)], names=["+".join(self.names)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is painted in what, and where it goes."""
+
+    contents: Pictures
+    styles: Pictures
+    pairs: list[Pair]
+    columns: list[str]  # the names of a pair's pictures: of each model at each strength, then of `others`
+    others: dict[str, dict[Pair, Path]]  # by a name: pictures of the same pairs, to be measured, too
+    mask: Image.Image | None  # L
+    folder: Path
+    files: dict[Pair, list[Path]]  # to write, of each model at each strength
+    sheets: list[Sheet]
 
 
 def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
@@ -86,8 +109,7 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
     Drawn pairs use every picture as often as any other of its kind, or once more. Raises UserError when there
     are not that many pairs.
     """
-    if number is None:
-        return [(content, style) for content in range(contents) for style in range(styles)]
+    number = contents * styles if number is None else number
     if number > contents * styles:
         raise UserError(f"pairs {number}: {contents} content and {styles} style pictures make "
                         f"{contents * styles} pairs")
@@ -99,10 +121,8 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
                   for place in range(number))
 
 
-def output_names(
-    pairs: Sequence[Pair], contents: Pictures, styles: Pictures, endings: Sequence[str] = ("",),
-    taken: Iterable[str] = (),
-) -> dict[Pair, list[str]]:
+def output_names(pairs: Sequence[Pair], contents: Pictures, styles: Pictures, endings: Sequence[str] = ("",),
+                 taken: Iterable[str] = ()) -> dict[Pair, list[str]]:
     """The file names of every pair's pictures, without suffix, one with each of `endings`: no two alike, none of
     `taken`, and short enough for a file system."""
     stems = []
@@ -115,9 +135,8 @@ def output_names(
     return {pair: [next(names) for _ in endings] for pair in pairs}
 
 
-def check_outputs(
-    config, written: Sequence[Path], pictures: Sequence[Pictures] = (), painted: Sequence[Path] = ()
-) -> None:
+def check_outputs(config, written: Sequence[Path], pictures: Sequence[Pictures] = (),
+                  painted: Sequence[Path] = ()) -> None:
     """Raises UserError where a file to write is one that is read, or where its folder is searched for pictures: the
     next call would paint what this one wrote. config: a TestConfig; painted: pictures by others, which are read, too.
     """
@@ -154,3 +173,48 @@ def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: 
                             "with any suffix")
         files[content, style] = found[0]
     return files
+
+
+def make_plan(config) -> Plan:
+    """config: a TestConfig. Raises UserError for pictures that are not there or do not fit each other, and for outputs
+    that would overwrite what is read."""
+    contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
+    if config.combines_styles:
+        check_styles(len(styles.paths), config.style_weights, config.mask)
+        styles = styles.combined()
+    pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
+    others = {each.partition("=")[0]: find_painted(each, pairs, contents, styles) for each in config.painted or ()}
+    names = model_names(config.load_path)
+    columns = [name if len(config.style_strength) == 1 else f"{name} at {strength}"
+               for name, strength in product(names, config.strengths)]
+    columns += others
+    if distinct(columns) != columns or len(others) < len(config.painted or ()):
+        raise UserError(f"painted {' '.join(config.painted)}: another row has this name; choose another")
+    sheets = []
+    if len(columns) > 1 or config.pairs is not None and not config.is_single:
+        sheets.append(comparison_sheet(pairs, columns))
+    if config.names_many and config.pairs is None:
+        sheets.append(contact_sheet(pairs, columns))
+    folder, files = _outputs(config, pairs, contents, styles, names)
+    mask = None if config.mask is None else open_mask(config.mask)
+    written = [*chain.from_iterable(files.values()), *(folder / sheet.name for sheet in sheets)]
+    written += [folder / METRICS_NAME] * bool(config.measured)
+    check_outputs(config, written, (contents, styles), [path for each in others.values() for path in each.values()])
+    return Plan(contents, styles, pairs, columns, others, mask, folder, files, sheets)
+
+
+def _outputs(config, pairs: list[Pair], contents: Pictures, styles: Pictures,
+             names: list[str]) -> tuple[Path, dict[Pair, list[Path]]]:
+    """The folder to write to, and the files of every pair: for each model, in its own folder where there are several,
+    one a strength. names: of the models. Raises UserError where `--save_path` is a file and cannot hold them."""
+    save_path, strengths = config.output, config.strengths
+    if config.writes_a_file:
+        if config.measured or not config.is_single:
+            raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
+                            f"{len(names)} model(s) at {len(strengths)} strength(s), or their metrics; name a folder")
+        return save_path.parent, {pairs[0]: [save_path]}
+    endings = [""] if len(strengths) == 1 else [f"_{strength}" for strength in strengths]
+    folders = [save_path / name for name in names] if len(names) > 1 else [save_path]
+    taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]
+    named = output_names(pairs, contents, styles, endings, taken)
+    return save_path, {pair: [folder / f"{name}.png" for folder in folders for name in named[pair]] for pair in pairs}

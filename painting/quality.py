@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
 
 from data import denormalize, normalize
 from loss import content_loss, style_distance, style_statistics
@@ -40,12 +40,9 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     luma): the mean over every position at which the 11 x 11 Gaussian window fits into the picture. Colour
     goes in only through the luma: a new palette with old structure is what style transfer is for.
     """
-    offsets = torch.arange(SSIM_WINDOW, device=first.device, dtype=torch.float64) - SSIM_WINDOW // 2
-    window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
-    window = (window / window.sum())[None, None]  # (1, 1, 11)
-
-    def blur(image: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(image, window[..., None]), window[:, :, None])  # (B, 1, H-10, W-10)
+    def blur(image: Tensor) -> Tensor:  # one axis at a time, and without what depends on its padding
+        down = gaussian_blur(image, (1, SSIM_WINDOW), SSIM_SIGMA)
+        return gaussian_blur(down, (SSIM_WINDOW, 1), SSIM_SIGMA)[..., 5:-5, 5:-5]  # (B, 1, H-10, W-10)
 
     # In float64: a variance as the difference of two squares loses half of its digits.
     luma = torch.tensor(LUMA, device=first.device, dtype=torch.float64)[:, None, None]
@@ -56,18 +53,6 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     similarity = (2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)
     similarity = similarity / ((mean_x**2 + mean_y**2 + SSIM_C1) * (variance_x + variance_y + SSIM_C2))
     return similarity.mean(dim=(1, 2, 3))
-
-
-def load_stlpips() -> nn.Module:
-    """ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686) with the weights its package carries: from two pictures,
-    (B, 3, H, W), RGB, -1..1, to (B, 1, 1, 1), 0 for equal ones. Raises UserError when the package, or one that it
-    imports, is not installed."""
-    try:
-        from stlpips_pytorch import stlpips
-    except ImportError as error:
-        raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install '.[metrics]', or name other "
-                        "metrics") from error
-    return stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False).eval().requires_grad_(False)
 
 
 def tile_deviations(pixels: Tensor) -> Tensor:
@@ -93,15 +78,20 @@ class Meter:
     pads with, so that all models are measured alike.
     """
 
-    def __init__(
-        self, metrics: tuple[str, ...], backbone: str, vgg_weights: str, style_kind: str, seed: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, metrics: tuple[str, ...], backbone: str, vgg_weights: str, style_kind: str, seed: int,
+                 device: torch.device) -> None:
         """metrics: of METRICS; the others as in training. Raises UserError when weights or a package cannot be had."""
         self.metrics, self.style_kind, self.device = metrics, style_kind, device
-        self.loss_network = self.vgg_origin = self.stlpips = None
+        self.vgg_origin, self.loss_network = None, lambda image: []  # without loss metrics there are no features
         if "stlpips" in metrics:
-            self.stlpips = load_stlpips().to(device)
+            try:
+                from stlpips_pytorch import stlpips
+            except ImportError as error:
+                raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install '.[metrics]', or name "
+                                "other metrics") from error
+            # Ghildyal & Liu, ECCV 2022, arXiv 2207.13686, with the weights its package carries.
+            network = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+            self.stlpips = network.eval().requires_grad_(False).to(device)
         if set(LOSS_METRICS) & set(metrics):
             vgg, self.vgg_origin = load_vgg(backbone, vgg_weights, seed)
             loss_network = build_loss_network(NetworkConfig.full(backbone), vgg)  # pads with zeros, as VGG learned
@@ -112,20 +102,17 @@ class Meter:
         """What `measure` takes of a content picture, (1, 3, H, W), uint8, sides of MIN_SIDE or more: itself, on the
         device, and the loss network's deepest feature; none without loss metrics."""
         picture = picture.to(self.device)
-        return picture, [] if self.loss_network is None else self.loss_network(normalize(picture))[-1:]
+        return picture, self.loss_network(normalize(picture))[-1:]
 
     @torch.inference_mode()
     def open_style(self, picture: Tensor) -> list[tuple[Tensor, ...]]:
         """What `measure` takes of a style picture, as in `open_content`: the statistics of the loss network's features;
         none without loss metrics."""
-        if self.loss_network is None:
-            return []
         return style_statistics(self.loss_network(normalize(picture.to(self.device))), self.style_kind)
 
     @torch.inference_mode()
-    def measure(
-        self, content: tuple[Tensor, list[Tensor]], style: list[tuple[Tensor, ...]], outputs: list[Tensor]
-    ) -> Tensor:
+    def measure(self, content: tuple[Tensor, list[Tensor]], style: list[tuple[Tensor, ...]],
+                outputs: list[Tensor]) -> Tensor:
         """content, style: of `open_content` and `open_style`; outputs of one or more models for this pair:
         (1, 3, H, W), ImageNet-normalised. Returns (len(outputs), len(metrics)), float64.
 
@@ -135,7 +122,7 @@ class Meter:
         return torch.stack([self._measure_one(*content, style, output) for output in outputs])
 
     def _measure_one(self, pixels: Tensor, content_feature: list, style: list, output: Tensor) -> Tensor:
-        features = None if self.loss_network is None else self.loss_network(output)
+        features = self.loss_network(output)
         written = (denormalize(output) * 255.0).round()
         ways = {
             "content": lambda: content_loss(features, content_feature),

@@ -1,12 +1,10 @@
 """Sheets of pictures: every content with every style, or pair by pair."""
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid
 
 from data import save_picture
 
@@ -43,25 +41,20 @@ class Sheet:
             outputs = [key for key in keys if key is not None and len(key) == 3]
             return not outputs or any(key in pictures for key in outputs)
 
+        rows = [row for row in self.rows if is_shown(row)]
         columns = [column for column, keys in enumerate(zip(*self.rows)) if is_shown(keys)]
-        cells = [self._cell(pictures.get(row[column])) for row in self.rows if is_shown(row) for column in columns]
-        grid = Image.fromarray(make_grid(cells, nrow=len(columns), padding=0).permute(1, 2, 0).numpy())
-        top = TITLE_HEIGHT if self.titles else 0
-        sheet = Image.new("RGB", (grid.width, top + grid.height), "white")
-        sheet.paste(grid, (0, top))
-        for place, column in enumerate(columns if self.titles else ()):
-            title = self.titles[column][-self.cell // 9 :]  # what fits, in letters of 9 pixels
-            ImageDraw.Draw(sheet).text(((place + 0.5) * self.cell, TITLE_HEIGHT / 2), title, fill="black",
+        cell, top = self.cell, TITLE_HEIGHT if self.titles else 0
+        sheet = Image.new("RGB", (cell * len(columns), top + cell * len(rows)), "white")
+        for (below, row), (right, column) in product(enumerate(rows), enumerate(columns)):
+            if picture := pictures.get(row[column]):
+                picture.thumbnail((cell - max(2, cell // 32),) * 2)
+                sheet.paste(picture, (right * cell + (cell - picture.width) // 2,
+                                      top + below * cell + (cell - picture.height) // 2))
+        for right, column in enumerate(columns if self.titles else ()):
+            title = self.titles[column][-cell // 9 :]  # what fits, in letters of 9 pixels
+            ImageDraw.Draw(sheet).text(((right + 0.5) * cell, TITLE_HEIGHT / 2), title, fill="black",
                                        font=ImageFont.load_default(TITLE_HEIGHT // 2), anchor="mm")
         save_picture(sheet, folder / self.name)
-
-    def _cell(self, picture: Image.Image | None) -> Tensor:
-        """A picture in the middle of a white square, (3, side, side), uint8."""
-        cell = Image.new("RGB", (self.cell, self.cell), "white")
-        if picture is not None:
-            picture.thumbnail((self.cell - max(2, self.cell // 32),) * 2)
-            cell.paste(picture, ((self.cell - picture.width) // 2, (self.cell - picture.height) // 2))
-        return pil_to_tensor(cell)
 
 
 def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> Sheet:

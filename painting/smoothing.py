@@ -31,9 +31,8 @@ class Motion:
     followed: np.ndarray | None = None  # (H, W, 1), float32, from 0, new, to 1, surely the same
 
 
-def paint_on_grid(
-    pixels: np.ndarray, motion: Motion, stride: int, paint: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def paint_on_grid(pixels: np.ndarray, motion: Motion, stride: int,
+                  paint: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """A frame, (H, W, 3), uint8, painted where `motion` has the network's grid of `stride` pixels: `paint` gets it
     continued by reflection, (H + stride, W + stride, 3). Returns the same shape."""
     (height, width), (top, left) = pixels.shape[:2], motion.shift

@@ -1,7 +1,8 @@
 """Picture in, picture out."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,16 +15,7 @@ from torch import Tensor
 
 from data import PictureError, denormalize, load_alpha, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
 from network import UPSAMPLINGS, StyleTransferNetwork, align
-from painting.control import (
-    PRESERVED,
-    MaskedStyle,
-    Style,
-    check_mask,
-    check_styles,
-    keep_colors,
-    match_colors,
-    mix,
-)
+from painting.control import PRESERVED, MaskedStyle, Style, check_mask, check_styles, keep_colors, match_colors, mix
 from painting.tiling import TILES, TiledPicture, at_level, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
 from weights import find_model_file, load_network, model_names
@@ -36,9 +28,8 @@ PROBE_SIDE = 256  # pixels: shorter side of the pair that this is measured on
 WHOLE_SHARE = 0.8  # of the free memory, what a picture painted in one piece may take
 
 
-def open_model(
-    load_path: str, swap_max_pool: bool, backbone: str | None, vgg_weights: str | None
-) -> tuple[StyleTransferNetwork, dict]:
+def open_model(load_path: str, swap_max_pool: bool, backbone: str | None,
+               vgg_weights: str | None) -> tuple[StyleTransferNetwork, dict]:
     """`load_network`, refusing a network of another backbone than asked for."""
     network, checkpoint = load_network(Path(load_path), swap_max_pool, vgg_weights=vgg_weights)
     if backbone is not None and backbone != network.config.backbone:
@@ -48,10 +39,12 @@ def open_model(
 
 
 class OpenedModel(NamedTuple):
-    """A network with its name in tables and folders, its file, and what else the file says."""
+    """A network with its name in tables and folders, its file with the digest that it had when it was read, and what
+    else the file says."""
 
     name: str
     file: Path
+    sha256: str
     network: StyleTransferNetwork
     checkpoint: dict
 
@@ -62,9 +55,10 @@ def open_models(config) -> list[OpenedModel]:
     for path, name in zip(config.load_path, model_names(config.load_path)):
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone, config.vgg_weights)
         file = find_model_file(Path(path))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"load_path {path}: this model is named twice")
-        models.append(OpenedModel(name, file, network, checkpoint))
+        models.append(OpenedModel(name, file, digest, network, checkpoint))
     return models
 
 
@@ -117,10 +111,8 @@ class Stylizer:
     A picture is a path, a Pillow picture, or pixels of type uint8: an array (H, W, 3), or a tensor (1, 3, H, W).
     """
 
-    def __init__(
-        self, model: str | Path | StyleTransferNetwork, *, device: str | torch.device | None = None,
-        upsampling: str | None = None, tile: int | None = None, vgg_weights: str | Path | None = None,
-    ) -> None:
+    def __init__(self, model: str | Path | StyleTransferNetwork, *, device: str | torch.device | None = None,
+                 upsampling: str | None = None, tile: int | None = None, vgg_weights: str | Path | None = None) -> None:
         """model: a model file, the folder of a run or a pruning, or a network, which is copied.
 
         device: None is the GPU where there is one, for a network where it is. upsampling: in the decoder, one of
@@ -148,8 +140,8 @@ class Stylizer:
             raise UserError(f"upsampling {upsampling}: one of {', '.join(UPSAMPLINGS)} is needed")
         self.network.use(upsampling)
         least = least_tile(self.network.config)
-        if tile is not None:
-            _check("tile", tile, Integral, lambda side: side >= least, f"{least} pixels or more are needed")
+        if tile is not None and not (isinstance(tile, Integral) and tile >= least):
+            raise UserError(f"tile {tile}: {least} pixels or more are needed")
         self.tile = tile
         self._told = set()  # sizes of pictures of which `_tile_for` has said that they are painted in tiles
 
@@ -173,17 +165,16 @@ class Stylizer:
 
     @torch.inference_mode()
     def paint_picture(self, content, style, strength: float = 1.0, *, keeps_colors: bool = False) -> Image.Image:
-        """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises NotFinite."""
+        """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises UserError where what
+        is painted is not finite."""
         content = self.open(content)
         painted = Image.new("RGB", content.pixels.shape[:1:-1])
         for rows, columns, tile in self._painted(content, style, strength, keeps_colors):
             painted.paste(to_pil(denormalize(tile)), (columns.start, rows.start))
         return painted
 
-    def stylize(
-        self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
-        preserve_color: str | None = None, style_size: int | None = None,
-    ) -> Image.Image:
+    def stylize(self, content, style, *, strength: float = 1.0, style_weights: Sequence[float] | None = None, mask=None,
+                preserve_color: str | None = None, style_size: int | None = None) -> Image.Image:
         """The painted picture, of exactly the content's size: RGB, or RGBA where the content is transparent.
 
         content: a picture (see the class). style: a picture, or as `encode_style` gives it; a list of them with
@@ -196,10 +187,13 @@ class Stylizer:
         """
         if preserve_color not in (None, *PRESERVED):
             raise UserError(f"preserve_color {preserve_color}: one of {', '.join(PRESERVED)} is needed")
-        _check("strength", strength, Real, lambda share: 0 <= share <= 1, "a number from 0 to 1 is needed")
-        if style_size is not None:
-            _check("style_size", style_size, Integral, lambda side: side >= 1, "a whole number, 1 or more, is needed")
-        alpha, content = _alpha(content, "content"), self.open(content)
+        if not (isinstance(strength, Real) and 0 <= strength <= 1):
+            raise UserError(f"strength {strength}: a number from 0 to 1 is needed")
+        if style_size is not None and not (isinstance(style_size, Integral) and style_size >= 1):
+            raise UserError(f"style_size {style_size}: a whole number, 1 or more, is needed")
+        with usable(content, "content"):
+            alpha = load_alpha(content) if isinstance(content, (str, Path, Image.Image)) else None
+        content = self.open(content)
         styles = style if isinstance(style, (list, tuple)) else [style]
         changed = {"style_size": style_size is not None, "preserve_color histogram": preserve_color == "histogram"}
         for name, is_changed in changed.items():
@@ -209,6 +203,10 @@ class Stylizer:
         mask = None if mask is None else open_mask(mask)
         check_mask(mask, content.pixels)
         styles = [each if isinstance(each, Style) else _pixels(each, "style", style_size) for each in styles]
+        for name, each in (("content", content.pixels), *(("style", each) for each in styles)):
+            number = len(each.mean if isinstance(each, Style) else each)
+            if number != 1:
+                raise UserError(f"{name}: got {number} pictures in one tensor; one is needed (`paint` takes several)")
         code = self.combine(styles, style_weights, mask, content.pixels if preserve_color == "histogram" else None)
         painted = self.paint_picture(content, code, strength, keeps_colors=preserve_color == "luma")
         if alpha is not None:
@@ -235,21 +233,19 @@ class Stylizer:
                  f"{free / 2**30:.1f} GiB are free: painted in tiles of {tile} pixels (tile)")
         return tile
 
-    def combine(
-        self, styles: Sequence, weights: Sequence[float] | None = None, mask: Image.Image | None = None,
-        colors_of: Tensor | None = None,
-    ) -> Style | MaskedStyle:
+    def combine(self, styles: Sequence, weights: Sequence[float] | None = None, mask: Image.Image | None = None,
+                colors_of: Tensor | None = None) -> Style | MaskedStyle:
         """One style of several that `check_styles` lets pass: of encoded ones, or of pixels, (1, 3, H, W), uint8, which
         get the colours of others first where there is `colors_of`."""
         styles = [each if isinstance(each, Style) else
-                  self.encode_style(each if colors_of is None else match_colors(each, colors_of)) for each in styles]
+                  self.encode_style(each if colors_of is None else match_colors(each, colors_of.to(each.device)))
+                  for each in styles]
         if mask is not None:
             return MaskedStyle(*styles, mask)
         return styles[0] if weights is None else mix(styles, weights)
 
-    def _painted(
-        self, content: TiledPicture, style: Style | MaskedStyle, strength: float, keeps_colors: bool
-    ) -> Iterator[tuple[range, range, Tensor]]:
+    def _painted(self, content: TiledPicture, style: Style | MaskedStyle, strength: float,
+                 keeps_colors: bool) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile of `content` painted, see `TiledPicture.paint`."""
         styles, weights = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
         statistics = content.statistics(weights)
@@ -268,18 +264,6 @@ class Stylizer:
                 shown = cut(content.pixels, rows, columns).to(self.device)
                 tile = normalize(255.0 * keep_colors(shown.float() / 255.0, denormalize(tile)))
             yield rows, columns, tile
-
-
-def _check(name: str, value, kind: type, fits: Callable, needed: str) -> None:
-    """Raises UserError for an argument that is of another kind or does not fit."""
-    if not isinstance(value, kind) or not fits(value):
-        raise UserError(f"{name} {value}: {needed}")
-
-
-def _alpha(picture, name: str) -> Image.Image | None:
-    """How opaque a picture of any kind is, as `load_alpha` has it; None also for pixels. Raises as `_pixels` does."""
-    with usable(picture, name):
-        return load_alpha(picture) if isinstance(picture, (str, Path, Image.Image)) else None
 
 
 def open_mask(picture) -> Image.Image:
@@ -319,15 +303,26 @@ def decode_in_half(stylizer: Stylizer, name: str) -> None:
     The encoder and the statistics stay in float32: AdaIN divides by the content's deviation, which makes an encoder's
     rounding in channels that hardly respond as large as what the style's channels do.
     """
-    dtype, decoder, pictures = half_dtype(stylizer.device), stylizer.network.decoder, []
+    dtype, decoder = half_dtype(stylizer.device), stylizer.network.decoder
     if dtype is None:
         return
-    content, style = (prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE))
-    in_float32 = decoder.forward
-    for decoder.forward in (in_float32, torch.autocast(stylizer.device.type, dtype)(in_float32)):
-        pictures.append(np.asarray(stylizer.stylize(content, style), int))
-    change = np.abs(pictures[0] - pictures[1]).max()
+    pair = [prepare_picture(path, PROBE_SIDE) for path in (DEMO_CONTENT, DEMO_STYLE)]
+    in_float32, desired = decoder.forward, np.asarray(stylizer.stylize(*pair), int)
+    decoder.forward = torch.autocast(stylizer.device.type, dtype)(in_float32)
+    try:
+        change = np.abs(desired - np.asarray(stylizer.stylize(*pair), int)).max()
+    except UserError:  # not finite: float16 ends at 65504
+        change = 255
     if change > MOST_CHANGE:
         decoder.forward = in_float32
         note(f"--amp auto: {name} stays in float32: in {str(dtype).removeprefix('torch.')} a picture changes by "
              f"{change} of 255")
+
+
+def make_stylizers(config, models: Sequence[OpenedModel], device: torch.device) -> dict[Path, Stylizer]:
+    """One for each model, by its file. config: a TestConfig."""
+    stylizers = {model.file: Stylizer(model.network, device=device, upsampling=config.upsampling, tile=config.tile)
+                 for model in models}
+    for model in models if config.amp == "auto" else ():
+        decode_in_half(stylizers[model.file], model.name)
+    return stylizers

@@ -7,7 +7,6 @@ positions share, the mean and the standard deviation of the bottleneck, is merge
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,17 +22,13 @@ KEPT_FEATURES = 512 * 2**20  # bytes of bottleneck features that are kept; of mo
 
 def halos(config: NetworkConfig) -> tuple[int, int]:
     """Bottleneck positions on each side of a tile that its features depend on, and that its painted pixels do."""
-    encoder, scale = 0, 1  # pixels of the picture
-    for entry in ENCODERS[config.backbone]:
-        if entry == POOL:
-            encoder += scale * (config.pooling == "blur")  # which looks at its neighbours
-            scale *= 2
-        else:
-            encoder += scale  # a 3 x 3 conv sees one more of its own pixels
-    decoder = 0  # of each layer's own pixels, counted from a cut, as many are not what the whole picture gives
+    encoder = decoder = 0  # of each layer's own pixels: from the bottleneck on, one is two of those nearer to a picture
     for entry in reversed(ENCODERS[config.backbone]):
-        decoder = 2 * decoder + (config.upsampling == "bilinear") if entry == POOL else decoder + 1
-    return -(-encoder // scale), -(-decoder // scale)
+        if entry == POOL:  # these two look at their neighbours
+            encoder, decoder = 2 * encoder + (config.pooling == "blur"), 2 * decoder + (config.upsampling == "bilinear")
+        else:  # a 3 x 3 conv sees one more
+            encoder, decoder = encoder + 1, decoder + 1
+    return -(-encoder // config.stride), -(-decoder // config.stride)
 
 
 def least_tile(config: NetworkConfig) -> int:
@@ -85,6 +80,7 @@ class TiledPicture:
         rows, columns = (self._spans(places, tile) for places in self.grid)
         self.tiles = [(row, column) for row in rows for column in columns]
         self.kept = None  # (B, C, *grid) and on, a level each, once every tile has been encoded
+        self.plain = None  # statistics without weights, once they are known
 
     def _spans(self, places: int, tile: int | None) -> list[range]:
         """The places of one side in as few spans as tiles without their halos allow, as equal as can be."""
@@ -93,48 +89,34 @@ class TiledPicture:
         ends = [places * number // count for number in range(count + 1)]
         return [range(start, stop) for start, stop in zip(ends, ends[1:])]
 
+    @torch.inference_mode()
     def statistics(self, weights: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
         """Mean and unbiased standard deviation of every channel over all positions, (B, C, 1, 1) each, float32, merged
         in float64. With weights, (1, 1, *grid) each: over the positions as each of these weighs them."""
-        return self._measured(weights) if weights else self._plain
-
-    @cached_property
-    def _plain(self) -> list[tuple[Tensor, Tensor]]:
-        return self._measured([None])
-
-    @torch.inference_mode()
-    def _measured(self, weights: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-        moments = [[Moments() for _ in self.network.config.level_widths] for _ in weights]
-        kept = self.kept
+        if not weights and self.plain is not None:
+            return self.plain
+        moments = [[Moments() for _ in self.network.config.level_widths] for _ in weights or [None]]
+        like = next(self.network.parameters())
+        shapes = [(len(self.pixels), width, self.grid[0] << level, self.grid[1] << level)
+                  for level, width in enumerate(self.network.config.level_widths)]
+        fits = sum(map(math.prod, shapes)) * like.element_size() <= KEPT_FEATURES
+        kept = [like.new_empty(shape) for shape in shapes] if fits and not self.kept and len(self.tiles) > 1 else []
         for rows, columns in self._progress("encode"):
             features = self.features(rows, columns)
-            for of_weight, weight in zip(moments, weights):
+            for of_weight, weight in zip(moments, weights or [None]):
                 for level, (each, feature) in enumerate(zip(of_weight, features)):
                     each.add(feature, None if weight is None else at_level(cut(weight, rows, columns), level))
-            if self.kept is None:
-                kept = self._keep(features, rows, columns, kept)
-        self.kept = kept
+            for level, whole in enumerate(kept):
+                cut(whole, *spans_at(level, rows, columns)).copy_(features[level])
+        self.kept = self.kept or kept or (features if len(self.tiles) == 1 else None)
         merged = [zip(*(each.result() for each in of_weight)) for of_weight in moments]
-        return [tuple(torch.cat(statistic, dim=1).to(features[0].dtype) for statistic in each) for each in merged]
+        statistics = [tuple(torch.cat(values, dim=1).to(like.dtype) for values in each) for each in merged]
+        if not weights:
+            self.plain = statistics
+        return statistics
 
-    def _keep(
-        self, features: list[Tensor], rows: range, columns: range, kept: list[Tensor] | None
-    ) -> list[Tensor] | None:
-        """`kept` with a tile's features in their places; None where all of them would be too many."""
-        if len(self.tiles) == 1:
-            return features
-        shapes = [(*feature.shape[:2], self.grid[0] << level, self.grid[1] << level)
-                  for level, feature in enumerate(features)]
-        if sum(map(math.prod, shapes)) * features[0].element_size() > KEPT_FEATURES:
-            return None
-        kept = list(map(features[0].new_empty, shapes)) if kept is None else kept
-        for level, (whole, feature) in enumerate(zip(kept, features)):
-            cut(whole, *spans_at(level, rows, columns)).copy_(feature)
-        return kept
-
-    def paint(
-        self, align: Callable[[list[Tensor], range, range], list[Tensor]]
-    ) -> Iterator[tuple[range, range, Tensor]]:
+    def paint(self,
+              align: Callable[[list[Tensor], range, range], list[Tensor]]) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile painted: its rows and columns in the picture, and its pixels, (B, 3, h, w), ImageNet-normalised.
 
         align: from content features, with the rows and columns of `grid` that they are from, to those to decode.

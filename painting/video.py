@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import NotFinite, PictureError, prepare_picture
+from data import PictureError, prepare_picture
 from folders import find_pictures, is_searched
 from painting.control import check_styles
 from painting.pairs import check_outputs
@@ -33,11 +33,6 @@ _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo")  # a frame's number
 _STATE_THEIR_LENGTH = ("mov", "matroska")  # at their beginning, which a file that is cut short still has
 _UNSPECIFIED, _BT709, _LIMITED, _PQ, _HLG = 2, 1, 1, 16, 18  # in libavutil: colours, their range, transfer functions
 _HD_HEIGHT = 720  # from here on players take colours that a file does not name for BT.709
-
-
-def is_video(path: Path) -> bool:
-    """Whether there is a file that is named as a video."""
-    return Path(path).suffix.lower() in _SUFFIXES and Path(path).is_file()
 
 
 def _import(module: str, wanted_by: str):
@@ -71,9 +66,6 @@ class Clip:
     sound: deque = field(default_factory=deque)  # the packets that were read along with the frames
     fault: str | None = None  # the first
 
-    def fail(self, reason: str) -> None:
-        self.fault = self.fault or reason
-
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -93,8 +85,8 @@ def open_video(path: Path, flag: str, config):
     with container:
         cover = av.stream.Disposition.attached_pic  # of an album
         stream = next((each for each in container.streams.video if not each.disposition & cover), None)
-        if stream is None:
-            raise UserError(f"{source}: has no video stream")
+        if stream is None or stream.codec_context is None:
+            raise UserError(f"{source}: has no video stream{'' if stream is None else ' that can be decoded'}")
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         count = stream.frames or round(Fraction(container.duration or 0, av.time_base) * rate) or None
@@ -137,12 +129,12 @@ def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
         try:
             yield from container.demux()  # at the end of the file, an empty packet has the decoder give what it holds
         except av.FFmpegError as error:
-            clip.fail(f"it cannot be read to its end ({error.strerror})")
+            clip.fault = clip.fault or f"it cannot be read to its end ({error.strerror})"
 
     end = Fraction(0)
     for packet in packets():
         if packet.is_corrupt:
-            clip.fail("a part of it is missing")
+            clip.fault = clip.fault or "a part of it is missing"
             continue
         if packet.dts is not None:
             packet.pts = packet.dts if packet.pts is None else packet.pts
@@ -155,10 +147,10 @@ def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
             try:
                 yield from stream.codec_context.decode(packet)
             except av.FFmpegError as error:
-                clip.fail(f"parts of it cannot be decoded ({error.strerror})")
+                clip.fault = clip.fault or f"parts of it cannot be decoded ({error.strerror})"
     missing = float(start + Fraction(container.duration or 0, av.time_base) - end)
     if container.format.name.startswith(_STATE_THEIR_LENGTH) and missing > 0.1 + 1 / clip.rate:
-        clip.fail(f"its last {missing:.1f} seconds are missing")
+        clip.fault = clip.fault or f"its last {missing:.1f} seconds are missing"
 
 
 def _scaled_size(width: int, height: int, config, source: str) -> tuple[int, int]:
@@ -189,10 +181,8 @@ def open_frames(folder: Path, flag: str, config):
     A picture that cannot be used, or is of another size than the first, is skipped: the one before it stays. Raises
     UserError as `find_pictures` does.
     """
-    def natural_order(path: Path) -> list:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
-
-    paths = sorted(find_pictures(folder, f"--{flag}"), key=natural_order)  # frame9 before frame10
+    paths = sorted(find_pictures(folder, f"--{flag}"), key=lambda path: [
+        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))])  # frame9 before frame10
     rate = Fraction(config.frame_rate).limit_denominator(100_000)
     clip = Clip(f"{flag} {folder}", 1 / rate, rate, len(paths))
 
@@ -208,7 +198,7 @@ def open_frames(folder: Path, flag: str, config):
                 yield Frame(picture[0].permute(1, 2, 0).numpy(), number, 1)
             except PictureError as error:
                 note(f"skipped {error}")
-                clip.fail("the skipped ones cannot be used")
+                clip.fault = "the skipped ones cannot be used"
 
     clip.frames = read()
     yield clip
@@ -262,7 +252,15 @@ def _write(frames: Iterator[Frame], clip: Clip, target: Path, path: str) -> int:
         raise UserError(f"{clip.source}: no frame of it can be read" + (f" ({clip.fault})" if clip.fault else ""))
     with av.open(f"file:{path}", "w", format=VIDEO_FORMATS[target.suffix.lower()][0]) as container:
         stream = _add_pictures(av, container, clip, target, *first.pixels.shape[1::-1])
-        sound = _add_sound(container, clip, target)
+        sound = {}  # PyAV's new stream for each of the clip's streams of sound that the container can hold
+        for old in clip.sound_streams:
+            if old.codec_context and old.codec_context.codec.canonical_name in container.supported_codecs:
+                sound[old] = container.add_stream_from_template(old)
+                sound[old].metadata.update(old.metadata)
+            else:
+                note(f"{clip.source}: its sound ({old.codec_context.name}) is left out: {target.suffix} files cannot "
+                     "hold it as it is; .mkv can" if old.codec_context else
+                     f"{clip.source}: a track of sound of an unknown kind is left out")
 
         def copy_sound() -> None:
             while clip.sound:
@@ -303,26 +301,14 @@ def _add_pictures(av, container, clip: Clip, target: Path, width: int, height: i
     return stream
 
 
-def _add_sound(container, clip: Clip, target: Path) -> dict:
-    """PyAV's new stream for each of the clip's streams of sound that the container can hold."""
-    streams = {}
-    for stream in clip.sound_streams:
-        if stream.codec_context.codec.canonical_name in container.supported_codecs:
-            streams[stream] = container.add_stream_from_template(stream)
-            streams[stream].metadata.update(stream.metadata)
-        else:
-            note(f"{clip.source}: its sound ({stream.codec_context.name}) is left out: {target.suffix} files cannot "
-                 "hold it as it is; .mkv can")
-    return streams
-
-
 # ------------------------------------------------------------------------------------------- in test mode
 
 
 def makes_video(config) -> bool:
-    """Whether test mode is to write a video: its content is one, or --save_path names one."""
+    """Whether test mode is to write a video: its content is a file that is named as one, or --save_path names one."""
     is_named = Path(config.save_path or "").suffix.lower() in VIDEO_FORMATS and not Path(config.save_path).is_dir()
-    return is_named or any(map(is_video, config.input("content")[0]))
+    contents = map(Path, config.input("content")[0])
+    return is_named or any(path.suffix.lower() in _SUFFIXES and path.is_file() for path in contents)
 
 
 def check_video(config) -> Path:
@@ -366,7 +352,7 @@ def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
         try:
             return np.asarray(stylizer.paint_picture(frame, style, strength,
                                                      keeps_colors=config.preserve_color == "luma"))
-        except NotFinite as error:
+        except UserError as error:  # not finite
             raise UserError(f"load_path {config.load_path[0]}: {error}") from error
 
     make_folder(target.parent, "save_path")
@@ -374,7 +360,6 @@ def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
     with opened(content, content_flag, config) as clip:
         frames = paint_video(clip, target, paint, stylizer.network.config.stride, config.temporal_smoothing)
     note(f"wrote {frames} frames to {target}")
-    if clip.fault is None:
-        return 0
-    note(f"{clip.source}: damaged or cut short ({clip.fault}): only the frames that could be read are painted")
-    return 1
+    if clip.fault:
+        note(f"{clip.source}: damaged or cut short ({clip.fault}): only the frames that could be read are painted")
+    return 1 if clip.fault else 0

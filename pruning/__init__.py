@@ -1,5 +1,2 @@
-"""Pruning: how channels respond to pictures, which of them to cut, the cut itself, what it changes in one or several
-networks, plots of it.
-
-What only `--mode prune` needs lives here; it may use `painting`.
-"""
+"""What only `--mode prune` needs: how channels respond to pictures, which of them to cut, the cut itself, what it
+changes in one or several networks, plots of it. It may use `painting`."""

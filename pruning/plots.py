@@ -94,9 +94,8 @@ def plot_panels(panels: Sequence[tuple[str, Image.Image]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_curves(
-    curves: Mapping[str, list[dict]], marks: Mapping[str, int], titles: Mapping[str, str], path: Path
-) -> None:
+def plot_curves(curves: Mapping[str, list[dict]], marks: Mapping[str, int], titles: Mapping[str, str],
+                path: Path) -> None:
     """The mean of every metric over the number of channels cut, a curve for each network.
 
     curves: by network, a dictionary for each number: "cut", and for every metric its "mean". marks: by network, how

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from data import denormalize, normalize, to_pil
-from network import (
-    StyleTransferNetwork,
-    align,
-    bottleneck_conv,
-    conv_layers,
-    count_macs,
-    count_parameters,
-    level_statistics,
-)
+from network import StyleTransferNetwork, align, bottleneck_conv, conv_layers, level_statistics
 from painting.quality import INTERVAL, METRICS, Measurement, Meter, show_summary
 from painting.stylizer import load_input
 from pruning.plots import plot_curves, plot_l0_maps, plot_panels
@@ -41,9 +33,8 @@ def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tenso
 
 
 @torch.inference_mode()
-def largest_change(
-    before: StyleTransferNetwork, after: StyleTransferNetwork, content: Tensor, style: Tensor, strength: float
-) -> float:
+def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, content: Tensor, style: Tensor,
+                   strength: float) -> float:
     """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded.
 
     content, style: (1, 3, H, W), uint8.
@@ -53,9 +44,8 @@ def largest_change(
     return (first - second).abs().max().item() * 255.0
 
 
-def measure_changes(
-    before: StyleTransferNetwork, after: StyleTransferNetwork, pairs: list[tuple[str, str]], config
-) -> list[dict]:
+def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, pairs: list[tuple[str, str]],
+                    config) -> list[dict]:
     """The largest change of a colour value over the pairs, as large as the measured pictures and half as large, for
     each strength; empty without pairs. config: a PruneConfig."""
     device = next(before.parameters()).device
@@ -71,10 +61,8 @@ def measure_changes(
 
 
 @torch.inference_mode()
-def paint_with_cuts(
-    network: StyleTransferNetwork, responses: Responses, content: Tensor, style: Tensor, numbers: list[int],
-    strength: float,
-) -> list[Tensor]:
+def paint_with_cuts(network: StyleTransferNetwork, responses: Responses, content: Tensor, style: Tensor,
+                    numbers: list[int], strength: float) -> list[Tensor]:
     """The network's pictures without its n weakest bottleneck channels, for each n.
 
     content, style: (1, 3, H, W), ImageNet-normalised, as is what returns. AdaIN treats channels one by one, so that the
@@ -102,9 +90,8 @@ def paint_grid(network: StyleTransferNetwork, responses: Responses, config, path
 
 
 @torch.inference_mode()
-def measure_losses(
-    network: StyleTransferNetwork, cut: StyleTransferNetwork, responses: Responses, meter: Meter, config
-) -> dict:
+def measure_losses(network: StyleTransferNetwork, cut: StyleTransferNetwork, responses: Responses, meter: Meter,
+                   config) -> dict:
     """The meter's metrics over the pairs that were set aside: "metrics" of the cut network, and as "curve" those of the
     network without its n weakest channels, for each n that it has, with n as "cut". config: a PruneConfig."""
     numbers = [number for number in sorted(set(config.prune_nums or CURVE_NUMBERS))
@@ -124,10 +111,8 @@ def measure_losses(
     return {"metrics": measurement.summary(0), "curve": curve}
 
 
-def build_report(
-    model_file: Path, before: StyleTransferNetwork, after: StyleTransferNetwork, cuts: Cuts, constants: Constants,
-    responses: Responses, meter: Meter | None, config,
-) -> dict:
+def build_report(model_file: Path, before: StyleTransferNetwork, after: StyleTransferNetwork, cuts: Cuts,
+                 constants: Constants, responses: Responses, meter: Meter | None, config) -> dict:
     """What the cut changed, as plain values for `report.json`; with a meter the losses, too. config: a PruneConfig."""
     size, device = config.report_size, next(before.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -135,13 +120,15 @@ def build_report(
     with torch.inference_mode():
         times = time_in_turns([lambda: before(*pair), lambda: after(*pair)], config.latency_runs, device)
     dtypes = torch.float32, torch.float16 if config.half else torch.float32
-    report = {"load_path": str(model_file)}
+    report, layers = {"load_path": str(model_file)}, _layer_rows(before, after, constants, responses, size)
     for when, network, dtype, taken in zip(("before", "after"), (before, after), dtypes, times):
+        file = io.BytesIO()
+        torch.save(model_checkpoint(network, dtype), file)  # without a training run's optimiser state
         report |= {
             f"channels_{when}": network.config.bottleneck_width,
-            f"parameters_{when}": count_parameters(network),
-            f"macs_{when}": count_macs(network.config, size),
-            f"file_bytes_{when}": _serialized_bytes(network, dtype),
+            f"parameters_{when}": sum(layer[f"parameters_{when}"] for layer in layers),
+            f"macs_{when}": sum(layer[f"macs_{when}"] for layer in layers),
+            f"file_bytes_{when}": file.tell(),
             f"latency_ms_{when}": statistics.median(taken) * 1000.0,
         }
     changes = measure_changes(before, after, responses.pairs, config)
@@ -161,16 +148,15 @@ def build_report(
         "prune_layers": "all" if config.every_layer else "bottleneck",
         **{name: getattr(config, name) for name in ("imsize", "cropsize", "latency_runs", "prune_macs", "prune_rank",
                                                     "round_to")},
-        "layers": _layer_rows(before, after, constants, responses, size),
+        "layers": layers,
     }
     if meter is not None:
         report |= measure_losses(before, after, responses, meter, config)
     return report | {"column": _column(report)}
 
 
-def _layer_rows(
-    before: StyleTransferNetwork, after: StyleTransferNetwork, constants: Constants, responses: Responses, size: int
-) -> list[dict]:
+def _layer_rows(before: StyleTransferNetwork, after: StyleTransferNetwork, constants: Constants, responses: Responses,
+                size: int) -> list[dict]:
     """A dictionary for each conv, in forward order; with None where its channels were not measured."""
     off = {bottleneck_conv(before.config): len(responses.off_for_all)}
     off |= {name: len(found.off) for name, found in responses.layers.items()}
@@ -183,20 +169,10 @@ def _layer_rows(
             for old, new in zip(conv_layers(before.config, size), conv_layers(after.config, size))]
 
 
-def _serialized_bytes(network: StyleTransferNetwork, dtype: torch.dtype) -> int:
-    """Size of the network's model file, without a training run's optimiser state."""
-    buffer = io.BytesIO()
-    torch.save(model_checkpoint(network, dtype), buffer)
-    return buffer.tell()
-
-
-# -------------------------------------------------------------------------------------------------- table
-
-
 def format_table(reports: dict[str, dict]) -> str:
     """The reports of one or more networks, by name, as Markdown: a column a network."""
     titles = dict.fromkeys(title for report in reports.values() for title in report["column"])
-    lines = [["", *reports], ["---"] * (1 + len(reports))]
+    lines = [["", *(name.replace("|", "\\|") for name in reports)], ["---"] * (1 + len(reports))]
     lines += [[title, *(report["column"].get(title, "") for report in reports.values())] for title in titles]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -232,9 +208,8 @@ def _column(report: dict) -> dict[str, str]:
     return column
 
 
-def write_comparison(
-    reports: dict[str, dict], responses: dict[str, Responses], meter: Meter, config, folder: Path
-) -> None:
+def write_comparison(reports: dict[str, dict], responses: dict[str, Responses], meter: Meter, config,
+                     folder: Path) -> None:
     """Write l0_maps.png, curves.png, curves.json, report.json and table.md of several networks, by name, into the
     folder. All were measured with the same pictures, and have the same pairs set aside. config: a PruneConfig."""
     plot_l0_maps(responses, folder / "l0_maps.png")

@@ -110,13 +110,10 @@ class Responses:
         return found
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-
 def choose_pictures(config) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
     """Up to `prune_images` pictures of each folder to measure, by the name of its flag, and up to `pairs` pairs of
-    others, set aside to see what a cut changes that they had no part in: at most a quarter of a folder, none where it
-    has one picture.
+    others, set aside to see what a cut changes that they had no part in: at most a quarter of a folder or one picture,
+    none where it has no other.
 
     config: a PruneConfig. Always the same ones of the same folders. Raises UserError for folders without pictures.
     """
@@ -158,13 +155,9 @@ def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
     note(failed.summary())
 
 
-# --------------------------------------------------------------------------------------------- measurement
-
-
 @torch.inference_mode()
-def measure_responses(
-    network: StyleTransferNetwork, config, pictures: dict[str, list[Path]], pairs: list[tuple[str, str]]
-) -> Responses:
+def measure_responses(network: StyleTransferNetwork, config, pictures: dict[str, list[Path]],
+                      pairs: list[tuple[str, str]]) -> Responses:
     """The l2 norm of every bottleneck channel for each picture; with `config.every_layer` the responses of every conv
     that can be cut, those of the decoder while it paints content i in style i, the shorter list starting over, so that
     every picture occurs.
@@ -173,8 +166,15 @@ def measure_responses(
     folder fail.
     """
     rows, paths = ({name: [] for name in FOLDERS} for _ in range(2))
-    codes, decoder_rows, means = [], [], []
+    codes, waiting, decoder_rows, means = [], {}, [], []
     contents = len(pictures["content_dir"])
+
+    def paint(levels: list[Tensor], styles: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for code in styles:
+            aligned = align(levels, *code, config.style_strength)
+            means.append(aligned[0].mean(dim=(0, 2, 3)))
+            decoder_rows.append(_summarise(network.decoder.features(*aligned)[:-1]))
+
     for name in reversed(FOLDERS):  # each content is painted in styles that are encoded already
         for number, (path, picture) in enumerate(_load(pictures[name], config, name)):
             features = _encode(network, picture, config.every_layer)
@@ -182,12 +182,13 @@ def measure_responses(
             paths[name].append(path)
             levels = [features[conv] for conv in network.config.level_convs] if config.every_layer else features
             if name == "style_dir":
-                codes.append(level_statistics(levels))
+                waiting[number] = level_statistics(levels)
+                codes.append(waiting[number])
             elif config.every_layer:
-                for code in codes[number::contents] or [codes[number % len(codes)]]:
-                    aligned = align(levels, *code, config.style_strength)
-                    means.append(aligned[0].mean(dim=(0, 2, 3)))
-                    decoder_rows.append(_summarise(network.decoder.features(*aligned)[:-1]))
+                own = [waiting.pop(style) for style in range(number, len(codes), contents)]
+                paint(levels, own or [codes[number % len(codes)]])
+    if config.every_layer:
+        paint(levels, waiting.values())  # in place of contents that cannot be used, the last one
 
     of_pictures = rows["content_dir"] + rows["style_dir"]
     encoder, decoder = ([torch.stack(conv) for conv in zip(*each)] for each in (of_pictures, decoder_rows))  # (n, 4, C)
@@ -222,9 +223,8 @@ def _summarise(features: list[Tensor]) -> list[Tensor]:
 
 
 @torch.inference_mode(False)
-def _estimate_importance(
-    network: StyleTransferNetwork, pairs: Iterable[Sequence[Tensor]], means: list[Tensor], strength: float
-) -> list[Tensor]:
+def _estimate_importance(network: StyleTransferNetwork, pairs: Iterable[Sequence[Tensor]], means: list[Tensor],
+                         strength: float) -> list[Tensor]:
     """How much the output changes when a channel is replaced by its mean: squared, to first order, (C,) for each conv;
     summed over the pixels and colours of the normalised output, averaged over the pairs.
 

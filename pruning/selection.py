@@ -50,9 +50,6 @@ def select_in_bottleneck(responses: Responses, config) -> list[int]:
     return [channel for channel in responses.weakest_first.tolist() if channel in channels][:number]
 
 
-# ----------------------------------------------------------------------------------------------- every layer
-
-
 def least_widths(layers: list[ConvLayer], multiple: int) -> list[int]:
     """The widths that a budget never goes below; the picture keeps its three colours."""
     return [layer.width if layer.kind == "output" else rounded_width(least_kept(layer.width), layer.width, multiple)
@@ -147,10 +144,8 @@ def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
     return cuts
 
 
-def _cut_to_budget(
-    layers: list[ConvLayer], widths: list[int], groups: list[tuple[int, ...]], importance: list[np.ndarray],
-    macs: float, multiple: int,
-) -> list[int]:
+def _cut_to_budget(layers: list[ConvLayer], widths: list[int], groups: list[tuple[int, ...]],
+                   importance: list[np.ndarray], macs: float, multiple: int) -> list[int]:
     """The widths after cutting on, step by step, until the multiply-adds are at most `macs`.
 
     groups: of `cut_together`; importance: of the channels of each, in the order in which they go. Each step narrows the

@@ -1,6 +1,7 @@
 """Surgery: a new network without some of the channels of any of its convs."""
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import torch
 
@@ -8,11 +9,8 @@ from network import ConvLayer, NetworkConfig, StyleTransferNetwork, bottleneck_c
 from utils import UserError
 
 
-def cut_channels(
-    network: StyleTransferNetwork,
-    cuts: Mapping[str, Iterable[int]],
-    constants: Mapping[str, Mapping[int, float]] | None = None,
-) -> StyleTransferNetwork:
+def cut_channels(network: StyleTransferNetwork, cuts: Mapping[str, Iterable[int]],
+                 constants: Mapping[str, Mapping[int, float]] | None = None) -> StyleTransferNetwork:
     """A new network without the given channels of the given convs; `network` stays as it is.
 
     cuts: channel indices by conv, named as in the state dict without `.weight`. Their filters go, and the next
@@ -31,12 +29,10 @@ def cut_channels(
     state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     constants = constants or {}
     added_to = {layers[second].name: layers[first].name for first, second in network.config.added_convs}
-    for layer, following in zip(layers, [*layers[1:], None]):
-        weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
-        indices = torch.tensor(kept[layer.name], device=state[weight].device)
-        state[weight], state[bias] = state[weight][indices], state[bias][indices]
-        if following is None:
-            break
+    for layer, following in pairwise(layers):
+        indices = torch.tensor(kept[layer.name], device=next(network.parameters()).device)
+        for key in (f"{layer.name}.weight", f"{layer.name}.bias"):
+            state[key] = state[key][indices]
         weight, bias = f"{following.name}.weight", f"{following.name}.bias"
         for name in (layer.name, added_to.get(layer.name)):
             for channel, value in constants.get(name, {}).items():
@@ -52,9 +48,8 @@ def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> St
     return cut_channels(network, {bottleneck_conv(network.config): channels})
 
 
-def _channels_that_stay(
-    network: NetworkConfig, layers: list[ConvLayer], cuts: dict[str, list[int]]
-) -> dict[str, list[int]]:
+def _channels_that_stay(network: NetworkConfig, layers: list[ConvLayer],
+                        cuts: dict[str, list[int]]) -> dict[str, list[int]]:
     """The channels that stay, by conv. Raises UserError for cuts that cannot be made."""
     for name in cuts.keys() - {layer.name for layer in layers if layer.kind != "output"}:
         raise UserError(f"{name}: no conv with channels to cut")

@@ -1,6 +1,7 @@
 """Before any test: the modules and the scripts on the path, and the fixtures that several files use."""
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,18 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "model-store")]
 
 from helpers import SMALL_TRAINING, small_network, write_model, write_noise  # noqa: E402
+
+from utils import usable_cores  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a script ignores
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FORCE_COLOR"):  # of a job, of CI
+    os.environ.pop(name, None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as there are cores for, quotas of control groups included; each takes 1 to 2 GB."""
+    return min(8, usable_cores())
 
 
 @pytest.fixture(scope="session")

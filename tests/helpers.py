@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data import PictureError, load_picture
 from main import main
-from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network
+from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, conv_layers
 from train import TrainConfig
 from training import loop as run_module
 from training.step import TransferTrainer
@@ -107,11 +107,13 @@ def small_config(
     return NetworkConfig(backbone, pooling, (width,) * convs, (*(width,) * (convs - 1), 3), adain_levels=adain_levels)
 
 
-def small_network(
-    backbone: str = "vgg19", pooling: str = "max", width: int = 6, seed: int = 0, adain_levels: int = 1
-) -> StyleTransferNetwork:
-    """A narrow network with He-initialised weights and small biases: quick, and its pictures are not flat."""
-    network = StyleTransferNetwork(small_config(backbone, pooling, width, adain_levels))
+def small_network(*shape, seed: int = 0, **more) -> StyleTransferNetwork:
+    """A narrow network, of a `small_config`, that is `filled`."""
+    return filled(StyleTransferNetwork(small_config(*shape, **more)), seed)
+
+
+def filled(network: StyleTransferNetwork, seed: int = 0) -> StyleTransferNetwork:
+    """The network with He-initialised weights and small biases: its pictures are not flat."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -120,17 +122,32 @@ def small_network(
     return network.eval()
 
 
-def paint_within_range(network: StyleTransferNetwork) -> None:
-    """Outputs within the range of pictures: where denormalising clips, nothing could differ."""
+def within_range(network: StyleTransferNetwork, share: float = 0.02) -> StyleTransferNetwork:
+    """The network with outputs within the range of pictures: where denormalising clips, nothing could differ."""
     with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.02
+        network.decoder.layers[0][-1].weight *= share
+    return network
 
 
 def picture_network() -> StyleTransferNetwork:
     """A narrow network whose outputs are mostly within the range of pictures, and not flat."""
-    network = small_network(width=12)
+    return within_range(small_network(width=12), 0.3)
+
+
+def convs(network: StyleTransferNetwork) -> list[str]:
+    """Names of all convs that can be cut."""
+    return [layer.name for layer in conv_layers(network.config, size=0)][:-1]
+
+
+def plant(network: StyleTransferNetwork, values: dict[str, dict[int, float]]) -> StyleTransferNetwork:
+    """The network, changed in place: these channels have these values after the ReLU whatever the picture, by zero
+    filters and the value as the bias. values: 0 or more, by conv and channel."""
     with torch.no_grad():
-        network.decoder.layers[0][-1].weight *= 0.3
+        for name, channels in values.items():
+            conv = network.get_submodule(name)
+            for channel, value in channels.items():
+                conv.weight[channel] = 0
+                conv.bias[channel] = value
     return network
 
 

@@ -73,13 +73,13 @@ def test_test_mode_without_paths_stylises_a_bundled_pair_with_the_compact_model(
     run(**given, save_path="named.png")
     run(**given, upsampling="nearest", save_path="blocky.png")
     actual, desired, blocky = (read_pixels(Path(f"{name}.png")) for name in ("stylised", "named", "blocky"))
-    assert np.array_equal(actual, desired) and actual.shape[:2] == Image.open(DEMO_CONTENT).size[::-1]
+    assert abs(actual - desired).max() <= 1 and actual.shape[:2] == Image.open(DEMO_CONTENT).size[::-1]
     assert abs(blocky - desired).max() > 5
 
 
 def test_holdout_takes_what_training_left_out(trained, tmp_path):
     """In test and prune mode: of the 16 bundled pictures at 0.3, those that the split by name gives."""
-    contents, styles = (split_holdout(find_pictures(folder, ""), 0.3)[1] for folder in (CONTENT_DIR, STYLE_DIR))
+    contents, styles = (split_holdout(find_pictures(folder, ""), 0.3, "")[1] for folder in (CONTENT_DIR, STYLE_DIR))
     assert 0 < len(contents) < 8 and 0 < len(styles) < 8
     run(mode="test", gpu_no=-1, load_path=trained, imsize=40, holdout=0.3, content=CONTENT_DIR, style=STYLE_DIR,
         save_path=tmp_path / "test")

@@ -137,7 +137,7 @@ BAD_CHUNKS = {
     "profile": png_chunk(b"iCCP", b"name\0\0" + zlib.compress(b"A" * LARGE)),
     "profile_method": png_chunk(b"iCCP", b"name\0\7" + zlib.compress(b"A")),
     "profile_unended": png_chunk(b"iCCP", b"name"), "profile_no_zlib": png_chunk(b"iCCP", b"name\0\0abc"),
-    "memory": png_chunk(b"iTXt", b"a\0\0\0\0\0" + b"A" * 2**20) * (PngImagePlugin.MAX_TEXT_MEMORY // 2**20 + 1),
+    "memory": png_chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(b"A" * 2**20)) * 65,  # above Pillow's 64 MiB
     "gamma": png_chunk(b"gAMA", b"\0"), "colours": png_chunk(b"cHRM", b"\0" * 9), "srgb": png_chunk(b"sRGB", b""),
     "size": png_chunk(b"pHYs", b"\0\0"), "transparency": png_chunk(b"tRNS", b"\0"),
     "frame": png_chunk(b"acTL", b"\0\0\0\2\0\0\0\0") + png_chunk(b"fcTL", b"\0\0\0\7"),

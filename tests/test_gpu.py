@@ -7,7 +7,7 @@ from plain import PlainTrainer
 
 from train import TrainConfig, train
 from training.loop import MetricSums
-from training.sampling import CropConfig, TrainingPictures, training_batches
+from training.sampling import TrainingPictures, training_batches
 from training.step import TransferTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -72,6 +72,6 @@ def test_run_on_the_gpu_resumes(tmp_path):
 
 def test_batches_are_pinned():
     paths = sorted((ROOT / "imgs" / "content").glob("*.jpg"))
-    pictures = TrainingPictures((paths, paths), CropConfig.of(TrainConfig(imsize=40, cropsize=32)), 0)
+    pictures = TrainingPictures((paths, paths), TrainConfig(imsize=40, cropsize=32))
     content, style, _ = next(training_batches(pictures, range(4), 2, 1, pin_memory=True))
     assert content.is_pinned() and style.is_pinned()

@@ -226,11 +226,12 @@ def assert_same_network(actual: StyleTransferNetwork, desired: StyleTransferNetw
     assert_same_tensors(actual.state_dict(), desired.state_dict())
 
 
-@pytest.mark.parametrize("backbone, pooling, dtype", [("vgg19", "blur", torch.float32),
-                                                      ("vgg16", "max", torch.float16)])
-def test_checkpoint_round_trip(tmp_path, backbone, pooling, dtype):
+@pytest.mark.parametrize("backbone, pooling, padding, dtype", [("vgg19", "blur", "reflect", torch.float32),
+                                                               ("vgg16", "max", "zeros", torch.float16)])
+def test_checkpoint_round_trip(tmp_path, backbone, pooling, padding, dtype):
     """In half precision too, which is loaded as float32."""
     network = small_network(backbone, pooling)
+    network.use(padding=padding)
     torch.save(model_checkpoint(network, dtype, iteration=7), tmp_path / "model.pth")
     actual, checkpoint = load_network(tmp_path / "model.pth")
     assert_same_network(actual, network.to(dtype).float())
@@ -264,6 +265,62 @@ def test_model_file_of_a_folder(tmp_path):
     (tmp_path / "check_point.pth").touch()
     assert find_model_file(tmp_path) == tmp_path / "check_point.pth"
     assert find_model_file(tmp_path / "other.pth") == tmp_path / "other.pth"
+
+
+# As others save them: wrapped networks, bare state dicts.
+STATE = small_network().state_dict()
+
+
+def prefixed(prefix: str, part: str = "") -> dict:
+    """The state_dict with a prefix before the names of a part, or of all."""
+    return {f"{part}{prefix}{name.removeprefix(part)}" if name.startswith(part) else name: tensor
+            for name, tensor in STATE.items()}
+
+
+WRAPPED = {
+    "DataParallel": prefixed("module."),
+    "compile in DataParallel": prefixed("module._orig_mod."),
+    "decoder's layers only": prefixed("_orig_mod.", "decoder.layers."),
+    "sharded": prefixed("_fsdp_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("kind", ["full checkpoint", "state_dict only", "bare"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_networks_are_read(tmp_path, name, kind):
+    state = WRAPPED[name]
+    checkpoint = model_checkpoint(small_network(), iteration=7) | {"state_dict": state}
+    torch.save({"full checkpoint": checkpoint, "state_dict only": {"state_dict": state}, "bare": state}[kind],
+               tmp_path / "model.pth")
+    network, found = load_network(tmp_path / "model.pth")
+    assert network.config == small_config()
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, STATE[key])
+    assert found.get("iteration") == (7 if kind == "full checkpoint" else None)
+
+
+def test_what_torch_itself_writes_is_read(tmp_path):
+    network = small_network()
+    network.encoder = torch.nn.DataParallel(network.encoder)
+    torch.save(torch.compile(torch.nn.DataParallel(network)).state_dict(), tmp_path / "model.pth")
+    assert torch.equal(load_network(tmp_path / "model.pth")[0].decoder.layers[0][1].weight,
+                       STATE["decoder.layers.0.1.weight"])
+
+
+@pytest.mark.parametrize("content, named", [
+    (STATE | prefixed("module."), "mixed"),  # every tensor twice: which is meant?
+    ({"state_dict": prefixed("module.") | {"decoder.layers.0.1.bias": STATE["decoder.layers.0.1.bias"]}},
+     "decoder.layers.0.1.bias"),
+    (prefixed("module.net."), "net.encoder.layers.0."),
+    (model_checkpoint(small_network()) | {"state_dict": prefixed("net.")}, "but net.encoder.layers.0."),
+    *((content, "state_dict") for content in ({}, {"iteration": 3}, {"model": STATE}, {**STATE, "epoch": 3})),
+])
+def test_what_is_no_model_of_ours_is_refused(tmp_path, content, named):
+    path = tmp_path / "model.pth"
+    torch.save(content, path)
+    for flag in ("--load_path", "--teacher"):
+        message = user_error(load_network, path, flag=flag)
+        assert message.startswith(f"{flag} {path}") and named in message
 
 
 FIRST = "encoder.layers.0.0.weight"
@@ -334,7 +391,11 @@ def torchvision_state(vgg: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_as(state: dict, path) -> None:
-    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+    """With the metadata that other programs write."""
+    if path.suffix.lower() == ".safetensors":
+        save_file(state, path, {"format": "pt"})
+    else:
+        torch.save(state, path)
 
 
 @pytest.mark.parametrize("backbone, deepest", [("vgg19", 19), ("vgg16", 21)])
@@ -355,7 +416,7 @@ def test_random_vgg_is_seeded_and_keeps_responses_of_order_one(backbone, deepest
 
 
 @pytest.mark.parametrize("suffix, dtype, more", [(".pth", torch.float32, {"features.21.weight": torch.zeros(4, 4)}),
-                                                 (".safetensors", torch.float16, {})])
+                                                 (".SafeTensors", torch.float16, {})])
 def test_vgg_file_whole_or_cut_after_the_deepest_layer(tmp_path, suffix, dtype, more):
     state = {key: tensor.to(dtype) for key, tensor in torchvision_state(random_vgg("vgg19")).items()} | more
     path = tmp_path / f"vgg{suffix}"
@@ -444,15 +505,17 @@ TAPS = {  # torchvision's index of each tapped ReLU, with its channels and how o
 }
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_loss_network_taps_against_torchvision(backbone):
+@pytest.mark.parametrize("backbone, padding", [("vgg19", "zeros"), ("vgg16", "zeros"), ("vgg19", "reflect")])
+def test_loss_network_taps_against_torchvision(backbone, padding):
     """In float64; frozen, but passing gradients on."""
     layout = torchvision.models.vgg.cfgs[{"vgg19": "E", "vgg16": "D"}[backbone]]
     deepest = TAPS[backbone][-1][0]
     with torch.device("meta"):
         features = torchvision.models.vgg.make_layers(layout)[: deepest + 1]
     features.load_state_dict(random_vgg(backbone), assign=True)
-    loss_network = LossNetwork(backbone)
+    for layer in features:
+        layer.padding_mode = padding  # which its convolutions have
+    loss_network = LossNetwork(backbone, padding)
     loss_network.layers.load_state_dict(random_vgg(backbone))
     image = random_feature((2, 3, 16, 24), 0).double().requires_grad_()
     actual = loss_network.double()(image)

@@ -11,12 +11,11 @@ from pathlib import Path
 from string import Template
 
 import pytest
-from helpers import write_noise
+from helpers import ROOT, write_noise
 from PIL import Image
 
 import main
 
-ROOT = Path(__file__).parent.parent
 KB = 1024
 LIMITS = {
     "README.md": 12 * KB, "docs/training.md": 6 * KB, "docs/compact.md": 6 * KB, "docs/pruning.md": 5 * KB,

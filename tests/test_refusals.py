@@ -86,6 +86,7 @@ TRAINING = (
         ("--backbone vgg16 --load_path {tmp}/model.pth", "is a vgg19 network, --backbone says vgg16"),
         ("--resume", "check_point.pth is not there"),
         ("--target_macs 0.5 --channel_loss_weight 0 --compact_layers all", "--channel_loss_weight is 0"),
+        ("--target_macs 0.005 --compact_layers all", "takes this network from 1.000 to 0.011 of"),  # a tenth stays on
         ("--target_macs 1.0", "argument --target_macs: got 1.0, a number between 0 and 1"),
         ("--target_macs 0.5", "--compact_layers bottleneck takes this network from 1.000 to 0.9"),
         ("--target_macs 0.5 --compact_layers all --load_path {tmp}/model.pth", "this network from 0.0"),
@@ -122,6 +123,7 @@ PAINTING = (
     ("test", MEASURED + "--painted a={tmp}/content", "--painted a={tmp}/content: 0 pictures are called a_b or a__b"),
     ("test", TEST + "--pairs 3 --save_path {tmp}/out/", "--pairs 3: 1 content and 1 style pictures make 1 pairs"),
     ("test", TEST + "--style_strength 0.5 1 0.5", "--style_strength 0.5 1 0.5: one is given twice"),
+    ("test", TEST + "--style_strength 0 -0.0", "--style_strength 0 0: one is given twice"),
     ("test", TEST + "--load_path {tmp}/model.pth {tmp}/model.pth --save_path {tmp}/out", "this model is named twice"),
     ("test", TEST + "--content_dir {tmp}/content --save_path {tmp}/out", "--content and --content_dir mean the same"),
     ("test", TEST + "--content {tmp}/broken --save_path {tmp}/out",

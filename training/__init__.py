@@ -1,5 +1,2 @@
-"""Training: the loop with its run folder, the step of style transfer, compaction, dead units, the pictures by position,
-Muon.
-
-What only `--mode train` and `--mode distill` need lives here; nothing here uses another wing.
-"""
+"""What only `--mode train` and `--mode distill` need: the loop with its run folder, the step of style transfer,
+compaction, dead units, the pictures by position, Muon. Nothing here uses another wing."""

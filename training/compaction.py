@@ -3,7 +3,7 @@ steering of the channel loss's weight towards a target."""
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,90 +29,83 @@ def l0_epsilon(text: str) -> float | str:
     return text if text.startswith(RELATIVE) else value
 
 
-def selected_widths(network: NetworkConfig, layers: str) -> dict[str, tuple[int, ...]]:
-    """The widths of the layers in a selection of COMPACT_LAYERS, by part, in forward order, without RGB."""
-    widths = {"encoder": network.encoder_widths, "decoder": network.decoder_widths[:-1]}
-    first = -1 if layers == "bottleneck" else 0
-    return {part: widths[part][first:] for part in COMPACT_LAYERS[layers]}
+def selected_convs(network: NetworkConfig, layers: str) -> slice:
+    """Where in `network.widths` a selection of COMPACT_LAYERS is, without RGB."""
+    convs = len(network.encoder_widths)
+    first = {"bottleneck": convs - 1, "decoder": convs}.get(layers, 0)
+    return slice(first, -1 if "decoder" in COMPACT_LAYERS[layers] else convs)
+
+
+def least_widths(network: NetworkConfig, layers: str) -> Tensor:
+    """The channels of the selected layers that the losses leave on at least, (layers,): none of the bottleneck where it
+    is selected alone, as published; else `least_kept`, see `CompactLosses.spared`."""
+    widths = network.widths[selected_convs(network, layers)]
+    return torch.tensor([0 if layers == "bottleneck" else least_kept(width) for width in widths])
 
 
 class NetworkCost:
-    """The multiply-adds of a network that has some channels off, as a fraction of those of `NetworkConfig.full`: a sum
-    over the convs of factor x channels in x channels out."""
+    """The multiply-adds of a network that has some of the selected layers' channels off, as a fraction of those of
+    `NetworkConfig.full`: a sum over the convs of factor x channels in x channels out."""
 
-    def __init__(self, network: NetworkConfig, device: torch.device | str) -> None:
+    def __init__(self, network: NetworkConfig, layers: str, device: torch.device | str) -> None:
         full = conv_layers(NetworkConfig.full(network.backbone), size=network.stride)  # fractions have no size
         full_macs = sum(layer.macs for layer in full)
-        self.encoder_convs = len(network.encoder_widths)
-        self.widths = torch.tensor((3, *network.widths), dtype=torch.float32, device=device)  # (1 + convs,)
         factors = [layer.macs / (layer.width_in * layer.width * full_macs) for layer in full]
         self.factors = torch.tensor(factors, device=device)  # (convs,)
+        widths = torch.tensor((3, *network.widths), dtype=torch.float32, device=device)  # (1 + convs,)
+        selected = selected_convs(network, layers)
+        self.before, self.behind = widths[: 1 + selected.start], widths[1:][selected.stop :]
 
-    def __call__(self, channels_on: dict[str, Tensor]) -> Tensor:
-        """channels_on: by part, (layers,), in its last layers, for the decoder the last before RGB; all others are on.
-        Differentiable."""
-        encoder = channels_on.get("encoder", self.widths[:0])
-        decoder = channels_on.get("decoder", self.widths[1 + self.encoder_convs : -1])
-        fixed = self.widths[: 1 + self.encoder_convs - len(encoder)]
-        widths = torch.cat([fixed, encoder, decoder, self.widths[-1:]])  # (1 + convs,)
+    def __call__(self, channels_on: Tensor) -> Tensor:
+        """channels_on: (layers,), of the selected ones; all others are on. Differentiable."""
+        widths = torch.cat([self.before, channels_on, self.behind])  # (1 + convs,)
         return (self.factors * widths[:-1] * widths[1:]).sum()
 
 
 class CompactLosses:
     """The channel and xor losses over the selected layers of a network.
 
-    They take `norms`: by part, the `channel_norm` of its selected layers side by side: "encoder": (2B, C), content and
-    style together; "decoder": (B, C'). For a gradient, they are to come from `spared`.
+    They take `norms`: the `channel_norm` of each, in forward order: of the encoder's (2B, C), content and style
+    together, of the decoder's (B, C). For a gradient, they are to come from `spared`.
     """
 
     def __init__(self, network: NetworkConfig, layers: str, cost: str, l0_eps: float | str, device: torch.device):
-        self.widths = selected_widths(network, layers)
         self.epsilon = float(str(l0_eps).removeprefix(RELATIVE))
         self.is_relative = isinstance(l0_eps, str)
         self.is_published = layers == "bottleneck"
-        self.cost = None if cost == "count" else NetworkCost(network, device)
+        self.cost = None if cost == "count" else NetworkCost(network, layers, device)
 
-    def spared(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    def spared(self, norms: Sequence[Tensor]) -> Sequence[Tensor]:
         """The norms for both losses. Departing from the paper, where other layers than the bottleneck are selected, the
         strongest `least_kept` channels of each get no gradient: with no channel on, the picture would be one colour."""
         if self.is_published:
             return norms
-        result = {}
-        for part, widths in self.widths.items():
-            norm = norms[part].detach()
-            is_spared = torch.zeros(norm.shape[1], dtype=torch.bool, device=norm.device)
-            for means, of_layer in zip(norm.mean(dim=0).split(widths), is_spared.split(widths)):
-                of_layer.scatter_(0, means.topk(least_kept(len(means))).indices, True)
-            result[part] = torch.where(is_spared, norm, norms[part])
+        result = []
+        for norm in norms:
+            strongest = norm.detach().mean(dim=0).topk(least_kept(norm.shape[1])).indices
+            result.append(norm.index_copy(1, strongest, norm.detach()[:, strongest]))
         return result
 
-    def epsilon_of(self, norm: Tensor, widths: tuple[int, ...]) -> float | Tensor:
-        """The epsilon of l0 for norms, (n, C), of layers side by side: a number, or where it is relative to the mean
-        norm of each layer, (C,), without a gradient. A layer that is off altogether keeps the paper's."""
-        if not self.is_relative:
-            return self.epsilon
-        means = [layer.mean().expand(layer.shape[1]) for layer in norm.detach().split(widths, dim=1)]
-        return (self.epsilon * torch.cat(means)).clamp_min(losses.L0_EPS)
+    def epsilon_of(self, norm: Tensor) -> float | Tensor:
+        """The epsilon of l0 for a layer's norms, (n, C): a number, or where it is relative to their mean, a scalar
+        without a gradient. A layer that is off altogether keeps the paper's."""
+        return (self.epsilon * norm.detach().mean()).clamp_min(losses.L0_EPS) if self.is_relative else self.epsilon
 
-    def channel_loss(self, norms: dict[str, Tensor]) -> Tensor:
+    def channel_loss(self, norms: Sequence[Tensor]) -> Tensor:
         """The share of the selected channels that are on (Kim & Choi, eq. 4), or, departing from the paper, the
         `NetworkCost` of as many in each layer."""
         if self.cost is None:
             return self._mean_over_channels(losses.channel_loss, norms)
-        channels_on = {}
-        for part, widths in self.widths.items():
-            on = losses.l0_norm(norms[part], self.epsilon_of(norms[part], widths)).mean(dim=0)  # (C,)
-            channels_on[part] = torch.stack([layer.sum() for layer in on.split(widths)])
-        return self.cost(channels_on)
+        on = [losses.l0_norm(norm, self.epsilon_of(norm)).mean(dim=0).sum() for norm in norms]
+        return self.cost(torch.stack(on))
 
-    def xor_loss(self, norms: dict[str, Tensor]) -> Tensor:
+    def xor_loss(self, norms: Sequence[Tensor]) -> Tensor:
         """Kim & Choi, eq. 5, as the mean over all selected channels."""
         return self._mean_over_channels(losses.xor_loss, norms)
 
-    def _mean_over_channels(self, loss: Callable, norms: dict[str, Tensor]) -> Tensor:
-        channels = sum(map(sum, self.widths.values()))
-        return sum(loss(norms[part], self.epsilon_of(norms[part], widths)) * (sum(widths) / channels)
-                   for part, widths in self.widths.items())
+    def _mean_over_channels(self, loss: Callable, norms: Sequence[Tensor]) -> Tensor:
+        channels = sum(norm.shape[1] for norm in norms)
+        return sum(loss(norm, self.epsilon_of(norm)) * (norm.shape[1] / channels) for norm in norms)
 
 
 class ChannelCensus:
@@ -120,21 +113,19 @@ class ChannelCensus:
     alone has too few pictures."""
 
     def __init__(self, network: NetworkConfig, layers: str, memory: int, device: torch.device) -> None:
-        self.layer_widths, self.memory = selected_widths(network, layers), memory
-        self.cost = NetworkCost(network, device)
-        # For how many batches each channel has been off, by part, (C,); kept in checkpoints.
-        self.batches_off = {part: torch.zeros(sum(each), device=device) for part, each in self.layer_widths.items()}
+        self.layer_widths, self.memory = network.widths[selected_convs(network, layers)], memory
+        self.cost = NetworkCost(network, layers, device)
+        # For how many batches each channel has been off, (channels of all layers,); kept in checkpoints.
+        self.batches_off = torch.zeros(sum(self.layer_widths), device=device)
 
-    def add(self, norms: dict[str, Tensor]) -> None:
+    def add(self, norms: Sequence[Tensor]) -> None:
         """norms: as in `CompactLosses`."""
-        for part, batches_off in self.batches_off.items():
-            self.batches_off[part] = (batches_off + 1) * (norms[part] == 0).all(dim=0)
+        self.batches_off = (self.batches_off + 1) * torch.cat([(norm == 0).all(dim=0) for norm in norms])
 
-    def widths(self) -> dict[str, Tensor]:
-        """The channels on in each layer, by part, (layers,)."""
-        is_on = {part: (batches_off < self.memory).float() for part, batches_off in self.batches_off.items()}
-        return {part: torch.stack([layer.sum() for layer in is_on[part].split(widths)])
-                for part, widths in self.layer_widths.items()}
+    def widths(self) -> Tensor:
+        """The channels on in each layer, (layers,)."""
+        is_on = (self.batches_off < self.memory).float()
+        return torch.stack([layer.sum() for layer in is_on.split(self.layer_widths)])
 
     def macs(self) -> Tensor:
         """The `NetworkCost` of the channels that are on."""

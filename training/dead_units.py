@@ -18,8 +18,7 @@ class DeadUnits:
 
     def __init__(self, content: Tensor, style: Tensor, warns: bool = True) -> None:
         """content, style: (n, 3, H, W), uint8. warns: whether many dead units of the decoder are said, once."""
-        self.pairs = content, style
-        self.warns = warns
+        self.pairs, self.warns = (content, style), warns
 
     def count(self, network: StyleTransferNetwork) -> dict[str, int | list[int]]:
         """For metrics.jsonl: all dead units, and those of each layer, as in `find`."""
@@ -38,9 +37,7 @@ class DeadUnits:
         weight, is_on = next(network.parameters()), []
         for pair in zip(*(pictures.split(1) for pictures in self.pairs)):
             features = network.encoder.features(normalize(torch.cat(pair).to(weight.device)).to(weight.dtype))
-            levels = [features[conv] for conv in network.config.level_convs]
-            content, style = zip(*(feature.split(1) for feature in levels))
-            aligned = [feature.to(weight.dtype) for feature in align(content, *level_statistics(style))]
-            features += network.decoder.features(*aligned)[:-1]
+            content, style = zip(*(features[conv].split(1) for conv in network.config.level_convs))
+            features += network.decoder.features(*align(content, *level_statistics(style)))[:-1]
             is_on.append([(feature > 0).any(dim=3).any(dim=2).any(dim=0) for feature in features])
         return [~torch.stack(layer).any(dim=0) for layer in zip(*is_on)]

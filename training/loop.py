@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import chain
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 import utils
 from folders import FailedPictures, open_folder, split_holdout
-from training.run_folder import CheckpointFolder, MetricFile, WandbRun
-from training.sampling import CropConfig, PictureCache, TrainingPictures, count_failures, training_batches
-from utils import UserError, is_first_process, note, process_count
+from training.run_folder import CheckpointFolder, WandbRun, append_metrics, truncate_metrics
+from training.sampling import PictureCache, TrainingPictures, count_failures, training_batches
+from utils import UserError, make_folder, note, process_count, process_rank
 from weights import VGG_SOURCES
 
 PATHS = ("content_dir", "style_dir", "save_path", "load_path", "teacher", "cache_dir", "vgg_weights")
@@ -29,7 +29,6 @@ def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build
     """
     config, checkpoint = open_config(mode, kind, given, fixed)
     device = utils.resolve_device(config.gpu_no)
-    utils.allow_tf32(True)
     with utils.process_group(device):
         if checkpoint is not None and checkpoint["iteration"] >= config.max_iter:
             note(f"this run has done its {checkpoint['iteration']} iterations; a larger --max_iter goes on")
@@ -39,10 +38,10 @@ def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build
                                for flag in flags))
         trainer = build(config, device, checkpoint)
         with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
-            learned, held_out = zip(*(split_holdout(each, config.holdout) for each in paths))
-            cache = config.cache_dir and PictureCache(utils.make_folder(config.cache_dir, "--cache_dir"),
-                                                      config.max_pixels)
-            pictures = dataset(learned, CropConfig.of(config), config.seed, cache)
+            learned, held_out = zip(*(split_holdout(each, config.holdout, tally.where)
+                                      for each, tally in zip(paths, tallies)))
+            cache = config.cache_dir and PictureCache(make_folder(config.cache_dir, "--cache_dir"), config.max_pixels)
+            pictures = dataset(learned, config, cache)
             trainer.show(pictures, held_out, tallies)
             counts = " and ".join(f"{len(each)} pictures of --{flag}" for each, flag in zip(learned, flags))
             note(f"training on {utils.describe_device(device)}, {'bfloat16' if trainer.amp_dtype else 'float32'}; "
@@ -65,7 +64,11 @@ def open_config(mode: str, kind: type, given: dict, fixed: Sequence[str]) -> tup
         known = asdict(kind())
         stored = known | {name: tuple(value) if isinstance(value, list) else value
                           for name, value in stored.items() if name in known} | {"gpu_no": None}
-        _say_changes(_with_absolute_paths(given), _with_absolute_paths(stored), fixed)
+        for name, value in _with_absolute_paths(given).items():
+            if name in fixed and value != stored[name]:
+                raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
+            if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
+                note(f"resuming with --{name} {value} (it was {stored[name]})")
         config = kind(**stored | given | {"resume": True})
         processes, now = checkpoint.get("processes"), process_count()  # an older checkpoint does not say
         if processes not in (None, now) and now * config.batch_size != processes * stored["batch_size"]:
@@ -79,15 +82,6 @@ def _with_absolute_paths(settings: dict) -> dict:
     """The settings as they are stored: a run can be resumed from any folder."""
     return settings | {name: os.path.abspath(settings[name]) for name in PATHS
                        if settings.get(name) and not (name == "vgg_weights" and settings[name] in VGG_SOURCES)}
-
-
-def _say_changes(given: dict, stored: dict, fixed: Sequence[str]) -> None:
-    """Say which given flags change a run's `stored` settings. Raises UserError for one in `fixed`."""
-    for name, value in given.items():
-        if name in fixed and value != stored[name]:
-            raise UserError(f"--resume: the run has --{name} {stored[name]}, not {value}; start a new run for that")
-        if name not in ("resume", "save_path", "gpu_no", "num_workers") and value != stored[name]:
-            note(f"resuming with --{name} {value} (it was {stored[name]})")
 
 
 class MetricSums:
@@ -139,14 +133,13 @@ class Run:
     picture's path or None; state() and restore(checkpoint) are what a checkpoint needs beside the settings.
     """
 
-    def __init__(
-        self, mode: str, config, trainer, folder: CheckpointFolder, pictures: TrainingPictures,
-        tallies: Sequence[FailedPictures], checkpoint: dict | None,
-    ) -> None:
+    def __init__(self, mode: str, config, trainer, folder: CheckpointFolder, pictures: TrainingPictures,
+                 tallies: Sequence[FailedPictures], checkpoint: dict | None) -> None:
         """config: of the mode; tallies: of each folder of pictures; checkpoint: from `open_config`."""
         self.mode, self.config, self.trainer, self.folder = mode, config, trainer, folder
         self.pictures, self.tallies, self.sums = pictures, tallies, MetricSums()
         self.picture_counts = [len(paths) for paths in pictures.folders]
+        self.workers = min(8, utils.usable_cores()) if config.num_workers is None else config.num_workers
         self.iteration = self.samples_seen = 0  # samples: by all processes together, where in the data the run is
         if checkpoint is not None:
             if checkpoint["picture_counts"] != self.picture_counts:
@@ -156,9 +149,9 @@ class Run:
             trainer.optimizer.load_state_dict(checkpoint["optimizer"])
             self.iteration, self.samples_seen = checkpoint["iteration"], checkpoint["samples_seen"]
             self.sums.restore(checkpoint["metric_sums"], trainer.device)
-        self.metrics = MetricFile(folder.folder / "metrics.jsonl")
-        if is_first_process():
-            self.metrics.truncate_after(self.iteration)
+        self.metrics_path = folder.folder / "metrics.jsonl"
+        if process_rank() == 0:
+            truncate_metrics(self.metrics_path, self.iteration)
         self.wandb_run = WandbRun(config, folder.folder, checkpoint and checkpoint["wandb_id"])
         self.go_on = f"go on with: python main.py --mode {mode} --resume --save_path {config.save_path}"
 
@@ -182,9 +175,9 @@ class Run:
     def _reason_of(self, error: BaseException | None) -> str | None:
         """What a library's error says, in words, that the user can put right; None for another error."""
         if "DataLoader worker" in str(error):
-            workers = utils.worker_count(self.config.num_workers)
-            return f"--num_workers {workers}: a process that decodes pictures was killed; fewer need less memory"
-        if process_count() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            return f"--num_workers {self.workers}: a process that decodes pictures was killed; fewer need less memory"
+        if process_count() > 1 and isinstance(error, RuntimeError) and (
+                isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             return f"iteration {self.iteration + 1}: another process of this run has ended"
         # torch.compile passes on what its backends raise: no compiler, no Triton, a GPU too old for it.
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -195,18 +188,17 @@ class Run:
         config, trainer, processes = self.config, self.trainer, process_count()
         on_cpu = trainer.device.type == "cpu"
         together = config.batch_size * processes  # pictures of an iteration: each process takes its batch of them
-        first = self.samples_seen + utils.process_rank() * config.batch_size
+        first = self.samples_seen + process_rank() * config.batch_size
         starts = range(first, first + (config.max_iter - self.iteration) * together, together)
         positions = chain.from_iterable(range(start, start + config.batch_size) for start in starts)
-        batches = training_batches(self.pictures, positions, config.batch_size,
-                                   utils.worker_count(config.num_workers), pin_memory=not on_cpu)
+        batches = training_batches(self.pictures, positions, config.batch_size, self.workers, pin_memory=not on_cpu)
         bar = utils.progress_bar(config.max_iter, self.mode, "it", initial=self.iteration)
         shown, is_due, stopping = time.perf_counter(), False, False
         with utils.catch_stop_signals() as stop, bar, closing(batches):
             while self.iteration < config.max_iter and not stopping:
                 try:
                     batch = self._next_batch(batches, stop)
-                except utils.StopWhileWaiting:
+                except SystemExit:
                     break
                 self.iteration += 1
                 self.samples_seen += together
@@ -230,19 +222,23 @@ class Run:
         return 128 + stop.signal_number if stop else 0  # as a shell has it; 0 where another process was told to stop
 
     def _next_batch(self, batches: Iterator[tuple], stop: utils.StopRequest) -> list[Tensor]:
-        """The pictures of the next batch, on the device. Raises StopWhileWaiting where a stop signal ends the wait; not
+        """The pictures of the next batch, on the device. Raises SystemExit where a stop signal ends the wait; not
         among several processes: the others would wait for the one that left."""
-        with stop.while_waiting() if process_count() == 1 else nullcontext():
+        stop.ends = process_count() == 1
+        try:
+            stop.end()  # for a signal from before
             *batch, failures = next(batches)
+        finally:
+            stop.ends = False
         count_failures(failures, self.tallies)
         return [pictures.to(self.trainer.device, non_blocking=True) for pictures in batch]
 
     def checkpoint(self) -> None:
         """Every `check_iter` iterations: metrics, what the trainer reports, a checkpoint."""
         means, self.sums = self.sums.means(), MetricSums()
-        if is_first_process():
+        if process_rank() == 0:
             more, picture = self.trainer.report(self.folder.folder, self.iteration)
-            self.metrics.append({"iteration": self.iteration, **means, **more})
+            append_metrics(self.metrics_path, {"iteration": self.iteration, **means, **more})
             self.wandb_run.log(means | more, self.iteration, picture)
         self.save()
         for tally in self.tallies:
@@ -251,7 +247,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint. Raises UserError, and writes nothing, when a weight is not finite."""
         metric_sums = self.sums.state()
-        if not is_first_process():
+        if process_rank() > 0:
             return
         state = self.trainer.state()
         if not all(tensor.isfinite().all() for tensor in state["state_dict"].values()):

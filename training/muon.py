@@ -1,7 +1,5 @@
 """Muon: momentum whose update of a weight matrix is made orthogonal; the rest of a network learns by Adam."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -9,15 +7,6 @@ from torch.optim.optimizer import Optimizer
 MOMENTUM = 0.9
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
 UPDATE_RMS = 0.2  # root mean square of an update at a rate of 1, about Adam's: one rate serves both
-
-
-def muon_groups(parameters: Iterable[Tensor]) -> list[dict]:
-    """The parameters of an encoder or a decoder as Muon takes them: filters of hidden layers as matrices; biases, and
-    the filters that give the picture's three colours, by Adam."""
-    groups = {is_matrix: {"params": [], "orthogonal": is_matrix} for is_matrix in (True, False)}
-    for parameter in parameters:
-        groups[parameter.dim() == 4 and len(parameter) > 3]["params"].append(parameter)
-    return list(groups.values())
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -32,13 +21,19 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Groups with `orthogonal=True` hold the weights of convs, (C', C, 3, 3), which learn as matrices (C', C * 9) by
-    Nesterov momentum made orthogonal, and scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982);
-    the other groups learn by Adam. No weight decay. dtype: of the iteration; bfloat16 will do.
+    """Filters of hidden layers, (C', C, 3, 3), learn as matrices (C', C * 9) by Nesterov momentum made orthogonal, and
+    scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982); biases, and the filters that give the picture's
+    three colours, by Adam. No weight decay. groups: of parameters, with the "lr" of each; dtype: of the iteration;
+    bfloat16 will do.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(groups, {"lr": 1e-3, "orthogonal": False})
+        split = []
+        for group in groups:
+            for is_matrix in (True, False):
+                chosen = [each for each in group["params"] if (each.dim() == 4 and len(each) > 3) == is_matrix]
+                split.append(group | {"params": chosen, "orthogonal": is_matrix})
+        super().__init__(split, {"lr": 1e-3})
         self.dtype = dtype
 
     @torch.no_grad()

@@ -7,12 +7,14 @@ import os
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import utils
-from utils import CHECKPOINT_NAME, UserError, is_first_process, note, save_checkpoint
+from utils import CHECKPOINT_NAME, UserError, note, process_rank, save_checkpoint
 
 LOCK_NAME = ".lock"
+WITHOUT_WANDB = "from here on metrics go to metrics.jsonl only"
 
 
 class CheckpointFolder:
@@ -32,7 +34,7 @@ class CheckpointFolder:
         folder = cls(utils.make_folder(save_path, "--save_path"), keep)
         with open(folder.folder / LOCK_NAME, "w") as lock:  # a kill lets go of it, too
             try:
-                if is_first_process():
+                if process_rank() == 0:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"--save_path {save_path}: another run is writing to it") from error
@@ -71,9 +73,9 @@ class CheckpointFolder:
 
     def numbered(self) -> list[Path]:
         """The numbered checkpoints, oldest first."""
-        return sorted(self.folder.glob("check_point_[0-9]*.pth"))
+        return sorted(self.folder.glob("check_point_[0-9]*.pth"), key=lambda path: (len(path.name), path.name))
 
-    def save(self, checkpoint: dict, iteration: int) -> Path:
+    def save(self, checkpoint: dict, iteration: int) -> None:
         """Write the checkpoint, make it the newest, drop numbered ones beyond `keep`."""
         save_checkpoint(checkpoint, self.newest)
         if self.keep:
@@ -88,33 +90,28 @@ class CheckpointFolder:
                 old.unlink()
             except OSError as error:  # open elsewhere, on a share
                 note(f"{old}: an old checkpoint, cannot be deleted ({error.strerror})")
-        return self.newest
 
 
-class MetricFile:
-    """`metrics.jsonl`: one JSON object a line, one line a checkpoint."""
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the lines of a metrics.jsonl past `iteration`: a killed run may have logged what its last checkpoint lacks.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # the half-written last line of a killed run, or damage
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+    utils.write_text_atomically(path, "".join(kept))
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
 
-    def truncate_after(self, iteration: int) -> None:
-        """Drop lines past `iteration`: a killed run may have logged what its last checkpoint lacks."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # the half-written last line of a killed run, or damage
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
-        utils.write_text_atomically(self.path, "".join(kept))
-
-    def append(self, row: dict) -> None:
-        """Raises UserError when the file cannot be written to."""
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: the metrics cannot be written ({error.strerror})") from error
+def append_metrics(path: Path, row: dict) -> None:
+    """Add a line, a JSON object. Raises UserError when the file cannot be written to."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: the metrics cannot be written ({error.strerror})") from error
 
 
 class WandbRun:
@@ -124,13 +121,18 @@ class WandbRun:
         """config: of a mode, whose `wb_mode` is auto, online, offline or disabled. Raises UserError when a run that was
         asked for by `online` or `offline` cannot be had."""
         self.run, self.id, self.failure, mode = None, run_id, "", config.wb_mode
-        if not is_first_process() or "disabled" in (mode, mode == "auto" and os.environ.get("WANDB_MODE")):
+        if process_rank() > 0 or "disabled" in (mode, mode == "auto" and os.environ.get("WANDB_MODE")):
             return
         for each in (None, "offline") if mode == "auto" else (mode,):  # None: as wandb finds it configured
             with self._guarded():
-                self._start(config, folder, each)
-                kinds = [kind for kind in ("disabled", "offline") if getattr(self.run, kind, False)]
-                kind = each or "".join(kinds[:1]) or "online"
+                wandb = import_module("wandb")
+                self.run = wandb.init(
+                    dir=str(folder), id=self.id, mode=each, config=asdict(config),
+                    resume="allow" if each != "offline" else None,  # a resumed training goes on in the same run
+                    project=config.wb_project, name=config.wb_name, notes=config.wb_notes, tags=config.wb_tags,
+                    settings=wandb.Settings(console="off", silent=True, init_timeout=60))
+                self.id = self.run.id
+                kind = each or next((way for way in ("disabled", "offline") if getattr(self.run, way, False)), "online")
                 note(f"wandb: {kind}, run {self.id} in {self.run.dir}{self.failure and f'; online it {self.failure}'}")
                 return
         if mode != "auto":
@@ -138,9 +140,9 @@ class WandbRun:
         note(f"wandb {self.failure}: metrics go to metrics.jsonl")
 
     @contextmanager
-    def _guarded(self):
+    def _guarded(self, then: str = ""):
         """Within the block wandb may raise what it will, errors of its process, the network, its server: `failure` says
-        then what, and there is no run any more."""
+        then what, and there is no run any more, which a line says where there is something to say of it."""
         stdin, sys.stdin = sys.stdin, io.StringIO()  # no terminal at which it could ask for a key
         try:
             yield
@@ -149,41 +151,22 @@ class WandbRun:
             reason = " ".join(str(error).split()) or type(error).__name__
             self.failure = "is not installed (pip install wandb)" if is_missing else f"failed ({reason})"
             self.run = None
+            if then:
+                note(f"wandb {self.failure}: {then}")
         finally:
             sys.stdin = stdin
-
-    def _start(self, config, folder: Path, mode: str | None) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            dir=str(folder), id=self.id, mode=mode, config=asdict(config),
-            resume="allow" if mode != "offline" else None,  # a resumed training goes on in the same run
-            project=config.wb_project, name=config.wb_name, notes=config.wb_notes, tags=config.wb_tags,
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-        )
-        self.id = self.run.id
 
     def log(self, values: dict, iteration: int, picture: Path) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
         if self.run is not None:
-            with self._guarded():
-                import wandb
-
-                self.run.log(values | {"pictures": wandb.Image(str(picture))}, step=iteration)
-            self._say_failure()
+            with self._guarded(WITHOUT_WANDB):
+                self.run.log(values | {"pictures": import_module("wandb").Image(str(picture))}, step=iteration)
 
     def finish(self) -> None:
         """Have wandb send what it has; after a failure, let it go without a traceback when the program ends."""
         if self.run is not None:
-            with self._guarded():
+            with self._guarded(WITHOUT_WANDB):
                 self.run.finish()
-            self._say_failure()
         if self.run is None and self.failure:
             with suppress(SystemExit), self._guarded():
-                import wandb
-
-                wandb.teardown()
-
-    def _say_failure(self) -> None:
-        if self.run is None:
-            note(f"wandb {self.failure}: from here on metrics go to metrics.jsonl only")
+                import_module("wandb").teardown()

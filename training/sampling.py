@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -24,25 +23,6 @@ MAX_DRAWS = 50  # pictures tried for one position: more failing in a row is a fo
 DECODING = 3  # goes up when the same file gives other pixels than before: what is cached is then made anew
 
 Failure = tuple[int, str, str]  # number of the folder, path, reason
-
-
-@dataclass(frozen=True)
-class CropConfig:
-    """How a training picture is cut: shorter side to `imsize`, then a square of `cropsize` pixels."""
-
-    imsize: int
-    cropsize: int
-    centered: bool
-    max_pixels: int
-
-    @classmethod
-    def of(cls, config) -> "CropConfig":
-        """What a mode's settings say."""
-        return cls(config.imsize, config.cropsize, config.cencrop, config.max_pixels)
-
-    @property
-    def shorter_side(self) -> int:
-        return max(self.imsize, self.cropsize)  # a picture smaller than the crop is enlarged to it
 
 
 class PictureCache:
@@ -97,10 +77,11 @@ class TrainingPictures(Dataset):
     folder once, in an order of its own. A picture that fails is replaced by another, drawn by the same position.
     """
 
-    def __init__(self, folders: Sequence[list[Path]], crop: CropConfig, seed: int, cache: PictureCache | None = None):
-        """folders: the pictures of each."""
-        self.folders, self.crop, self.seed = folders, crop, seed
-        self.load = cache.open if cache else partial(load_picture, max_pixels=crop.max_pixels)
+    def __init__(self, folders: Sequence[list[Path]], config, cache: PictureCache | None = None) -> None:
+        """folders: the pictures of each. config: of a mode. Its `imsize` is that of the shorter side, which is enlarged
+        where the square of `cropsize` would not fit."""
+        self.folders, self.config, self.seed = folders, config, config.seed
+        self.load = cache.open if cache else partial(load_picture, max_pixels=config.max_pixels)
 
     def __getitem__(self, position: int) -> tuple[Tensor | list[Failure], ...]:
         """Returns the crops, each (3, cropsize, cropsize), uint8, and last the failures met on the way."""
@@ -121,13 +102,13 @@ class TrainingPictures(Dataset):
                 failures.append((number, str(path), str(error)))
             index = generator.integers(len(paths))
         # Never learned from: `count_failures` stops the run in the main process, where one line can be said.
-        return torch.zeros(3, self.crop.cropsize, self.crop.cropsize, dtype=torch.uint8)
+        return torch.zeros(3, self.config.cropsize, self.config.cropsize, dtype=torch.uint8)
 
     def _cut(self, path: Path, generator: np.random.Generator) -> Tensor:
-        side = self.crop.cropsize
-        picture = np.asarray(self.load(path, self.crop.shorter_side))  # (H, W, 3)
+        side = self.config.cropsize
+        picture = np.asarray(self.load(path, max(self.config.imsize, side)))  # (H, W, 3)
         free = [length - side for length in picture.shape[1::-1]]  # to the right, below
-        left, top = (each // 2 if self.crop.centered else int(generator.integers(each + 1)) for each in free)
+        left, top = (each // 2 if self.config.cencrop else int(generator.integers(each + 1)) for each in free)
         crop = picture[top : top + side, left : left + side].transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(crop))
 
@@ -155,9 +136,8 @@ def count_failures(failures: list[Failure], tallies: Sequence[FailedPictures]) -
         raise UserError(f"{len(failures)} pictures in a row cannot be used (the last: {failures[-1][2]})")
 
 
-def training_batches(
-    pictures: TrainingPictures, positions: Iterable[int], batch_size: int, num_workers: int, pin_memory: bool
-) -> Iterator[tuple]:
+def training_batches(pictures: TrainingPictures, positions: Iterable[int], batch_size: int, num_workers: int,
+                     pin_memory: bool) -> Iterator[tuple]:
     """Batches of the given positions, in order: the pictures of a sample stacked, (B, 3, H, W), uint8, each, and all
     failures in one list. When a worker process is killed, DataLoader raises a RuntimeError wherever this one is."""
     ending = (torch.multiprocessing if num_workers else threading).Event()

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,85 +12,22 @@ import loss as losses
 from data import normalize, picture_grid, save_picture
 from folders import FailedPictures
 from network import LossNetwork, StyleTransferNetwork, align, level_statistics
-from settings import amount, count_or_zero, proper_fraction, setting
-from training import compaction
-from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
+from training.compaction import COMPACT_LAYERS, ChannelCensus, CompactLosses, TargetSteering
 from training.dead_units import DeadUnits
-from training.muon import Muon, muon_groups
+from training.muon import Muon
 from training.sampling import TrainingPictures, first_pictures
 from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, note, process_count
 from weights import model_checkpoint
 
-PUBLISHED_RATES = {"encoder": 5e-6, "decoder": 1e-4}
 CENSUS_MEMORY = 100  # batches, or a twentieth of the run's
 MOVES_APART = 29  # has no divisor in common with stride**2 - 1, so that every move has its turn
 PREVIEW_PICTURES = 4
 
 
-@dataclass(frozen=True)
-class TransferConfig:
-    """The settings of the training step; the defaults are the published `ch_xor`."""
-
-    lr: float | None = setting(None, more="of both parts", none="each part has its own")
-    encoder_lr: float | None = setting(None, "learning rate of the encoder; 0 freezes it", "learning", amount,
-                                       none=f"--lr, or {PUBLISHED_RATES['encoder']:g}")
-    decoder_lr: float | None = setting(None, "learning rate of the decoder; 0 freezes it", "learning", amount,
-                                       none=f"--lr, or {PUBLISHED_RATES['decoder']:g}")
-    optimizer: str = setting("adam", "adam, as published, or muon (Jordan et al., 2024): updates made orthogonal",
-                             "learning", choices=("adam", "muon"))
-    warmup_iter: int = setting(0, "first iterations, over which the learning rates rise", "learning", count_or_zero)
-    decay_iter: int = setting(0, "last iterations, over which the learning rates fall to 0", "learning", count_or_zero)
-    max_iter: int = 80_000
-    style_loss: str = "meanstd"
-    style_loss_weight: float = setting(100.0, "weight of the style loss; the content loss's is 1", "losses", amount)
-    uncorrelation_loss_weight: float = setting(0.0, "weight of the uncorrelation loss", "losses", amount)
-    channel_loss_weight: float = setting(1e4, "weight of the channel loss: it switches channels off", "losses", amount)
-    xor_loss_weight: float = setting(500.0, "weight of the xor loss: the same channels off for all", "losses", amount)
-    shift_loss_weight: float = setting(
-        0.0, "weight of the shift loss, beyond the papers: a photograph moved by a few pixels is to be painted the "
-        "same, moved, which makes videos calmer; 30 is much", "losses", amount)
-    l0_eps: float | str = setting(
-        losses.L0_EPS, "epsilon of the channel and xor losses, in units of a channel's l2 norm; a larger one switches "
-        "off stronger channels; relative:N is N times the mean norm of each layer", "compaction",
-        compaction.l0_epsilon, metavar="N")
-    compact_layers: str = setting("bottleneck", "layers of the channel and xor losses; bottleneck is as published",
-                                  "compaction", choices=tuple(COMPACT_LAYERS))
-    compact_cost: str = setting("count", "share that the channel loss measures: of channels that are on, or of their "
-                                "multiply-adds", "compaction", choices=COMPACT_COSTS)
-    target_macs: float | None = setting(
-        None, "adjust the weight of the channel loss, starting from --channel_loss_weight, so that the run ends at "
-        "this fraction of the full network's multiply-adds", "compaction", proper_fraction)
-    amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
-    compile: bool = setting(False, "faster training by torch.compile, after a minute or more of compiling; on a CPU it "
-                            "needs a C++ compiler", "the device")
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """The rate of each part; 0 freezes it."""
-        given = {part: (getattr(self, f"{part}_lr"), self.lr, rate) for part, rate in PUBLISHED_RATES.items()}
-        return {part: next(rate for rate in rates if rate is not None) for part, rates in given.items()}
-
-    def rate_share(self, iteration: int) -> float:
-        """What the learning rates are multiplied by in an iteration, counted from 1: straight lines up over the first
-        `warmup_iter`, and down to 0, behind the last, over the last `decay_iter`."""
-        return min(1.0, iteration / max(1, self.warmup_iter), (self.max_iter + 1 - iteration) / (self.decay_iter + 1))
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of every term in the total loss; with `target_macs`, the channel loss's at the start."""
-        names = ("style", "uncorrelation", "channel", "xor", *(("shift",) if self.shift_loss_weight else ()))
-        return {"content": 1.0} | {name: getattr(self, f"{name}_loss_weight") for name in names}
-
-    @property
-    def takes_census(self) -> bool:
-        """Whether the multiply-adds that are left are followed: in all but the published method."""
-        return (self.compact_layers, self.compact_cost, self.target_macs) != ("bottleneck", "count", None)
-
-
 class ForwardPass(nn.Module):
     """One forward pass of training: pictures in, the terms of the loss out; DistributedDataParallel can wrap it."""
 
-    def __init__(self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig,
+    def __init__(self, network: StyleTransferNetwork, loss_network: LossNetwork, config,
                  amp_dtype: torch.dtype | None, device: torch.device) -> None:
         super().__init__()
         self.network, self.loss_network = network, loss_network
@@ -100,16 +36,14 @@ class ForwardPass(nn.Module):
         self.processes = process_count()
         is_cut = config.compile and self.processes > 1  # compiled graphs do not reach over processes
         self.gather = torch.compiler.disable(gather_with_gradient) if is_cut else gather_with_gradient
-        self.compact = compaction.CompactLosses(
-            network.config, config.compact_layers, config.compact_cost, config.l0_eps, device)
-        parts = COMPACT_LAYERS[config.compact_layers] if config.compact_layers != "bottleneck" else ()
-        self.every_layer = {part: part in parts for part in ("encoder", "decoder")}  # else the last one is looked at
+        self.compact = CompactLosses(network.config, config.compact_layers, config.compact_cost, config.l0_eps, device)
+        self.parts = COMPACT_LAYERS[config.compact_layers]
+        self.whole_encoder = config.compact_layers in ("encoder", "all")  # else only its last layer is looked at
         self.level_convs = network.config.level_convs
         # Features of a frozen encoder that is the loss network's beginning are computed once.
         encoder, vgg = network.encoder.layers[0].state_dict(), loss_network.layers.state_dict()
         self.encoder_is_loss_network = (
-            config.learning_rates["encoder"] == 0 and not self.every_layer["encoder"]
-            and network.config.adain_levels == 1
+            config.learning_rates["encoder"] == 0 and not self.whole_encoder and network.config.adain_levels == 1
             and network.config.pooling == "max" and network.config.padding == loss_network.padding
             and encoder.keys() == vgg.keys() and all(torch.equal(encoder[name], vgg[name]) for name in vgg))
         # The memory format of each in which convolutions are fastest. On a CPU, the gradient of a 3 x 3 conv's weight
@@ -122,30 +56,30 @@ class ForwardPass(nn.Module):
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(dtype=amp_dtype, memory_format=torch.channels_last)
 
-    def forward(
-        self, content: Tensor, style: Tensor, all_terms: bool, move: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, content: Tensor, style: Tensor, all_terms: bool,
+                move: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
         """The terms of the loss for one batch (Kim & Choi, eq. 6: total = content + sum of weight * term).
 
         content, style: (B, 3, H, W), ImageNet-normalised. A term of weight 0 is left out, or with `all_terms` measured
         without a gradient. move: (2,), see `losses.moved`. Returns the terms by name, and the channel norms of the
-        global batch by part, see `CompactLosses`; the encoder's end with the bottleneck's. Averaged over processes,
-        terms and gradients are those of one process with the whole batch.
+        global batch, of the bottleneck and of the selected layers, see `CompactLosses`. Averaged over processes, terms
+        and gradients are those of one process with the whole batch.
         """
         both = torch.cat([content, style])  # (2B, 3, H, W)
         with torch.autocast(**self.autocast):
             with torch.no_grad():
-                targets = self._loss_features(both)
+                targets = self.loss_network(both.contiguous(memory_format=self.formats["loss_network"]))
             encoder_features, levels = ([*targets[-1:]],) * 2 if self.encoder_is_loss_network else self._encode(both)
             content_features, style_features = zip(*(level.chunk(2) for level in levels))  # (B, C, H/stride, W/stride)
             *decoder_features, output = self._decode(align(content_features, *level_statistics(style_features)))
-            output_features = self._loss_features(output)  # of (B, 3, H, W)
+            output_features = self.loss_network(output.contiguous(memory_format=self.formats["loss_network"]))
 
         content_targets, style_targets = zip(*(target.chunk(2) for target in targets))
-        norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C)
-        if decoder_features:
-            norms["decoder"] = self._norms(decoder_features)  # (B * processes, C')
-        spared = self.compact.spared(norms)
+        norms = {"encoder": self._norms(encoder_features)}  # (2B * processes, C) each
+        if "decoder" in self.parts:
+            norms["decoder"] = self._norms(decoder_features)  # (B * processes, C') each
+        selected = [norm for part in self.parts for norm in norms[part]]
+        spared = self.compact.spared(selected)
         compute = {
             "content": lambda: losses.content_loss(output_features, content_targets),
             "style": lambda: losses.style_loss(output_features, style_targets, self.style_loss),
@@ -160,29 +94,26 @@ class ForwardPass(nn.Module):
             if weight or all_terms:
                 with torch.set_grad_enabled(weight > 0):
                     terms[name] = compute[name]()
-        return terms, {part: norm.detach() for part, norm in norms.items()}
+        return terms, norms["encoder"][-1].detach(), [norm.detach() for norm in selected]
 
     def _encode(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The features whose channels the losses look at, in forward order, and those that AdaIN acts on, the deepest
         first."""
-        convs = None if self.every_layer["encoder"] else self.level_convs
+        convs = None if self.whole_encoder else self.level_convs
         features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]), convs=convs)
         if convs is None:
             return features, [features[conv] for conv in self.level_convs]
         return features[-1:], features[::-1]
 
     def _decode(self, aligned: list[Tensor]) -> list[Tensor]:
-        """The features whose channels the losses look at, in forward order, and the output."""
+        """The features of all layers, in forward order; the last is the output."""
         aligned = [each.contiguous(memory_format=self.formats["decoder"]) for each in aligned]
-        decoder = self.network.decoder
-        return decoder.features(*aligned) if self.every_layer["decoder"] else [decoder(*aligned)]
+        return self.network.decoder.features(*aligned)
 
-    def _loss_features(self, image: Tensor) -> list[Tensor]:
-        return self.loss_network(image.contiguous(memory_format=self.formats["loss_network"]))
-
-    def _norms(self, features: list[Tensor]) -> Tensor:
-        """The channel norms of a part's layers side by side, of the global batch."""
-        return self.gather(torch.cat([losses.channel_norm(feature) for feature in features], dim=1))
+    def _norms(self, features: list[Tensor]) -> Sequence[Tensor]:
+        """The channel norms of each layer, of the global batch, gathered at once."""
+        norms = [losses.channel_norm(feature) for feature in features]
+        return self.gather(torch.cat(norms, dim=1)).split([norm.shape[1] for norm in norms], dim=1)
 
     def _shift_loss(self, content: Tensor, style_features: Sequence[Tensor], output: Tensor, move: Tensor) -> Tensor:
         """Of the output, and what is painted of the content pictures `losses.moved`, in the same styles."""
@@ -195,12 +126,10 @@ class ForwardPass(nn.Module):
 class TransferTrainer:
     """The networks, the optimiser and one training step."""
 
-    def __init__(
-        self, network: StyleTransferNetwork, loss_network: LossNetwork, config: TransferConfig, device: torch.device,
-        vgg_origin: str | None = None,
-    ) -> None:
-        """vgg_origin: where the loss network's weights are from, for the file. All is computed in the network's data
-        type, its convolutions with `config.amp` in another."""
+    def __init__(self, network: StyleTransferNetwork, loss_network: LossNetwork, config, device: torch.device,
+                 vgg_origin: str | None = None) -> None:
+        """config: a TrainConfig; vgg_origin: where the loss network's weights are from, for the file. All is computed
+        in the network's data type, its convolutions with `config.amp` in another."""
         self.config, self.device, self.vgg_origin = config, device, vgg_origin
         self.amp_dtype = autocast_dtype(config.amp, device)
         self.network = network.to(device).train()
@@ -222,10 +151,10 @@ class TransferTrainer:
         self.census = self.steering = None
         if config.takes_census:
             memory = max(1, min(CENSUS_MEMORY, config.max_iter // 20))
-            self.census = compaction.ChannelCensus(network.config, config.compact_layers, memory, device)
+            self.census = ChannelCensus(network.config, config.compact_layers, memory, device)
         if config.target_macs is not None:
-            self.steering = compaction.TargetSteering(
-                config.channel_loss_weight, self.census.macs().item(), config.target_macs, config.max_iter, device)
+            self.steering = TargetSteering(config.channel_loss_weight, self.census.macs().item(), config.target_macs,
+                                           config.max_iter, device)
         self.shown = [*(name for name, weight in config.weights.items() if weight), "total", "nonzero_channels"]
         self.shown += ["macs"] if self.census else []
         self.begin(1)
@@ -267,7 +196,7 @@ class TransferTrainer:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
         content, style = (normalize(pictures).to(self.dtype) for pictures in (content, style))
-        terms, norms = self.model(content, style, all_terms, self.move)
+        terms, bottleneck, norms = self.model(content, style, all_terms, self.move)
 
         weights, progress = self.config.weights, {}
         if self.census is not None:
@@ -279,11 +208,10 @@ class TransferTrainer:
         total.backward()
         self.optimizer.step()
 
-        norm = norms["encoder"][:, -self.network.config.bottleneck_width :]  # (2B, C)
-        off = norm == 0
+        off = bottleneck == 0  # (2B, C)
         return {name: term.detach() for name, term in terms.items()} | progress | {
             "total": total.detach(),
-            "nonzero_channels": losses.nonzero_channels(norm),
+            "nonzero_channels": (bottleneck > 0).sum(dim=1).float().mean(),
             "channels_off_for_all": off.all(dim=0).sum().float(),
             "channels_off_for_some": off.any(dim=0).sum().float(),
         }
@@ -299,14 +227,14 @@ class TransferTrainer:
         save_picture(picture_grid([content, style, output.float()]), path)
         counts = self.dead_units.count(self.network)
         if self.config.compact_layers != "bottleneck":  # encoder, then decoder, in forward order
-            counts["layer_widths"] = torch.cat([*self.census.widths().values()]).int().tolist()
+            counts["layer_widths"] = self.census.widths().int().tolist()
         return counts, path
 
     def state(self) -> dict:
         """What a checkpoint needs beside the optimiser to go on; it is a model file too."""
         state = {"optimized": self.optimized}
         if self.census is not None:
-            state["census"] = self.census.batches_off
+            state["census"] = {"selected": self.census.batches_off}
         if self.steering is not None:
             state["steering"] = {"log_change": self.steering.log_change}
         return model_checkpoint(self.network, vgg_weights=self.vgg_origin, **state)
@@ -318,19 +246,16 @@ class TransferTrainer:
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; start a new run for that")
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:
-            for part, batches_off in checkpoint["census"].items():
-                self.census.batches_off[part].copy_(batches_off)
+            self.census.batches_off.copy_(torch.cat([*checkpoint["census"].values()]))  # older ones have it by part
         if self.steering is not None and "steering" in checkpoint:
             self.steering.log_change.copy_(checkpoint["steering"]["log_change"])
 
 
-def build_optimizer(network: StyleTransferNetwork, config: TransferConfig, dtype: torch.dtype) -> Optimizer:
+def build_optimizer(network: StyleTransferNetwork, config, dtype: torch.dtype) -> Optimizer:
     """The optimiser of the parts with a learning rate; the others are frozen. dtype: in which Muon computes."""
     groups = []
     for part, rate in config.learning_rates.items():
-        parameters = list(getattr(network, part).requires_grad_(rate > 0).parameters())
+        parameters = getattr(network, part).requires_grad_(rate > 0).parameters()
         if rate > 0:
-            added = muon_groups(parameters) if config.optimizer == "muon" else [{"params": parameters}]
-            groups += [group | {"lr": rate} for group in added]
+            groups.append({"params": [*parameters], "lr": rate})
     return Muon(groups, dtype) if config.optimizer == "muon" else torch.optim.Adam(groups, fused=True)
-

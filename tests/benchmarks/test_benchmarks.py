@@ -74,7 +74,7 @@ def test_video_benchmark(run):
     plain, smooth = report["results"]
     assert plain["frames_per_second"]["median"] > 0 and (plain["smoothing"], smooth["smoothing"]) == (0, 0.8)
     for step in ("2", "1.5"):
-        assert 0 < smooth["shimmer"][step] < 0.5 * plain["shimmer"][step]
+        assert 0 < smooth["shimmer"][step] < 0.9 * plain["shimmer"][step]  # how much less, test_video.py says
     assert f"{plain['shimmer']['2']:.2f}" in text
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_config, words, write_model
+from helpers import filled, small_config, words, write_model
 
 from main import main
 from network import StyleTransferNetwork
@@ -22,16 +22,11 @@ def exporting_network(pooling="max", upsampling="nearest", padding="zeros", back
     """Narrow, of uneven widths as after pruning, but multiples of 4 as in a page; it paints mostly within range."""
     config = small_config(backbone, pooling)
     widths = [4 + 4 * (number % 3 == 1) for number in range(len(config.widths) - 1)]
-    network = StyleTransferNetwork(config.with_widths([*widths, 3]))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            scale = (2.0 / parameter[0].numel()) ** 0.5 if parameter.dim() == 4 else 0.1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        network.use(upsampling, padding)
-        pictures = torch.randn(2, 1, 3, 40, 48, generator=generator)
-        network.decoder.layers[0][-1].weight /= network(*pictures).std()  # what is painted is neither grey nor clipped
-    return network.eval().requires_grad_(False)
+    network = filled(StyleTransferNetwork(config.with_widths([*widths, 3]))).requires_grad_(False)
+    network.use(upsampling, padding)
+    pictures = torch.randn(2, 1, 3, 40, 48, generator=torch.Generator().manual_seed(0))
+    network.decoder.layers[0][-1].weight /= network(*pictures).std()  # what is painted is neither grey nor clipped
+    return network
 
 
 @pytest.fixture(scope="session")

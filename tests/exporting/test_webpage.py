@@ -5,24 +5,16 @@ import re
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, paint_within_range, refusal, small_network, user_error, words, write_noise
+from helpers import ROOT, refusal, small_network, user_error, within_range, words, write_noise
 from PIL import Image
 
 from data import denormalize, normalize, prepare_picture
 from exporting import webpage
+from exporting.formats import onnx_session
 from exporting.graphs import fill_up
-from exporting.webpage import (
-    CHANNEL_MULTIPLE,
-    RUNTIME_FILES,
-    STYLES,
-    find_styles,
-    page_files,
-    runtime_files,
-    write_page,
-)
+from exporting.webpage import CHANNEL_MULTIPLE, RUNTIME_FILES, find_styles, page_files, runtime_files, write_page
 from main import main
 from weights import load_network
 
@@ -58,11 +50,14 @@ def test_zero_channels_change_no_picture(backbone):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_page_has_all_that_it_asks_for(web, tmp_path):
-    network, folder = fill_up(small_network(), CHANNEL_MULTIPLE), tmp_path / "page"
-    folder.mkdir()  # empty: as good as none
-    write_page(folder, page_files(network, "narrow", *GRAPHS, sorted(STYLES.glob("*.jpg"))[:2]))
-    assert {*tmp_path.iterdir()} == {web, folder}  # nothing is left beside it
+def test_page_has_all_that_it_asks_for(web, tmp_path, monkeypatch):
+    """Written where a link leads, to an empty folder; with styles of the toolkit, by a relative path."""
+    network, folder, link = fill_up(small_network(), CHANNEL_MULTIPLE), tmp_path / "page", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    monkeypatch.chdir(ROOT)
+    write_page(link, page_files(network, "narrow", *GRAPHS, sorted(Path("imgs/style").glob("*.jpg"))[:2]))
+    assert {*tmp_path.iterdir()} == {web, folder, link}  # nothing is left beside it
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     sources = "".join((folder / name).read_text() for name in ("index.html", "page.js", "painter.js"))
     asked = set(re.findall(r"""(?:src|href)="([\w./]+)"|(?:fetch|import|Worker|open)\("([\w./]+)""", sources))
@@ -83,8 +78,7 @@ def test_every_element_that_the_script_asks_for_is_in_the_page():
 
 
 def test_browser_is_checked_with_what_pytorch_paints(web):
-    network = small_network()
-    paint_within_range(network)
+    network = within_range(small_network())
     settings = json.loads(page_files(network, "narrow", *GRAPHS, [])["page.json"])
     check = settings["check"]
     assert settings["maxPixels"] == 2**30 // (4 * 4 * 6)  # 4 layers of 6 channels, float32
@@ -109,7 +103,7 @@ def test_too_many_styles_and_broken_ones_are_refused(web, tmp_path):
         f"style_dir {many}: 49 pictures, at most 48 styles fit on a page")
     (many / "0.png").unlink()
     assert len(find_styles(str(many), tmp_path / "page")) == 48
-    assert [path.parent for path in find_styles(None, tmp_path / "page")] == [STYLES] * 8
+    assert [path.parent for path in find_styles(None, tmp_path / "page")] == [webpage.STYLES] * 8
 
 
 @pytest.mark.parametrize("spoil", [
@@ -159,7 +153,7 @@ def test_export_mode_writes_a_page(web, exported, tmp_path, capsys, monkeypatch)
     with Image.open(folder / "styles" / "0.jpg") as thumbnail:
         assert (thumbnail.format, thumbnail.size) == ("JPEG", (160, 160))
     content = prepare_picture(write_noise(tmp_path / "content.png", (37, 50), 2))
-    session = onnxruntime.InferenceSession(str(folder / "content.onnx"))
+    session = onnx_session((folder / "content.onnx").read_bytes(), threads=1)
     mean, std = (np.array(style[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
     (actual,) = session.run(None, {"content": content.numpy() / np.float32(255), "mean": mean, "std": std,
                                    "strength": np.ones(1, np.float32)})

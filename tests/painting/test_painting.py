@@ -33,6 +33,7 @@ from PIL import Image
 import network
 from data import OUTPUT_FORMATS
 from evaluate import TestConfig
+from folders import is_held_out
 from main import main
 from painting import many
 from painting import stylizer as stylize
@@ -234,12 +235,28 @@ def test_amp_auto_decodes_in_float16_where_pictures_stay_what_they_are(tmp_path,
         assert main(words(pairs | {"amp": amp, "save_path": tmp_path / f"{amp}.png"})) == 0
     for dtype in (torch.float16, torch.bfloat16):
         monkeypatch.setattr(stylize, "half_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(stylize, "MOST_CHANGE", 3 if dtype is torch.float16 else 0)  # whatever the model
         assert main(words(pairs | {"amp": "auto", "save_path": tmp_path / f"{dtype}.png"})) == 0
     assert "--amp auto: tiny stays in float32: in bfloat16 a picture changes by " in capsys.readouterr().err
     off, auto, half, brain = (read_pixels(tmp_path / f"{name}.png")
                               for name in ("off", "auto", "torch.float16", "torch.bfloat16"))
     assert np.array_equal(off, auto) and np.array_equal(off, brain)
     assert 1 <= np.abs(off - half).max() <= 3
+
+
+def test_model_that_overflows_float16_stays_in_float32(monkeypatch, capsys):
+    network = picture_network()
+    first, second = [layer for layer in network.decoder.layers[0] if isinstance(layer, torch.nn.Conv2d)][:2]
+    with torch.no_grad():
+        first.weight *= 1e6
+        first.bias *= 1e6
+        second.weight /= 1e6
+    stylizer = Stylizer(network, device="cpu")
+    in_float32 = stylizer.network.decoder.forward
+    monkeypatch.setattr(stylize, "half_dtype", lambda device: torch.float16)
+    stylize.decode_in_half(stylizer, "steep")
+    assert "--amp auto: steep stays in float32: in float16 a picture changes by 255" in capsys.readouterr().err
+    assert stylizer.network.decoder.forward == in_float32
 
 
 # ----------------------------------------------------- bad files in folders, full disks, too little memory
@@ -495,6 +512,23 @@ def test_what_is_there_and_whole_is_not_painted_again(pairs, tmp_path, capsys, m
     assert main(words(pairs | {"skip_existing": True})) == 0
     assert "wrote 0 pictures (4 were there already), contact_sheet.png" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_is_written_is_said_of_it_alone(pairs, tmp_path, capsys):
+    """The one picture of several that was not there by its own name; one pair, named twice, is one picture."""
+    assert main(words(pairs)) == 0
+    (tmp_path / "out" / "c1_s0.png").unlink()
+    capsys.readouterr()
+    assert main(words(pairs | {"skip_existing": True})) == 0
+    assert "wrote c1_s0.png (3 were there already), contact_sheet.png" in capsys.readouterr().err
+    named = {kind: [tmp_path / f"{kind}s" / f"{kind[0]}0.png"] * 2 for kind in ("content", "style")}
+    assert main(words(pairs | named | {"save_path": tmp_path / "one.png"})) == 0
+    assert "wrote one.png to" in capsys.readouterr().err
+
+
+def test_a_folder_of_held_out_pictures_alone_is_measured(pairs, tmp_path, capsys):
+    assert all(is_held_out(path, 0.9) for path in (tmp_path / "contents").iterdir())
+    assert main(words(pairs | {"style": tmp_path / "styles" / "s0.png", "holdout": 0.9})) == 0
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -10,18 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CONTENT_DIR,
-    CPU,
-    random_picture,
-    refusal,
-    small_network,
-    user_error,
-    words,
-    write_model,
-    write_noise,
-    write_picture,
-)
+from helpers import random_picture, refusal, small_network, user_error, words, write_model, write_noise, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
@@ -29,20 +18,9 @@ from data import denormalize, normalize, prepare_picture
 from folders import is_held_out
 from main import main
 from network import NetworkConfig, build_from_vgg
+from painting import quality
 from painting.pairs import choose_pairs, note_learned_from
-from painting.quality import (
-    LUMA,
-    METRICS,
-    MIN_SIDE,
-    Measurement,
-    Meter,
-    flat_tiles,
-    load_stlpips,
-    mean_and_margin,
-    ssim,
-    t_quantile,
-    tile_deviations,
-)
+from painting.quality import METRICS, MIN_SIDE, Measurement, Meter, flat_tiles, mean_and_margin, ssim, tile_deviations
 from painting.sheets import comparison_sheet
 from train import TrainConfig
 from training.step import TransferTrainer
@@ -52,6 +30,10 @@ from weights import load_vgg, model_names
 def grey(values: np.ndarray) -> torch.Tensor:
     """(H, W) to (1, 3, H, W)."""
     return torch.from_numpy(values)[None, None].repeat(1, 3, 1, 1)
+
+
+def meter_of(*metrics: str, style_kind: str = "meanstd", seed: int = 0) -> Meter:
+    return Meter(metrics, "vgg19", "random", style_kind, seed, torch.device("cpu"))
 
 
 def measure(meter: Meter, content: torch.Tensor, style: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -84,7 +66,7 @@ def test_ssim_is_of_the_luma():
     assert ssim(picture, picture).item() == pytest.approx(1.0, abs=1e-12)
     red = torch.zeros(1, 3, 16, 16)
     red[:, 0] = 1.0
-    assert ssim(red, torch.full((1, 3, 16, 16), LUMA[0])).item() == pytest.approx(1.0, abs=1e-7)
+    assert ssim(red, torch.full((1, 3, 16, 16), quality.LUMA[0])).item() == pytest.approx(1.0, abs=1e-7)
     assert ssim(red, red.flip(1)).item() < 0.7
 
 
@@ -121,7 +103,7 @@ def test_flat_tiles_are_of_the_picture_as_it_is_written():
     content = checked([[20.0, 20, 20]] * 2)
     output = normalize(content)
     output[..., 32:] += 5.0  # the last column of tiles far beyond white
-    values = measure(Meter(("flat",), "vgg19", "unused", "meanstd", 0, CPU), content, content, [output])
+    values = measure(meter_of("flat"), content, content, [output])
     assert values.tolist() == [[pytest.approx(2 / 6)]]
 
 
@@ -129,11 +111,11 @@ def test_stlpips_is_zero_for_equal_pictures_grows_with_noise_and_is_the_packages
     """By the package's documented use: pictures of 0..255 brought to -1..1."""
     from stlpips_pytorch import stlpips
 
-    content = prepare_picture(CONTENT_DIR / "dog.jpg", 64, 64)
+    content = random_picture(0, (64, 64))
     picture = normalize(content)
     noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
     outputs = [picture, picture + 0.1 * noise, picture + noise]
-    values = measure(Meter(("stlpips",), "vgg19", "unused", "meanstd", 0, CPU), content, content, outputs)[:, 0]
+    values = measure(meter_of("stlpips"), content, content, outputs)[:, 0]
     assert values[0] < 1e-9 < values[1] < values[2]
     own = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
     with torch.no_grad():
@@ -146,7 +128,7 @@ def test_missing_package_is_one_line(monkeypatch, missing):
     for name in [name for name in sys.modules if name.startswith("stlpips_pytorch")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # `import` then raises as for a package that is not there
-    message = user_error(load_stlpips)
+    message = user_error(meter_of, "stlpips")
     assert "metrics stlpips" in message and missing in message and "'.[metrics]'" in message
 
 
@@ -159,20 +141,20 @@ def test_losses_are_those_of_training(style_kind):
     content, style = random_picture(0, (32, 32)), random_picture(1, (32, 32))
     with torch.no_grad():
         output = network(normalize(content), normalize(style))
-    meter = Meter(("content", "style"), "vgg19", "random", style_kind, 3, CPU)
+    meter = meter_of("content", "style", style_kind=style_kind, seed=3)
     actual = measure(meter, content, style, [output])[0]
     config = TrainConfig(style_loss=style_kind, amp="off", encoder_lr=1e-5, decoder_lr=1e-4)
-    desired = TransferTrainer(network, loss_network, config, CPU).step(content, style, all_terms=True)
+    desired = TransferTrainer(network, loss_network, config, meter.device).step(content, style, all_terms=True)
     assert meter.vgg_origin == origin
     assert_close(actual, torch.stack([desired["content"], desired["style"]]).double(), rtol=1e-4, atol=0)
     # Another VGG is another measure, so that the equality above says something.
-    other = measure(Meter(("content",), "vgg19", "random", style_kind, 4, CPU), content, style, [output])[0, 0]
+    other = measure(meter_of("content", style_kind=style_kind, seed=4), content, style, [output])[0, 0]
     assert abs(other / actual[0] - 1) > 3e-4
 
 
 def test_the_picture_as_its_own_output_has_no_content_loss_and_as_both_no_style_loss():
     content, style = random_picture(0), random_picture(1)
-    meter = Meter(tuple(METRICS), "vgg19", "random", "meanstd", 0, CPU)
+    meter = meter_of(*METRICS)
     values = measure(meter, content, style, [normalize(content), normalize(style)])
     assert meter.metrics == ("content", "style", "ssim", "stlpips", "flat")
     assert_close(values[0, [0, 2, 3, 4]], torch.tensor([0, 1, 0, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
@@ -185,7 +167,7 @@ def test_the_picture_as_its_own_output_has_no_content_loss_and_as_both_no_style_
 
 @pytest.mark.parametrize("freedom, desired", [(1, 12.7062), (2, 4.30265), (7, 2.36462), (30, 2.04227), (1000, 1.96234)])
 def test_t_quantile_is_that_of_the_tables(freedom, desired):
-    assert t_quantile(freedom) == pytest.approx(desired, rel=1e-5)
+    assert quality.t_quantile(freedom) == pytest.approx(desired, rel=1e-5)
 
 
 CROSSED = [(content, style) for content in range(3) for style in range(3)]
@@ -379,7 +361,7 @@ def test_pictures_of_others_stand_beside_the_models(folders, tmp_path, capsys):
     assert someone["painted"] == str(others) and "file" not in someone
     for metric in ("ssim", "flat"):
         assert someone["metrics"][metric] == desired["models"][0]["metrics"][metric]
-    meter = Meter(("content",), "vgg19", "random", "meanstd", 0, CPU)
+    meter = meter_of("content")
     sheet = Image.open(tmp_path / "out" / "comparison.png")
     assert sheet.size == (4 * 256, 32 + 4 * 256)
     for row, pair in enumerate(report["pairs"]):

@@ -12,18 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CPU,
-    ROOT,
-    STYLE_DIR,
-    paint_within_range,
-    refusal,
-    small_network,
-    user_error,
-    words,
-    write_model,
-    write_noise,
-)
+from helpers import CPU, ROOT, refusal, small_network, user_error, within_range, words, write_model, write_noise
 from PIL import Image
 
 from data import denormalize, to_pil
@@ -132,10 +121,8 @@ def clip(tmp_path_factory) -> Path:
 def model(tmp_path_factory) -> dict:
     """A command line of a narrow network whose pictures are not clipped, and of a style."""
     folder = tmp_path_factory.mktemp("model")
-    network = small_network()
-    paint_within_range(network)
-    return {"mode": "test", "gpu_no": -1, "load_path": write_model(folder / "narrow.pth", network),
-            "style": write_noise(folder / "style.png", (24, 32), 1)}
+    return {"mode": "test", "gpu_no": -1, "style": write_noise(folder / "style.png", (24, 32), 1),
+            "load_path": write_model(folder / "narrow.pth", within_range(small_network()))}
 
 
 # ------------------------------------------------------------------------------------------- what is kept
@@ -278,6 +265,19 @@ def test_folder_of_frames(model, tmp_path, capsys):
         assert [round(pixels[..., 2].mean() / 20) for pixels in read_frames(tmp_path / "plain.mkv")] == [1, 2, 10, 11]
 
 
+def test_tracks_of_an_unknown_kind(clip, model, tmp_path, capsys):
+    """As phones write them beside the known ones: sound is left out, a video is refused."""
+    deaf, blind = tmp_path / "deaf.mp4", tmp_path / "blind.mp4"
+    deaf.write_bytes(write_clip(tmp_path / "a.mp4", map(ramps, range(3))).read_bytes()
+                     .replace(b"mp4a", b"apac").replace(b"esds", b"dapa"))
+    assert main(words(model | {"content": deaf, "save_path": tmp_path / "out.mp4"})) == 0
+    assert "a track of sound of an unknown kind is left out" in capsys.readouterr().err
+    assert len(read_frames(tmp_path / "out.mp4")) == 3 and read_sound(tmp_path / "out.mp4") == []
+    blind.write_bytes(clip.read_bytes().replace(b"avc1", b"zzz1").replace(b"avcC", b"zzzC"))
+    assert main(words(model | {"content": blind, "save_path": tmp_path / "none.mp4"})) == 2
+    assert "blind.mp4: has no video stream that can be decoded" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_video_cut_short_gives_what_could_be_read(model, tmp_path, capsys, suffix):
     whole = write_clip(tmp_path / f"clip{suffix}", map(ramps, range(12)), options={"movflags": "faststart"})
@@ -396,7 +396,7 @@ def painted_frames(tmp_path, monkeypatch, frames, paint, smoothing: float) -> li
 def paint():
     """Painting by the tiny model, (H, W, 3), uint8."""
     stylizer = Stylizer(ROOT / "model-store" / "tiny.pth", device=CPU)
-    code = stylizer.encode_style(STYLE_DIR / "great_wave.jpg")
+    code = stylizer.encode_style(ROOT / "imgs" / "style" / "great_wave.jpg")
     return lambda pixels: np.asarray(to_pil(denormalize(stylizer.paint(
         torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None], code))))
 
@@ -412,8 +412,7 @@ def test_smoothing_lowers_the_shimmer_of_a_pan(tmp_path, monkeypatch, paint):
     wide = texture()
     frames = [wide[:128, 3 * number : 3 * number + 128] for number in range(8)]
     plain, smooth = (painted_frames(tmp_path, monkeypatch, frames, paint, share) for share in (0.0, 0.8))
-    assert shimmer(plain, 3) > 5
-    assert shimmer(smooth, 3) < 0.2 * shimmer(plain, 3)
+    assert 1 < shimmer(plain, 3) and shimmer(smooth, 3) < 0.4 * shimmer(plain, 3)  # of tiny 8.7, and 0.16 of it
     # The grid moved along: what is blended is sharp.
     assert np.abs(np.diff(smooth[-1], axis=1)).mean() > 0.8 * np.abs(np.diff(plain[-1], axis=1)).mean()
     first, *others = painted_frames(tmp_path, monkeypatch, frames[:1] * 4, paint, 0.8)

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from helpers import small_network
+from helpers import convs, plant, small_network
 from test_responses import make_folders
-from test_surgery import CONSTANT, OFF, convs, plant
+from test_surgery import CONSTANT, OFF
 
 from network import StyleTransferNetwork
 from prune import PruneConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture, small_network, user_error, write_noise
-from test_surgery import CONSTANT, OFF, convs
+from helpers import convs, random_picture, small_network, user_error, write_noise
+from test_surgery import CONSTANT, OFF
 from torch.testing import assert_close
 
 from data import normalize, prepare_picture
@@ -91,6 +91,16 @@ def test_every_layer_is_measured(measured):
         mean = torch.cat(aligned) if name == bottleneck else stacked
         assert_close(torch.from_numpy(found.mean), mean.mean(dim=(0, 2, 3)), **close)
     np.testing.assert_array_equal(actual.layers[bottleneck].l2, actual.l2)
+
+
+def test_styles_of_a_broken_content_are_painted_with_another(tmp_path):
+    """Every style occurs in the decoder's responses, also the one that was to be painted on it."""
+    config = replace(make_folders(tmp_path, contents=11, styles=12), prune_layers="all")
+    pictures = {f"{kind}_dir": sorted((tmp_path / kind).iterdir()) for kind in ("content", "style")}
+    pictures["content_dir"][-1].write_bytes(b"broken")
+    found = measure_responses(small_network(), config, pictures, [])
+    assert found.contents == 10
+    assert {len(layer.l2) for name, layer in found.layers.items() if name.startswith("decoder")} == {12}
 
 
 def test_planted_channels_are_found(measured):

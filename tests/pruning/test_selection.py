@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture, small_config, small_network, user_error
+from helpers import convs, plant, random_picture, small_config, small_network, user_error
 from test_responses import L2, RESPONSES, make_folders
-from test_surgery import CONSTANT, convs, plant
+from test_surgery import CONSTANT
 
 from data import prepare_picture
 from network import NetworkConfig, conv_layers, count_macs, least_kept

@@ -6,33 +6,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import small_network, user_error
+from helpers import convs, plant, small_network, user_error
 from torch.testing import assert_close
 
-from network import StyleTransferNetwork, bottleneck_conv, conv_layers
+from network import StyleTransferNetwork, bottleneck_conv
 from pruning.surgery import cut_bottleneck, cut_channels
 
 SAME = {"rtol": 1e-9, "atol": 1e-9}  # of float64
 # Channels to plant, by number of their conv.
 OFF = {0: [1], 4: [2, 3], 8: [5], 9: [0], 15: [7]}
 CONSTANT = {2: [6], 8: [4], 11: [1], 16: [2]}
-
-
-def convs(network: StyleTransferNetwork) -> list[str]:
-    """Names of all convs that can be cut."""
-    return [layer.name for layer in conv_layers(network.config, size=0)][:-1]
-
-
-def plant(network: StyleTransferNetwork, values: dict[str, dict[int, float]]) -> StyleTransferNetwork:
-    """The network, changed in place: these channels have these values after the ReLU whatever the picture, by zero
-    filters and the value as the bias. values: 0 or more, by conv and channel."""
-    with torch.no_grad():
-        for name, channels in values.items():
-            conv = network.get_submodule(name)
-            for channel, value in channels.items():
-                conv.weight[channel] = 0
-                conv.bias[channel] = value
-    return network
 
 
 def paint(network: StyleTransferNetwork, strength: float = 1.0) -> torch.Tensor:

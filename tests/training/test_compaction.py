@@ -6,16 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import (
-    CPU,
-    SMALL_TRAINING,
-    make_trainer,
-    random_batch,
-    read_metrics,
-    small_config,
-    small_network,
-    write_model,
-)
+from helpers import CPU, SMALL_TRAINING, make_trainer, random_batch, read_metrics, small_network, write_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -23,7 +14,7 @@ import loss as losses
 from data import normalize
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, conv_layers, count_macs, least_kept
 from train import train
-from training.compaction import ChannelCensus, CompactLosses, NetworkCost, TargetSteering, l0_epsilon, selected_widths
+from training.compaction import ChannelCensus, CompactLosses, NetworkCost, TargetSteering, l0_epsilon, selected_convs
 from utils import save_checkpoint
 from weights import load_network
 
@@ -38,42 +29,37 @@ def macs_of(config: NetworkConfig) -> float:
 
 def test_cost_of_channels_on_is_that_of_the_network_cut_to_them():
     """ODD's widths as the channels that are on in the full network, in each selection of layers."""
-    cost = NetworkCost(FULL, CPU)
-    assert cost({}).item() == pytest.approx(1.0)
-    assert NetworkCost(ODD, CPU)({}).item() == pytest.approx(macs_of(ODD), rel=1e-5)
-    on = {part: torch.tensor(widths, dtype=torch.float32) for part, widths in selected_widths(ODD, "all").items()}
     encoder_cut = NetworkConfig("vgg19", "max", ODD.encoder_widths, FULL.decoder_widths)
     decoder_cut = NetworkConfig("vgg19", "max", FULL.encoder_widths, ODD.decoder_widths)
     bottleneck_cut = NetworkConfig("vgg19", "max", (*FULL.encoder_widths[:-1], 100), FULL.decoder_widths)
-    for channels_on, cut in ((on, ODD), ({"encoder": on["encoder"]}, encoder_cut),
-                             ({"decoder": on["decoder"]}, decoder_cut),
-                             ({"encoder": torch.tensor([100.0])}, bottleneck_cut)):
-        assert cost(channels_on).item() == pytest.approx(macs_of(cut), rel=1e-5)
+    for layers, cut in (("all", ODD), ("encoder", encoder_cut), ("decoder", decoder_cut),
+                        ("bottleneck", bottleneck_cut)):
+        selected = selected_convs(FULL, layers)
+        for network in (FULL, cut):
+            cost = NetworkCost(FULL, layers, CPU)(torch.tensor(network.widths[selected]))
+            assert cost.item() == pytest.approx(macs_of(network), rel=1e-5)
+        assert NetworkCost(ODD, layers, CPU)(torch.tensor(ODD.widths[selected])).item() == pytest.approx(
+            macs_of(ODD), rel=1e-5)
 
 
 def test_gradient_goes_to_the_channels_that_cost_most():
     """By hand: the derivative by a layer's channels is factor * (channels before) + factor * (channels after)."""
     assert (least_kept(11), least_kept(64)) == (2, 7)  # as many of each layer are spared
-    norms = {part: torch.ones(2, sum(widths), requires_grad=True)
-             for part, widths in selected_widths(FULL, "all").items()}
+    norms = [torch.ones(2, width, requires_grad=True) for width in FULL.widths[:-1]]
     compact = CompactLosses(FULL, "all", "macs", 1.0, CPU)
     compact.channel_loss(compact.spared(norms)).backward()
     widths = [3, *(0.5 * width for width in (*FULL.encoder_widths, *FULL.decoder_widths[:-1])), 3]  # l0 is 1/2
-    gradients = torch.cat([norms["encoder"].grad, norms["decoder"].grad], dim=1)
-    first = 0
-    for layer, width in enumerate((*FULL.encoder_widths, *FULL.decoder_widths[:-1]), 1):
+    for layer, (norm, width) in enumerate(zip(norms, FULL.widths), 1):
         by_channel = FACTORS[layer - 1] * widths[layer - 1] + FACTORS[layer] * widths[layer + 1]
         desired = by_channel / count_macs(FULL, 64) * 0.25 / 2  # dl0/dnorm = eps / (norm + eps)^2, mean of 2 rows
-        gradient = gradients[:, first : first + width]
-        gradient = gradient[:, (gradient != 0).all(dim=0)]  # the channels that are not spared
+        gradient = norm.grad[:, (norm.grad != 0).all(dim=0)]  # of the channels that are not spared
         assert_close(gradient, torch.full((2, width - least_kept(width)), desired), rtol=1e-4, atol=0)
-        first += width
 
 
 def test_losses_of_several_layers_by_hand():
     """Widths 6; eps 1. Encoder: 54 channels, l0 1/2 in one picture, 0 in the other; decoder: 48, 3/4 in both."""
-    config = small_config()
-    norms = {"encoder": torch.tensor([[1.0], [0.0]]).expand(2, 54), "decoder": torch.full((2, 48), 3.0)}
+    config = small_network().config
+    norms = [torch.tensor([[1.0], [0.0]]).expand(2, 6)] * 9 + [torch.full((2, 6), 3.0)] * 8
     compact = CompactLosses(config, "all", "count", 1.0, CPU)
     assert_close(compact.channel_loss(norms), torch.tensor((54 * 0.25 + 48 * 0.75) / 102))
     assert_close(compact.xor_loss(norms), torch.tensor(54 * 0.5 / 102))
@@ -94,16 +80,16 @@ def test_epsilon_of_the_command_line():
 def test_relative_epsilon_by_hand():
     """Layers of 2, 1 and 2 channels with mean norms 5, 40 and 0; the last keeps the paper's epsilon."""
     norm = torch.tensor([[2.0, 4.0, 30.0, 0.0, 0.0], [6.0, 8.0, 50.0, 0.0, 0.0]], requires_grad=True)
-    actual = CompactLosses(ODD, "all", "count", "relative:0.1", CPU).epsilon_of(norm, (2, 1, 2))
-    assert_close(actual, torch.tensor([0.5, 0.5, 4.0, 1e-5, 1e-5]))
-    assert not actual.requires_grad
-    assert CompactLosses(ODD, "all", "count", 0.1, CPU).epsilon_of(norm, (2, 1, 2)) == 0.1
+    relative, fixed = (CompactLosses(ODD, "all", "count", eps, CPU) for eps in ("relative:0.1", 0.1))
+    actual = torch.stack([relative.epsilon_of(layer) for layer in norm.split((2, 1, 2), dim=1)])
+    assert_close(actual, torch.tensor([0.5, 4.0, 1e-5]))
+    assert not actual.requires_grad and fixed.epsilon_of(norm) == 0.1
 
 
 def test_relative_epsilon_does_not_see_the_scale_of_a_layer():
-    config, generator = small_config(), torch.Generator().manual_seed(0)
-    norms = {"encoder": torch.rand(4, 54, generator=generator), "decoder": torch.rand(2, 48, generator=generator)}
-    scaled = {"encoder": norms["encoder"] * torch.arange(1.0, 10.0).repeat_interleave(6), "decoder": norms["decoder"]}
+    config, generator = small_network().config, torch.Generator().manual_seed(0)
+    norms = [torch.rand(4 if layer < 9 else 2, 6, generator=generator) for layer in range(17)]
+    scaled = [norm * (1.0 + layer) for layer, norm in enumerate(norms)]
     for cost in ("count", "macs"):
         compact = CompactLosses(config, "all", cost, "relative:0.1", CPU)
         assert_close(compact.channel_loss(scaled), compact.channel_loss(norms))
@@ -113,18 +99,18 @@ def test_relative_epsilon_does_not_see_the_scale_of_a_layer():
 def test_census_counts_channels_that_were_on_lately():
     census = ChannelCensus(ODD, "bottleneck", 2, CPU)
     norm = torch.ones(4, 17)
-    census.add({"encoder": norm})
-    assert census.widths()["encoder"].tolist() == [17.0]
+    census.add([norm])
+    assert census.widths().tolist() == [17.0]
     norm[:, :5] = 0.0
     norm[1:, 5:8] = 0.0  # on for one picture: on
-    census.add({"encoder": norm})
-    assert census.widths()["encoder"].tolist() == [17.0]  # all were on in the batch before
-    census.add({"encoder": norm})
-    assert census.widths()["encoder"].tolist() == [12.0]
+    census.add([norm])
+    assert census.widths().tolist() == [17.0]  # all were on in the batch before
+    census.add([norm])
+    assert census.widths().tolist() == [12.0]
     cut = NetworkConfig("vgg19", "max", (*ODD.encoder_widths[:-1], 12), ODD.decoder_widths)
     assert census.macs().item() == pytest.approx(macs_of(cut), rel=1e-5)
-    census.add({"encoder": torch.ones(4, 17)})
-    assert census.widths()["encoder"].tolist() == [17.0]
+    census.add([torch.ones(4, 17)])
+    assert census.widths().tolist() == [17.0]
 
 
 def steering() -> TargetSteering:
@@ -173,7 +159,7 @@ def test_step_over_several_layers_matches_the_definition(backbone):
     trainer, plain = make_trainer(small_network(backbone), dtype=torch.float64, **settings), small_network(backbone)
     plain = plain.double()
     content, style = (normalize(pictures).double() for pictures in random_batch())
-    terms, _ = trainer.forward_pass(content, style, all_terms=False)
+    terms, *_ = trainer.forward_pass(content, style, all_terms=False)
     (terms["channel"] + terms["xor"]).backward()
 
     content, style = (run_layers(plain.encoder, pictures)[0] for pictures in (content, style))
@@ -202,7 +188,7 @@ def test_layers_of_a_selection_are_the_ones_that_are_compared():
     for layers, count in widths.items():
         trainer = make_trainer(small_network(), compact_layers=layers)
         actual = trainer.step(*random_batch())
-        assert sum(len(widths) for widths in trainer.census.widths().values()) == count
+        assert len(trainer.census.widths()) == count
         for name in ("nonzero_channels", "channels_off_for_all", "channels_off_for_some"):
             assert torch.equal(actual[name], desired[name]), (layers, name)
 

@@ -3,30 +3,17 @@
 import hashlib
 import math
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    CONTENT_DIR,
-    CPU,
-    STYLE_DIR,
-    read_metrics,
-    small_config,
-    small_network,
-    stop_after,
-    user_error,
-    words,
-    write_picture,
-)
+from helpers import CONTENT_DIR, CPU, STYLE_DIR, read_metrics, small_network, stop_after, user_error, write_picture
 from torch.testing import assert_close
 
 import distill as distill_module
 from data import normalize, prepare_picture
 from distill import DistillConfig, Distiller, Student, distill, in_next_style, rate_share
 from folders import find_pictures, split_holdout
-from main import main
 from training.dead_units import DeadUnits
 from weights import STUDENT_NAME, load_network, model_checkpoint
 
@@ -68,9 +55,10 @@ def test_split_goes_by_name_alone():
     for share in (0.0, 0.1, 0.3):
         held_out = [path for path in paths if
                     int(hashlib.sha256(path.stem.split("_")[0].encode()).hexdigest()[:16], 16) / 16**16 < share]
-        assert split_holdout(paths, share) == ([path for path in paths if path not in held_out], held_out)
+        assert split_holdout(paths, share, "") == ([path for path in paths if path not in held_out], held_out)
         assert 0.5 * share <= len(held_out) / len(paths) <= 1.5 * share
-    assert f"--holdout 0.3: all 1 pictures of {held_out[0].parent}" in user_error(split_holdout, held_out[:1], 0.3)
+    assert "--style_dir two: --holdout 0.3 would hold all its 1 pictures out" in \
+        user_error(split_holdout, held_out[:1], 0.3, "--style_dir two")
 
 
 def test_each_picture_is_painted_in_the_style_of_the_next_one():
@@ -95,7 +83,7 @@ def test_folded_network_does_what_the_student_does(padding, levels):
         in_next_style(student, pictures)
     student.eval()
     folded = student.folded()
-    assert folded.config == replace(small_config(), padding=padding, adain_levels=levels)
+    assert folded.config == network.config
     desired, actual = (in_next_style(each.double(), pictures.double()) for each in (student, folded))
     assert_close(actual, desired, rtol=1e-4, atol=1e-4)
 
@@ -132,7 +120,7 @@ def test_student_comes_nearer_to_its_teacher(tmp_path, new_weights):
     trainer.network.eval()
     row, _ = trainer.report(tmp_path, 1)
     network, checkpoint = load_network(tmp_path / STUDENT_NAME)
-    assert network.config == small_config() and checkpoint["vgg_weights"] == "the teacher's"
+    assert network.config == small_network().config and checkpoint["vgg_weights"] == "the teacher's"
     assert len(row["dead_units_by_layer"]) == 17
     pictures = normalize(given)
     with torch.no_grad():
@@ -199,13 +187,11 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch,
 
 
 def test_one_folder_with_a_broken_picture_and_nothing_held_out(tmp_path, capsys):
-    """By the command line."""
     for number in range(12):
         write_picture(tmp_path / "style" / f"{number}.png", (48, 40), (20 * number, 0, 0))
     (tmp_path / "style" / "broken.png").write_bytes(b"no picture")
-    given = settings(tmp_path, style_dir=tmp_path / "style", save_path=tmp_path / "run", max_iter=1, holdout=0)
-    del given["content_dir"]
-    assert main(["--mode", "distill", *words(given)]) == 0
+    folders = {"content_dir": None, "style_dir": str(tmp_path / "style"), "save_path": str(tmp_path / "run")}
+    assert distill(settings(tmp_path, max_iter=1, holdout=0) | folders) == 0
     errors = capsys.readouterr().err
     assert f"--style_dir {tmp_path / 'style'}: 13 pictures, 1 skipped" in errors and errors.count("broken.png") == 1
     (row,) = read_metrics(tmp_path / "run")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def test_gradients_of_two_processes_are_those_of_the_whole_batch(results, name):
     assert_same_step(results, name)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.skipif(shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+                    reason="torch.compile needs a C++ compiler on the CPU, and Python's headers")
 def test_compiled_steps_of_two_processes_are_an_eager_one(tmp_path):
     """Also where terms of weight 0 are measured. (test_gpu.py has every layer: on a CPU that compiles for minutes.)"""
     settings = {"l0_eps": 1.0, "shift_loss_weight": 30.0, "xor_loss_weight": 0.0, "compile": True}

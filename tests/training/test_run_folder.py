@@ -12,22 +12,22 @@ import torch
 from helpers import limit_file_system, read_metrics, user_error, write_picture
 
 from train import TrainConfig
-from training.run_folder import CheckpointFolder, MetricFile, WandbRun
+from training.run_folder import CheckpointFolder, WandbRun, append_metrics, truncate_metrics
 from utils import load_checkpoint
 
 
 @pytest.mark.parametrize("keep, desired, lacks", [
-    (-1, [10, 20, 30, 1000], ()), (0, [], ()), (1, [1000], ()), (2, [30, 1000], ()), (9, [10, 20, 30, 1000], ()),
-    (2, [30, 1000], ("os.link",)), (2, [30, 1000], ("os.replace",)),
-    (2, [30, 1000], ("os.link", "os.fsync", "os.replace", "fcntl.flock")),
+    (-1, [10, 20, 30, 10**7], ()), (0, [], ()), (1, [10**7], ()), (2, [30, 10**7], ()), (9, [10, 20, 30, 10**7], ()),
+    (2, [30, 10**7], ("os.link",)), (2, [30, 10**7], ("os.replace",)),
+    (2, [30, 10**7], ("os.link", "os.fsync", "os.replace", "fcntl.flock")),
 ])
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EACCES])
 def test_numbered_checkpoints_kept(tmp_path, monkeypatch, capsys, keep, desired, lacks, number):
     """Also on a share without hard links, synchronised folders, renames over a file that is there, or locks."""
     limit_file_system(monkeypatch, lacks, number)
     with CheckpointFolder.of_run(str(tmp_path), keep, is_resumed=False) as folder:
-        for iteration in (10, 20, 30, 1000):
-            assert folder.save({"iteration": iteration}, iteration) == tmp_path / "check_point.pth"
+        for iteration in (10, 20, 30, 10**7):  # the last has more digits than fit the names
+            folder.save({"iteration": iteration}, iteration)
             assert load_checkpoint(folder.newest) == {"iteration": iteration}
     names = [f"check_point_{iteration:07}.pth" for iteration in desired]
     assert sorted(os.listdir(tmp_path)) == sorted([".lock", "check_point.pth", *names])
@@ -65,21 +65,21 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path, capsys
                                   "\0" * 99, "[1]\nnull\n", '{"iteration": "a"}', "\udcff\udcfe"])
 def test_metrics_are_appended_and_truncated(tmp_path, half):
     """A killed run may have left half of a line, a broken disk anything."""
-    metrics = MetricFile(tmp_path / "metrics.jsonl")
-    metrics.truncate_after(3)
+    path = tmp_path / "metrics.jsonl"
+    truncate_metrics(path, 3)
     assert os.listdir(tmp_path) == []
     rows = [{"iteration": iteration, "total": iteration / 3} for iteration in (5, 10, 15, 20)]
     for row in rows:
-        metrics.append(row)
+        append_metrics(path, row)
     assert read_metrics(tmp_path) == rows
-    metrics.truncate_after(10)
-    with open(metrics.path, "a", errors="surrogateescape") as file:
+    truncate_metrics(path, 10)
+    with open(path, "a", errors="surrogateescape") as file:
         file.write(half)
-    metrics.truncate_after(6)
+    truncate_metrics(path, 6)
     assert read_metrics(tmp_path) == rows[:1]
-    metrics.path.write_text(metrics.path.read_text().rstrip())
-    metrics.truncate_after(5)
-    metrics.append(rows[1])
+    path.write_text(path.read_text().rstrip())
+    truncate_metrics(path, 5)
+    append_metrics(path, rows[1])
     assert read_metrics(tmp_path) == rows[:2]
 
 

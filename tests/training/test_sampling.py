@@ -7,8 +7,10 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,28 +21,22 @@ from torch.testing import assert_close
 
 from data import PictureError
 from folders import FailedPictures, find_pictures
-from train import train
+from train import TrainConfig, train
 from training import sampling
-from training.sampling import (
-    CropConfig,
-    MixedPictures,
-    PictureCache,
-    TrainingPictures,
-    count_failures,
-    training_batches,
-)
-from utils import worker_count
+from training.loop import Run
+from training.run_folder import CheckpointFolder
+from training.sampling import PictureCache, TrainingPictures, count_failures, training_batches
 
 MANY = 10**9
-CROP = CropConfig(imsize=30, cropsize=16, centered=False, max_pixels=MANY)
+CONFIG = TrainConfig(imsize=30, cropsize=16, max_pixels=MANY, seed=1)
 
 
-def make_pictures(folder, contents: int = 5, styles: int = 3, crop: CropConfig = CROP, seed: int = 1):
+def make_pictures(folder, contents: int = 5, styles: int = 3, config: TrainConfig = CONFIG):
     """Content pictures have blue 0, 1, ..., style pictures 100, 101, ...; 40 x 30 pixels, so that nothing is
     resized and every pixel tells its column, row and picture."""
     content = [write_map(folder / "content" / f"{number}.png", number=number) for number in range(contents)]
     style = [write_map(folder / "style" / f"{number}.png", number=100 + number) for number in range(styles)]
-    return TrainingPictures((content, style), crop, seed)
+    return TrainingPictures((content, style), config)
 
 
 def describe(crop: torch.Tensor) -> tuple[int, int, int]:
@@ -119,19 +115,20 @@ def test_folder_that_went_away_stops_the_run(tmp_path, capsys):
 
 
 def test_centered_crops_of_resized_pictures(tmp_path):
-    pictures = make_pictures(tmp_path, crop=CropConfig(30, 16, True, MANY))
+    pictures = make_pictures(tmp_path, config=replace(CONFIG, cencrop=True))
     assert {describe(pictures[position][0])[1:] for position in range(10)} == {(12, 7)}
     image = Image.new("RGB", (60, 40), "black")  # with a white right half; resized to 30 x 20, 20 columns are taken
     image.paste("white", (30, 0, 60, 40))
     image.save(tmp_path / "halves.png")
-    crop, _ = TrainingPictures([[tmp_path / "halves.png"]], CropConfig(20, 20, True, MANY), seed=0)[0]
+    config = TrainConfig(imsize=20, cropsize=20, cencrop=True)
+    crop, _ = TrainingPictures([[tmp_path / "halves.png"]], config)[0]
     assert crop.shape == (3, 20, 20) and (crop[:, :, :8] < 5).all() and (crop[:, :, 12:] > 250).all()
 
 
 def test_mixed_pictures_take_the_folders_in_turn(monkeypatch):
     seen = []
-    monkeypatch.setattr(MixedPictures, "_cut", lambda self, path, generator: seen.append(path))
-    pictures = MixedPictures([find_pictures(folder, "") for folder in (CONTENT_DIR, STYLE_DIR)], CROP, 0)
+    monkeypatch.setattr(sampling.MixedPictures, "_cut", lambda self, path, generator: seen.append(path))
+    pictures = sampling.MixedPictures([find_pictures(folder, "") for folder in (CONTENT_DIR, STYLE_DIR)], CONFIG)
     for position in range(16):
         pictures[position]
     assert [path.parent for path in seen] == [CONTENT_DIR, STYLE_DIR] * 8
@@ -151,12 +148,12 @@ def test_cached_crops_are_the_same_pixels(tmp_path, cache, monkeypatch):
         noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
         paths.append(tmp_path / f"{number}.{('jpg', 'png')[number % 2]}")
         Image.fromarray(noise).save(paths[-1])
-    for crop in (CropConfig(24, 16, False, MANY), CropConfig(16, 40, True, MANY)):
-        desired = [TrainingPictures([paths], crop, 0)[position][0] for position in range(8)]
+    for config in (TrainConfig(imsize=24, cropsize=16), TrainConfig(imsize=16, cropsize=40, cencrop=True)):
+        desired = [TrainingPictures([paths], config)[position][0] for position in range(8)]
         with monkeypatch.context() as patch:
             for load in (sampling.load_picture, None):
                 patch.setattr(sampling, "load_picture", load)
-                cached = TrainingPictures([paths], crop, 0, PictureCache(cache.folder))
+                cached = TrainingPictures([paths], config, PictureCache(cache.folder))
                 assert all(torch.equal(cached[position][0], desired[position]) for position in range(8))
 
 
@@ -171,7 +168,7 @@ def test_changed_picture_is_decoded_anew_and_the_old_one_dropped(tmp_path, cache
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     else:  # as long, at another time
         write_picture(path, (20, 20), (10, 20, 77))
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     assert cache.open(path, 16)[0, 0, 2] == 77
     assert len(list(cache.folder.glob("*/*.npy"))) == 2 and other[0, 0].tolist() == [1, 1, 1]
 
@@ -203,7 +200,7 @@ def test_full_disk_is_said_once_and_training_pictures_go_on(tmp_path, cache, mon
 
     monkeypatch.setattr(sampling, "write_atomically", no_space)
     plain = make_pictures(tmp_path)
-    pictures = TrainingPictures(plain.folders, plain.crop, plain.seed, cache)
+    pictures = TrainingPictures(plain.folders, plain.config, cache)
     for position in range(6):
         assert torch.equal(pictures[position][0], plain[position][0])
     assert capsys.readouterr().err.count("--cache_dir") == 1
@@ -235,7 +232,8 @@ def test_the_end_of_the_batches_ends_workers_that_hang_and_no_other_process(tmp_
 
 
 def hang(monkeypatch, after: int) -> None:
-    """Training pictures from position `after` on never come."""
+    """Training pictures from position `after` on never come; that a worker hangs is seen sooner than torch does."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     real = TrainingPictures.__getitem__
 
     def picture(self, position):
@@ -254,7 +252,7 @@ def once_saved(folder: Path, act):
             time.sleep(0.1)
         act()
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)  # the run may fail before
     thread.start()
     yield
     thread.join()
@@ -286,8 +284,9 @@ def test_killed_worker_ends_the_run_in_one_line(small, tmp_path, monkeypatch):
     assert "check_point.pth, go on with: python main.py --mode train --resume --save_path" in message
 
 
-def test_worker_counts_follow_the_cores_of_this_process(monkeypatch):
-    assert worker_count(0) == 0 and worker_count(5) == 5
-    for cores, desired in ((1, 1), (6, 6), (64, 8)):
-        monkeypatch.setattr("utils.usable_cores", lambda cores=cores: cores)
-        assert worker_count(None) == desired
+@pytest.mark.parametrize("cores, asked, desired", [(1, None, 1), (6, None, 6), (64, None, 8), (6, 0, 0), (2, 5, 5)])
+def test_worker_counts_follow_the_cores_of_this_process(monkeypatch, tmp_path, cores, asked, desired):
+    monkeypatch.setattr("utils.usable_cores", lambda: cores)
+    config = SimpleNamespace(num_workers=asked, save_path="", wb_mode="disabled")
+    run = Run("train", config, None, CheckpointFolder(tmp_path), SimpleNamespace(folders=[]), [], None)
+    assert run.workers == desired

@@ -458,6 +458,11 @@ def make_folder(path: Path, flag: str) -> Path:
     return path
 
 
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder that are named by their iteration, oldest first."""
+    return sorted(folder.glob("check_point_[0-9]*.pth"), key=lambda path: (len(path.name), path.name))
+
+
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
     """Write a dictionary of plain types and tensors to `path`, see `replacing`. Raises UserError when it cannot."""
     try:
@@ -485,7 +490,7 @@ def load_checkpoint(path: Path, flag: str = "--load_path") -> dict:
             reason = f"cannot be read ({error.strerror or error})"
         elif "Unsupported" in str(error) and "GLOBAL" in str(error):
             reason = "carries pickled code or objects other than tensors and plain types; nothing in it was run"
-        older = sorted(Path(path).parent.glob("check_point_[0-9]*.pth"))
+        older = numbered_checkpoints(Path(path).parent)
         if older and Path(path).name == CHECKPOINT_NAME:
             reason += f"; an older one is {older[-1].name}"
         raise UserError(f"{flag} {path}: {reason}") from error

@@ -72,8 +72,7 @@ class CheckpointFolder:
         return os.path.lexists(self.newest) or bool(self.numbered())
 
     def numbered(self) -> list[Path]:
-        """The numbered checkpoints, oldest first."""
-        return sorted(self.folder.glob("check_point_[0-9]*.pth"), key=lambda path: (len(path.name), path.name))
+        return utils.numbered_checkpoints(self.folder)
 
     def save(self, checkpoint: dict, iteration: int) -> None:
         """Write the checkpoint, make it the newest, drop numbered ones beyond `keep`."""

@@ -4,7 +4,10 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import threading
 from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -252,3 +255,17 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
+
+
+@contextmanager
+def output_of(command: list, **more):
+    """A process that prints text, killed after ten minutes, so that a run that hangs fails a test and does not hang it.
+    """
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, **more) as process:
+        timer = threading.Timer(600, process.kill)
+        timer.start()
+        try:
+            yield process
+            process.wait()
+        finally:
+            timer.cancel()

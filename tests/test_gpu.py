@@ -50,7 +50,8 @@ def test_compiled_steps_equal_eager_steps(amp, more):
     for number, pair in enumerate(batches(20)):
         desired, actual = (trainer.step(*pair, all_terms=number % 8 == 7) for trainer in (eager, compiled))
         for name, value in desired.items():
-            assert actual[name].item() == pytest.approx(value.item(), rel=0.05, abs=1e-3), (name, number)
+            near = 2.0 if "channels" in name else 1e-3  # a count may change by a channel at its edge
+            assert actual[name].item() == pytest.approx(value.item(), rel=0.05, abs=near), (name, number)
 
 
 def test_fast_step_equals_plain_step():

@@ -453,7 +453,7 @@ def test_reading_painting_and_writing_overlap(pairs, tmp_path, monkeypatch):
     """The first picture is written, and the third content is read, while the second is painted."""
     write_noise(tmp_path / "contents" / "c2.png", (24, 32), 7)
     monkeypatch.setattr(many, "usable_cores", lambda: 2)
-    together = threading.Barrier(3, timeout=60)
+    together = threading.Barrier(3, timeout=300)
 
     def meet_at(number, function):
         calls = []
@@ -538,7 +538,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def run_two(pairs: dict, code: int) -> subprocess.CompletedProcess:
     result = subprocess.run([*TORCHRUN, str(ROOT / "main.py"), *words(pairs)], capture_output=True, text=True,
-                            timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (result.returncode == 0) == (code == 0), result.stderr
     return result
 

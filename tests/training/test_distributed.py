@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPORTING_MAIN, ROOT, SMALL_TRAINING, read_metrics, small_network, user_error, words, write_model
+from helpers import (
+    REPORTING_MAIN,
+    ROOT,
+    SMALL_TRAINING,
+    output_of,
+    read_metrics,
+    small_network,
+    user_error,
+    words,
+    write_model,
+)
 from torch.testing import assert_close
 
 from train import train
@@ -109,9 +119,8 @@ def test_run_of_two_processes_survives_a_kill_and_stops_in_all(tmp_path):
     command = [*TORCHRUN, "--max-restarts", "1", str(REPORTING_MAIN), "--mode", "train", "--save_path", str(folder),
                *words(settings)]
     seen = []
-    with open(tmp_path / "errors", "w") as errors, subprocess.Popen(
-        command, text=True, env=ENVIRONMENT | {"KILLED": "0:5"}, stderr=errors, stdout=subprocess.PIPE,
-    ) as process:
+    with open(tmp_path / "errors", "w") as errors, output_of(command, env=ENVIRONMENT | {"KILLED": "0:5"},
+                                                             stderr=errors) as process:
         for iteration in process.stdout:  # of either process
             seen.append(int(iteration))
             if seen[-1] == 7:

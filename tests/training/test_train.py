@@ -10,7 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, METRICS, REPORTING_MAIN, SMALL_TRAINING, read_metrics, refusal, stop_after, user_error, words
+from helpers import (
+    CPU,
+    METRICS,
+    REPORTING_MAIN,
+    SMALL_TRAINING,
+    output_of,
+    read_metrics,
+    refusal,
+    stop_after,
+    user_error,
+    words,
+)
 from torch.testing import assert_close
 
 from evaluate import test as stylise
@@ -142,8 +153,7 @@ def test_vgg16_and_average_pooling_train(tmp_path):
 def test_a_second_run_is_refused_and_a_kill_leaves_a_good_checkpoint(small, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(REPORTING_MAIN), "--mode", "train", *words(small | {"max_iter": 5000})]
-    with subprocess.Popen([*command, "--save_path", folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          text=True) as process:
+    with output_of([*command, "--save_path", folder], stderr=subprocess.DEVNULL) as process:
         for iteration in process.stdout:
             if int(iteration) == 3:
                 for more in ({}, {"resume": "auto"}):

@@ -20,7 +20,7 @@ from training.dead_units import DeadUnits
 from training.loop import run_training
 from training.sampling import MixedPictures, first_pictures
 from utils import UserError, autocast_dtype, process_count, save_checkpoint
-from weights import STUDENT_NAME, load_network, model_checkpoint, use_settings
+from weights import STUDENT_NAME, load_network, model_checkpoint
 
 # Settings that a resumed run keeps.
 FIXED = ("teacher", "load_path", "new_weights", "vgg_weights", "upsampling", "pooling", "adain_levels")
@@ -148,7 +148,7 @@ class Distiller:
         self.vgg_origin = teacher_checkpoint.get("vgg_weights")
         if config.new_weights:
             initialize(network, network)
-        use_settings(network, config)
+        network.use(config.upsampling, pooling=config.pooling, adain_levels=config.adain_levels)
         student = Student(network, teacher.config.bottleneck_width)
         self.network = student.to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.lr, fused=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loss import channel_statistics, in_full
+from utils import UserError
 
 ADAIN_EPS = 1e-5
 
@@ -45,7 +46,7 @@ class NetworkConfig:
     bottleneck; the last decoder width is 3 (RGB).
     adain_levels: on how many of the encoder's features AdaIN acts: 1, as published, is the bottleneck alone; each more
     is the one before the next shallower pooling, and is added in the decoder where it has upsampled to the same size.
-    Raises ValueError where something does not fit.
+    Raises UserError where something does not fit.
     """
 
     backbone: str
@@ -60,20 +61,20 @@ class NetworkConfig:
         for name, choices in (("backbone", BACKBONES), ("pooling", POOLINGS), ("upsampling", UPSAMPLINGS),
                               ("padding", PADDINGS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+                raise UserError(f"{name} {getattr(self, name)}: one of {', '.join(choices)} is needed")
         convs = len(_conv_widths(ENCODERS[self.backbone]))
         for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
             if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
-                raise ValueError(f"{name} widths {list(widths)}: {self.backbone} needs {convs} whole numbers >= 1")
+                raise UserError(f"{name} widths {list(widths)}: {self.backbone} needs {convs} whole numbers >= 1")
         if self.decoder_widths[-1] != 3:
-            raise ValueError(f"the last decoder width is {self.decoder_widths[-1]}, 3 is needed")
+            raise UserError(f"the last decoder width is {self.decoder_widths[-1]}, 3 is needed")
         if self.adain_levels not in range(1, 2 + ENCODERS[self.backbone].count(POOL)):
-            raise ValueError(f"adain_levels {self.adain_levels}: {self.backbone} has 1 to "
-                             f"{1 + ENCODERS[self.backbone].count(POOL)}")
+            raise UserError(f"adain_levels {self.adain_levels}: {self.backbone} has 1 to "
+                            f"{1 + ENCODERS[self.backbone].count(POOL)}")
         for widths in ([self.widths[conv] for conv in pair] for pair in self.added_convs):
             if len(set(widths)) > 1:
-                raise ValueError(f"adain_levels {self.adain_levels}: {widths[0]} channels cannot be added to "
-                                 f"{widths[1]}")
+                raise UserError(f"adain_levels {self.adain_levels}: {widths[0]} channels cannot be added to "
+                                f"{widths[1]}")
 
     @classmethod
     def full(cls, backbone: str = "vgg19", pooling: str = "max") -> "NetworkConfig":
@@ -96,7 +97,7 @@ class NetworkConfig:
         return self.encoder_widths + self.decoder_widths
 
     def with_widths(self, widths: Sequence[int]) -> "NetworkConfig":
-        """The same network with other `widths`. Raises ValueError when they do not fit."""
+        """The same network with other `widths`. Raises UserError when they do not fit."""
         convs = len(self.encoder_widths)
         return replace(self, encoder_widths=tuple(widths[:convs]), decoder_widths=tuple(widths[convs:]))
 
@@ -287,7 +288,7 @@ class StyleTransferNetwork(nn.Module):
             adain_levels: int | None = None) -> None:
         """Have the decoder upsample by another of UPSAMPLINGS, the encoder pad by another of PADDINGS or pool by
         another of POOLINGS, or AdaIN act on another number of levels, with the same weights. None: as it does.
-        Raises ValueError where the widths do not fit."""
+        Raises UserError where the widths do not fit."""
         changed = {"upsampling": upsampling, "padding": padding, "pooling": pooling, "adain_levels": adain_levels}
         self.config = replace(self.config, **{name: value for name, value in changed.items() if value is not None})
         for layer in self.decoder.layers[0]:

@@ -13,7 +13,7 @@ from training.loop import run_training
 from training.sampling import TrainingPictures
 from training.step import TransferTrainer
 from utils import UserError, note, process_count
-from weights import load_network, load_vgg, same_vgg, use_settings
+from weights import load_network, load_vgg, same_vgg
 
 # Settings that a resumed run keeps.
 FIXED = ("backbone", "swap_max_pool", "pooling", "load_path", "new_weights", "upsampling", "padding", "optimizer",
@@ -157,7 +157,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
                             f"--backbone says {config.backbone}")
         if config.new_weights:
             initialize(network, network)
-    use_settings(network, config)
+    network.use(config.upsampling, config.padding, config.pooling, config.adain_levels)
     if None not in (config.lr, config.encoder_lr, config.decoder_lr):
         note("--lr has no effect: --encoder_lr and --decoder_lr are the rates of both parts")
     if config.compact_layers != "bottleneck" and network.config.adain_levels > 1:

@@ -334,13 +334,3 @@ def _config_from_tensors(state_dict: dict[str, Tensor], pooling: str, padding: s
     others = [name for name in found if not name.startswith(("encoder.layers.0.", "decoder.layers.0."))]
     raise ValueError(f"its {len(found)} convs, {(others or [*found, 'none'])[0]} among them, are those of neither "
                      f"{' nor '.join(BACKBONES)} nor AdaIN's decoder.pth, {', '.join(map(str, ADAIN_DECODER))}")
-
-
-def use_settings(network: StyleTransferNetwork, config) -> None:
-    """`StyleTransferNetwork.use` of what a mode's settings say. Raises UserError, naming the flag, for what does not
-    fit."""
-    try:
-        network.use(**{name: getattr(config, name, None)
-                       for name in ("upsampling", "padding", "pooling", "adain_levels")})
-    except ValueError as error:
-        raise UserError(f"--{error}") from error

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import PictureError, denormalize, load_alpha, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
-from network import UPSAMPLINGS, StyleTransferNetwork, align
+from network import StyleTransferNetwork, align
 from painting.control import PRESERVED, MaskedStyle, Style, check_mask, check_styles, keep_colors, match_colors, mix
 from painting.tiling import TILES, TiledPicture, at_level, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
@@ -115,7 +115,7 @@ class Stylizer:
                  upsampling: str | None = None, tile: int | None = None, vgg_weights: str | Path | None = None) -> None:
         """model: a model file, the folder of a run or a pruning, or a network, which is copied.
 
-        device: None is the GPU where there is one, for a network where it is. upsampling: in the decoder, one of
+        device: None is the GPU where there is one, for a network where it is. upsampling: in the decoder, of network's
         UPSAMPLINGS; None is as the network does it. tile: see `TiledPicture`; None paints in tiles where the whole
         picture would not fit the free memory. vgg_weights: the encoder of a decoder.pth, see `load_network`.
         Raises UserError when the model cannot be loaded or a setting does not fit it.
@@ -136,8 +136,6 @@ class Stylizer:
             if lacks_memory(error):
                 raise
             raise UserError(f"device {device}: cannot be used ({str(error).splitlines()[0]})") from error
-        if upsampling not in (None, *UPSAMPLINGS):
-            raise UserError(f"upsampling {upsampling}: one of {', '.join(UPSAMPLINGS)} is needed")
         self.network.use(upsampling)
         least = least_tile(self.network.config)
         if tile is not None and not (isinstance(tile, Integral) and tile >= least):

@@ -174,9 +174,9 @@ def test_config_round_trip():
 
 @pytest.mark.parametrize("change, needed", [
     ({"backbone": "resnet50"}, "resnet50"),
-    ({"pooling": "median"}, "pooling 'median' is none of max, avg, blur"),
-    ({"upsampling": "cubic"}, "upsampling 'cubic' is none of nearest, bilinear"),
-    ({"padding": "circular"}, "padding 'circular' is none of zeros, reflect"),
+    ({"pooling": "median"}, "pooling median: one of max, avg, blur is needed"),
+    ({"upsampling": "cubic"}, "upsampling cubic: one of nearest, bilinear is needed"),
+    ({"padding": "circular"}, "padding circular: one of zeros, reflect is needed"),
     ({"encoder_widths": (4,) * 6}, "7 whole numbers"),
     ({"decoder_widths": (*(4,) * 7, 3)}, "7 whole numbers"),
     ({"encoder_widths": (0, *(4,) * 6)}, "encoder"),

@@ -415,11 +415,13 @@ def png(path, bits: int, kind: int, rows: bytes, *chunks: bytes, size=(2, 1)):
     (16, 2, b"\0" + b"\0" * 6 + b"\x10\0\x20\0\x30\0", b"\x10\0\x20\0\x30\0"),
 ])
 def test_transparent_colour_of_every_depth(tmp_path, bits, kind, rows, key):
-    """Two pixels: black, and another, which is the transparent one."""
+    """Two pixels: black, and another, which is the transparent one; of an opened picture each time that it is read."""
     path = png(tmp_path / "key.png", bits, kind, rows, png_chunk(b"tRNS", key))
     assert pixels(load_picture(path)).tolist() == [[[0, 0, 0], [255, 255, 255]]]
     with Image.open(path) as image:
         assert np.asarray(load_alpha(path)).tolist() == np.asarray(load_alpha(image)).tolist() == [[255, 0]]
+        assert np.asarray(load_alpha(image)).tolist() == [[255, 0]]
+        assert pixels(load_picture(image)).tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
 # ---------------------------------------------------------------------------------------- kinds of pictures

@@ -1,5 +1,6 @@
 """`--mode test`: stylise pictures with one or more networks, full or pruned."""
 
+import hashlib
 import json
 import platform
 import re
@@ -201,7 +202,9 @@ def test(given: dict) -> int:
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
     plan = make_plan(config)
-    models = open_models(config)
+    models, digests = open_models(config), {}
+    for model in models if config.measured else ():  # now: a run that still trains replaces its file
+        digests[model.file] = hashlib.sha256(model.file.read_bytes()).hexdigest()
     stylizers = make_stylizers(config, models, device)
     meter = _open_meter(config, models, device)
     if meter is not None:
@@ -214,11 +217,12 @@ def _stylise(config: TestConfig, device: torch.device) -> int:
         first = next(iter(outcome.unusable.values()))
         raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {first}")
     if process_rank() == 0:
-        _report(config, plan, outcome, models, meter)
+        _report(config, plan, outcome, models, digests, meter)
     return 1 if outcome.unusable else 0
 
 
-def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], meter: Meter | None) -> None:
+def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], digests: dict[Path, str],
+            meter: Meter | None) -> None:
     """Write the sheets and metrics.json, print the table, and say what was written and what could not be used."""
     done = [pair for pair in plan.pairs if pair in outcome.values]
     left_out = len(plan.pairs) - len(done)
@@ -232,7 +236,7 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
         values = torch.stack([outcome.values[pair] for pair in done]).numpy()
         measurement = Measurement(values, done, plan.columns, meter.metrics)
         show(measurement.table())
-        metrics = _metrics(config, plan, measurement, models, meter)
+        metrics = _metrics(config, plan, measurement, models, digests, meter)
         metrics |= {"skipped": [*outcome.unusable.values()], "pairs_left_out": left_out}
         utils.write_text_atomically(plan.folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
         wrote.append(METRICS_NAME)
@@ -242,12 +246,13 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
                           *outcome.unusable.values()]))
 
 
-def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[OpenedModel], meter: Meter) -> dict:
+def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[OpenedModel],
+             digests: dict[Path, str], meter: Meter) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
     packages = ("torch", "torchvision", "Pillow", "numpy", *["stlpips-pytorch"] * ("stlpips" in meter.metrics))
     painters = [{
         "file": str(model.file),
-        "sha256": model.sha256,
+        "sha256": digests[model.file],
         "backbone": model.network.config.backbone,
         "bottleneck_channels": model.network.config.bottleneck_width,
         "parameters": count_parameters(model.network),

@@ -15,7 +15,7 @@ from exporting.formats import FORMATS, ONNX, check_files, make_files, need_packa
 from exporting.graphs import fill_up
 from exporting.integers import fill_for_integers, quantize_files
 from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, page_files, runtime_files, write_page
-from folders import find_measured, find_pictures, split_holdout
+from folders import find_pictures, only_held_out, split_holdout
 from painting.pairs import choose_pairs
 from painting.quality import MIN_SIDE, Measurement, Meter, ssim
 from painting.stylizer import load_input, open_model
@@ -96,10 +96,9 @@ def load_pairs(config: ExportConfig) -> tuple[Pairs, Pairs, list[tuple[int, int]
     Raises UserError for folders without such pictures, or pictures that cannot be used.
     """
     names = ("content_dir", "style_dir")
-    folders = [(getattr(config, name), f"--{name}") for name in names]
-    held_out = [find_measured(*each, config.holdout) for each in folders]
-    learned = [split_holdout(find_pictures(folder, flag), config.holdout, f"{flag} {folder}")[0]
-               for folder, flag in folders]
+    found = [(find_pictures(getattr(config, name), f"--{name}"), config.holdout, f"--{name} {getattr(config, name)}")
+             for name in names]
+    learned, held_out = [split_holdout(*each)[0] for each in found], [only_held_out(*each) for each in found]
     loaded = []
     for paths, count in ((learned, CALIBRATION_PAIRS), (held_out, config.pairs)):
         numbers = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)

@@ -127,14 +127,19 @@ def split_holdout(paths: list[Path], share: float, where: str) -> tuple[list[Pat
     return learned, held_out
 
 
+def only_held_out(paths: list[Path], share: float, where: str) -> list[Path]:
+    """The pictures that are held out; where: as in `split_holdout`. Raises UserError when there are none."""
+    held_out = [path for path in paths if is_held_out(path, share)]
+    if not held_out:
+        raise UserError(f"{where}: --holdout {share} holds none of its {len(paths)} pictures out")
+    return held_out
+
+
 def find_measured(folder: Path, flag: str, holdout: float, output: Path | None = None) -> list[Path]:
     """The pictures to measure: those that training with the same `holdout` left out; all when it is 0. Raises UserError
-    as `find_pictures` does, and where none is held out."""
+    as `find_pictures` and `only_held_out` do."""
     paths = find_pictures(folder, flag, output)
-    measured = [path for path in paths if not holdout or is_held_out(path, holdout)]
-    if not measured:
-        raise UserError(f"{flag} {folder}: --holdout {holdout} holds none of its {len(paths)} pictures out")
-    return measured
+    return only_held_out(paths, holdout, f"{flag} {folder}") if holdout else paths
 
 
 # ---------------------------------------------------------------------------------- what cannot be used

@@ -109,7 +109,8 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
     Drawn pairs use every picture as often as any other of its kind, or once more. Raises UserError when there
     are not that many pairs.
     """
-    number = contents * styles if number is None else number
+    if number is None:
+        return [(content, style) for content in range(contents) for style in range(styles)]
     if number > contents * styles:
         raise UserError(f"pairs {number}: {contents} content and {styles} style pictures make "
                         f"{contents * styles} pairs")

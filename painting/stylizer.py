@@ -1,7 +1,6 @@
 """Picture in, picture out."""
 
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -39,12 +38,10 @@ def open_model(load_path: str, swap_max_pool: bool, backbone: str | None,
 
 
 class OpenedModel(NamedTuple):
-    """A network with its name in tables and folders, its file with the digest that it had when it was read, and what
-    else the file says."""
+    """A network with its name in tables and folders, its file, and what else the file says."""
 
     name: str
     file: Path
-    sha256: str
     network: StyleTransferNetwork
     checkpoint: dict
 
@@ -55,10 +52,9 @@ def open_models(config) -> list[OpenedModel]:
     for path, name in zip(config.load_path, model_names(config.load_path)):
         network, checkpoint = open_model(path, config.swap_max_pool, config.backbone, config.vgg_weights)
         file = find_model_file(Path(path))
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"load_path {path}: this model is named twice")
-        models.append(OpenedModel(name, file, digest, network, checkpoint))
+        models.append(OpenedModel(name, file, network, checkpoint))
     return models
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 import archives
@@ -399,12 +399,7 @@ def denormalize(image: Tensor) -> Tensor:
 
 def to_pil(image: Tensor) -> Image.Image:
     """One picture, (3, H, W) or (1, 3, H, W), 0..1, to a Pillow image."""
-    return pixels_to_pil((image * 255.0).round().byte().reshape(1, *image.shape[-3:]))
-
-
-def pixels_to_pil(pixels: Tensor) -> Image.Image:
-    """One picture, (1, 3, H, W), uint8, to a Pillow image."""
-    return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
+    return to_pil_image((image * 255.0).round().byte().reshape(image.shape[-3:]))
 
 
 def save_picture(image: Image.Image, path: Path, alpha: Image.Image | None = None) -> None:

@@ -26,7 +26,7 @@ import torch
 from measure import spread, versions
 from PIL import Image
 
-from data import pixels_to_pil, prepare_picture, save_picture
+from data import load_picture, save_picture
 from evaluate import METRICS_NAME, test
 from painting.pairs import choose_pairs, find_inputs
 from painting.quality import LOSS_METRICS, METRICS, Measurement
@@ -66,7 +66,7 @@ def paint_pairs(options: argparse.Namespace, peer: Callable) -> tuple[Path, list
             for each, number in zip(inputs, pair):
                 path = each.groups[number][0]
                 with usable(path, each.flag):
-                    pictures.append(pixels_to_pil(prepare_picture(path, SIDE, SIDE)))
+                    pictures.append(load_picture(path, SIDE, SIDE))
             first = first or pictures
             name = "__".join(each.names[number] for each, number in zip(inputs, pair))
             save_picture(peer(*pictures), folder / f"{name}.png")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 import utils
-from data import PictureError, denormalize, load_alpha, normalize, pixels_to_pil, read_written, save_picture, to_pil
+from data import PictureError, denormalize, load_alpha, normalize, read_written, save_picture, to_pil
 from painting.control import MaskedStyle, Style, check_mask
 from painting.pairs import Pair, Pictures, Plan
 from painting.quality import MIN_SIDE, Meter
@@ -190,6 +191,6 @@ class PairPainter:
     def _show(self, key: Key, picture: Tensor | Image.Image) -> None:
         """Keep a small copy of a picture that a sheet shows."""
         if key in self.shown:
-            picture = pixels_to_pil(picture) if isinstance(picture, Tensor) else picture.copy()
+            picture = to_pil_image(picture[0]) if isinstance(picture, Tensor) else picture.copy()
             picture.thumbnail((self.cell, self.cell))
             self.outcome.shown[key] = picture

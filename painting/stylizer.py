@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
-from data import PictureError, denormalize, load_alpha, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
+from data import PictureError, denormalize, load_alpha, look_at, normalize, prepare_picture, to_pil
 from network import StyleTransferNetwork, align
 from painting.control import PRESERVED, MaskedStyle, Style, check_mask, check_styles, keep_colors, match_colors, mix
 from painting.tiling import TILES, TiledPicture, at_level, cut, least_tile, memory_needed
@@ -254,7 +255,7 @@ def open_mask(picture) -> Image.Image:
     """A picture of any kind, see `Stylizer`, or an array (H, W), as a mask: mode L."""
     if isinstance(picture, np.ndarray) and picture.ndim == 2:
         picture = np.dstack([picture] * 3)
-    return pixels_to_pil(_pixels(picture, "mask")).convert("L")
+    return to_pil_image(_pixels(picture, "mask")[0]).convert("L")
 
 
 def _pixels(picture, name: str, size: int | None = None) -> Tensor:
@@ -270,7 +271,7 @@ def _pixels(picture, name: str, size: int | None = None) -> Tensor:
             or not picture.numel():
         raise UserError(f"{name}: got a {got}; a path, a Pillow picture, or pixels of type uint8 are needed, an array "
                         "(H, W, 3) or a tensor (1, 3, H, W)")
-    return picture if size is None else prepare_picture(pixels_to_pil(picture), size)
+    return picture if size is None else prepare_picture(to_pil_image(picture[0]), size)
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:

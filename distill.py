@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class Distiller:
         if checkpoint is None:
             network, _ = load_network(config.load_path, vgg_weights=config.vgg_weights)
         else:
-            network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["student_config"]))
+            network = StyleTransferNetwork(NetworkConfig(**checkpoint["student_config"]))
         teacher, teacher_checkpoint = load_network(config.teacher, flag="--teacher", vgg_weights=config.vgg_weights)
         if teacher.config.stride != network.config.stride:
             raise UserError(f"teacher {config.teacher} is a {teacher.config.backbone} network, with a bottleneck of "
@@ -207,7 +207,7 @@ class Distiller:
     def state(self) -> dict:
         """What a checkpoint needs beside the optimiser to go on."""
         weights = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
-        return {"state_dict": weights, "vgg_weights": self.vgg_origin, "student_config": self.network.config.to_dict()}
+        return {"state_dict": weights, "vgg_weights": self.vgg_origin, "student_config": asdict(self.network.config)}
 
     def restore(self, checkpoint: dict) -> None:
         """Put back `state`. Raises UserError when the teacher is not as it was."""

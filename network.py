@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -46,18 +46,21 @@ class NetworkConfig:
     bottleneck; the last decoder width is 3 (RGB).
     adain_levels: on how many of the encoder's features AdaIN acts: 1, as published, is the bottleneck alone; each more
     is the one before the next shallower pooling, and is added in the decoder where it has upsampled to the same size.
-    Raises UserError where something does not fit.
+    A file holds `dataclasses.asdict` of it. Raises UserError where something does not fit.
     """
 
     backbone: str
     pooling: str
     encoder_widths: tuple[int, ...]
     decoder_widths: tuple[int, ...]
+    # Older files lack what follows, which is then as published.
     upsampling: str = "nearest"
     padding: str = "zeros"
     adain_levels: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("encoder_widths", "decoder_widths"):  # JSON has lists, and so have older files
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in (("backbone", BACKBONES), ("pooling", POOLINGS), ("upsampling", UPSAMPLINGS),
                               ("padding", PADDINGS)):
             if getattr(self, name) not in choices:
@@ -82,15 +85,6 @@ class NetworkConfig:
         widths = _conv_widths(ENCODERS[backbone])
         return cls(backbone, pooling, widths, (*reversed(widths[:-1]), 3))
 
-    @classmethod
-    def from_dict(cls, values: dict) -> "NetworkConfig":
-        """What `to_dict` gave. Older files lack the newer properties, which then are as published."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(values).items()})
-
-    def to_dict(self) -> dict:
-        """Plain types, for a checkpoint or a JSON file."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
     @property
     def widths(self) -> tuple[int, ...]:
         """Output channels of every conv, encoder then decoder, in forward order."""
@@ -99,7 +93,7 @@ class NetworkConfig:
     def with_widths(self, widths: Sequence[int]) -> "NetworkConfig":
         """The same network with other `widths`. Raises UserError when they do not fit."""
         convs = len(self.encoder_widths)
-        return replace(self, encoder_widths=tuple(widths[:convs]), decoder_widths=tuple(widths[convs:]))
+        return replace(self, encoder_widths=widths[:convs], decoder_widths=widths[convs:])
 
     @property
     def bottleneck_width(self) -> int:

@@ -148,7 +148,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         if not same_vgg(checkpoint.get("vgg_weights"), origin):
             raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
                             f"now they are {origin}")
-        network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["config"]))
+        network = StyleTransferNetwork(NetworkConfig(**checkpoint["config"]))
         network.load_state_dict(checkpoint["state_dict"])
     elif config.load_path:
         network, _ = load_network(config.load_path, config.swap_max_pool, config.backbone, config.vgg_weights)

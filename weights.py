@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -230,7 +230,7 @@ def _load_adain(source: str, decoder: dict[str, Tensor], vgg_weights: str | None
 def model_checkpoint(network: StyleTransferNetwork, dtype: torch.dtype = torch.float32, **more) -> dict:
     """The checkpoint dictionary of a network: plain types and tensors of `dtype`, enough to rebuild it."""
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
-    return {"format": CHECKPOINT_FORMAT, "config": network.config.to_dict(), "state_dict": tensors, **more}
+    return {"format": CHECKPOINT_FORMAT, "config": asdict(network.config), "state_dict": tensors, **more}
 
 
 def pack_safetensors(network: StyleTransferNetwork, checkpoint: dict) -> bytes:
@@ -291,7 +291,7 @@ def load_network(path: Path, swap_max_pool: bool = False, backbone: str | None =
         checkpoint = _load_adain(f"{flag} {path}", state_dict, vgg_weights)
         state_dict = checkpoint["state_dict"]
     try:
-        config = (NetworkConfig.from_dict(checkpoint["config"]) if "config" in checkpoint else _config_from_tensors(
+        config = (NetworkConfig(**checkpoint["config"]) if "config" in checkpoint else _config_from_tensors(
             state_dict, pooling="avg" if swap_max_pool else "max", padding="reflect" if is_adain else "zeros"))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error

@@ -7,6 +7,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +73,14 @@ def to_onnx(graph: Graph, network: StyleTransferNetwork) -> bytes:
         exported = torch.onnx.export(trace(graph), input_names=list(graph.inputs), output_names=list(graph.outputs),
                                      dynamic_shapes={name: AXES[name] for name in graph.inputs}, verbose=False)
     model = exported.model_proto
-    model.metadata_props.add(key="config", value=json.dumps(network.config.to_dict()))
+    model.metadata_props.add(key="config", value=json.dumps(asdict(network.config)))
     return model.SerializeToString()
 
 
 def to_torch_export(graph: Graph, network: StyleTransferNetwork) -> bytes:
     """The graph as `torch.export.load` reads it, with the network's configuration as an extra file."""
     buffer = io.BytesIO()
-    torch.export.save(trace(graph), buffer, extra_files={"config": json.dumps(network.config.to_dict())})
+    torch.export.save(trace(graph), buffer, extra_files={"config": json.dumps(asdict(network.config))})
     return buffer.getvalue()
 
 

@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections import OrderedDict
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from urllib.error import URLError
 
 import numpy as np
@@ -164,10 +164,10 @@ def test_adain_acts_on_shallower_features_too(backbone, levels, convs):
 def test_config_round_trip():
     assert (NetworkConfig.full("vgg19").stride, NetworkConfig.full("vgg16").stride) == (8, 4)
     config = NetworkConfig("vgg16", "avg", (1, 2, 3, 4, 5, 6, 7), (9, 8, 7, 6, 5, 4, 3), "bilinear", "reflect")
-    values = json.loads(json.dumps(config.to_dict()))
-    assert NetworkConfig.from_dict(values) == config
+    values = json.loads(json.dumps(asdict(config)))
+    assert NetworkConfig(**values) == config
     del values["upsampling"], values["padding"], values["adain_levels"]  # as in older files
-    assert NetworkConfig.from_dict(values) == replace(config, upsampling="nearest", padding="zeros")
+    assert NetworkConfig(**values) == replace(config, upsampling="nearest", padding="zeros")
     with pytest.raises(FrozenInstanceError):
         config.pooling = "max"
 
@@ -349,11 +349,11 @@ def test_damaged_tensors_are_refused(tmp_path, named, with_config):
 
 @pytest.mark.parametrize("config", [
     None, [], {}, {"backbone": "vgg19"},
-    {**small_config().to_dict(), "backbone": ["vgg19"]},
-    {**small_config().to_dict(), "encoder_widths": 7},
-    {**small_config().to_dict(), "encoder_widths": ["6"] * 9},
-    {**small_config().to_dict(), "encoder_widths": [6] * 8 + [7]},  # not what the tensors say
-    {**small_config().to_dict(), "depth": 5},  # a property of a version to come
+    {**asdict(small_config()), "backbone": ["vgg19"]},
+    {**asdict(small_config()), "encoder_widths": 7},
+    {**asdict(small_config()), "encoder_widths": ["6"] * 9},
+    {**asdict(small_config()), "encoder_widths": [6] * 8 + [7]},  # not what the tensors say
+    {**asdict(small_config()), "depth": 5},  # a property of a version to come
 ])
 def test_damaged_configuration_is_refused(tmp_path, config):
     path = tmp_path / "model.pth"

@@ -20,7 +20,7 @@ from data import denormalize, normalize
 from exporting import formats
 from exporting.graphs import Graph, PairGraph, StyleGraph
 from main import main
-from network import level_statistics
+from network import NetworkConfig, level_statistics
 from weights import load_network
 
 EXPORTS = ("split.onnx", "whole.onnx", "program.pt2", "weights.safetensors")  # of the fixture `exported`
@@ -107,7 +107,7 @@ def test_onnx_files_say_what_they_take_and_are(exported, name, inputs, outputs):
         assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in values)
     about = {entry.key: entry.value for entry in model.metadata_props}
     source = "split.onnx.pth" if name.startswith("split") else f"{name}.pth"
-    assert json.loads(about["config"]) == load_network(exported / source)[0].config.to_dict()
+    assert NetworkConfig(**json.loads(about["config"])) == load_network(exported / source)[0].config
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -444,7 +445,7 @@ def test_settings_are_of_a_copy_of_the_callers_network():
 def test_torch_hub_gives_the_models_of_the_store(name):
     hub = torch.hub.load(str(ROOT), name, source="local", device="cpu")
     here = Stylizer(ROOT / "model-store" / f"{name}.pth", device="cpu")
-    assert hub.network.config.to_dict() == here.network.config.to_dict()
+    assert asdict(hub.network.config) == asdict(here.network.config)
     content, style = random_picture(0, (24, 24)), random_picture(1, (24, 24))
     assert hub.stylize(content, style).tobytes() == here.stylize(content, style).tobytes()
 

@@ -147,7 +147,7 @@ class Distiller:
         self.teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.vgg_origin = teacher_checkpoint.get("vgg_weights")
         if config.new_weights:
-            initialize(network, network)
+            initialize(network)
         network.use(config.upsampling, pooling=config.pooling, adain_levels=config.adain_levels)
         student = Student(network, teacher.config.bottleneck_width)
         self.network = student.to(device, memory_format=torch.channels_last).train()

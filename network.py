@@ -312,12 +312,15 @@ class StyleTransferNetwork(nn.Module):
 class LossNetwork(nn.Module):
     """A frozen VGG, tapped at four ReLUs; its poolings stay max poolings."""
 
-    def __init__(self, backbone: str, padding: str = "zeros") -> None:
+    def __init__(self, backbone: str, padding: str = "zeros", weights: dict[str, Tensor] | None = None) -> None:
+        """padding: as the network that learns from it pads. weights: of `load_vgg`; None: random ones."""
         super().__init__()
         layout, self.taps = LOSS_NETWORKS[backbone]
         self.layers = _encoder_layers(layout, _conv_widths(layout), "max", padding)
         self.padding = padding
         self.requires_grad_(False)
+        if weights is not None:
+            self.layers.load_state_dict(weights)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """image: (B, 3, H, W), ImageNet-normalised. Returns the four features, shallow to deep."""
@@ -329,31 +332,22 @@ class LossNetwork(nn.Module):
         return features
 
 
-def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> tuple[StyleTransferNetwork, LossNetwork]:
-    """A full network with the VGG's weights, from `load_vgg`, in its encoder and a new decoder; and the loss network.
-    """
+def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> StyleTransferNetwork:
+    """A full network with the VGG's weights, from `load_vgg`, in its encoder, and a new decoder."""
     network = StyleTransferNetwork(config)
     encoder = network.encoder.layers[0]
     encoder.load_state_dict({name: vgg[name] for name in encoder.state_dict()})
-    initialize(network.decoder, network)
-    return network, build_loss_network(config, vgg)
+    initialize(network.decoder)
+    return network
 
 
-def build_loss_network(config: NetworkConfig, vgg: dict[str, Tensor]) -> LossNetwork:
-    """The frozen VGG, from `load_vgg`, that a network of `config` learns from: of its backbone, padding as it does."""
-    loss_network = LossNetwork(config.backbone, config.padding)
-    loss_network.layers.load_state_dict(vgg)
-    return loss_network
-
-
-def initialize(part: nn.Module, network: StyleTransferNetwork) -> None:
-    """He initialisation of every conv in a part of the network, in place, from torch's global generator: torch's own
+def initialize(part: nn.Module) -> None:
+    """He initialisation of every conv in a network or its decoder, in place, from torch's global generator: torch's own
     shrinks the signal by half at every layer, which takes a thousand iterations to undo."""
-    output = network.decoder.layers[0][-1]  # gives the picture, without a ReLU behind it
-    for conv in part.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is output else "relu")
-            nn.init.zeros_(conv.bias)
+    convs = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs:  # the last gives the picture, without a ReLU behind it
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is convs[-1] else "relu")
+        nn.init.zeros_(conv.bias)
 
 
 # -------------------------------------------------------------------------------------------------- cost

@@ -6,7 +6,7 @@ import torch
 
 from data import MAX_PIXELS
 from loss import L0_EPS
-from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
+from network import PADDINGS, LossNetwork, NetworkConfig, StyleTransferNetwork, build_from_vgg, initialize
 from settings import amount, check_needed, count_or_zero, proper_fraction, refuse, setting
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, l0_epsilon, least_widths, selected_convs
 from training.loop import run_training
@@ -143,7 +143,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
     torch.manual_seed(config.seed)
     vgg, origin = load_vgg(config.backbone, config.vgg_weights, config.seed)
     note(f"VGG weights: {origin}")
-    network, _ = build_from_vgg(NetworkConfig.full(config.backbone, "avg" if config.swap_max_pool else "max"), vgg)
+    network = build_from_vgg(NetworkConfig.full(config.backbone, "avg" if config.swap_max_pool else "max"), vgg)
     if checkpoint is not None:
         if not same_vgg(checkpoint.get("vgg_weights"), origin):
             raise UserError(f"--resume: the run was started with VGG weights {checkpoint.get('vgg_weights')}, "
@@ -153,7 +153,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
     elif config.load_path:
         network, _ = load_network(config.load_path, config.swap_max_pool, config.backbone, config.vgg_weights)
         if config.new_weights:
-            initialize(network, network)
+            initialize(network)
     network.use(config.upsampling, config.padding, config.pooling, config.adain_levels)
     if None not in (config.lr, config.encoder_lr, config.decoder_lr):
         note("--lr has no effect: --encoder_lr and --decoder_lr are the rates of both parts")
@@ -167,7 +167,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
     if config.target_macs is not None and not least < config.target_macs < start:
         raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes this "
                         f"network from {start:.3f} to {least:.3f} of the full network's multiply-adds at most")
-    return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, origin)
+    return TransferTrainer(network, LossNetwork(config.backbone, network.config.padding, vgg), config, device, origin)
 
 
 def train(given: dict) -> int:

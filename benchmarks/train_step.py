@@ -24,7 +24,7 @@ from plain import PlainTrainer, plain_loader
 from torch.utils.flop_counter import FlopCounterMode
 
 from folders import find_pictures
-from network import NetworkConfig, build_from_vgg
+from network import LossNetwork, NetworkConfig, build_from_vgg
 from train import TrainConfig
 from training.sampling import PictureCache, TrainingPictures, training_batches
 from training.step import TransferTrainer
@@ -69,7 +69,8 @@ def build_steps(arguments: argparse.Namespace, config: TrainConfig, device: torc
     def trainer(changed: TrainConfig, upsampling: str = "nearest") -> TransferTrainer:
         torch.manual_seed(config.seed)
         network = replace(NetworkConfig.full(config.backbone), upsampling=upsampling)
-        return TransferTrainer(*build_from_vgg(network, vgg), changed, device)
+        loss_network = LossNetwork(config.backbone, weights=vgg)
+        return TransferTrainer(build_from_vgg(network, vgg), loss_network, changed, device)
 
     first = trainer(config)
     plain = PlainTrainer(first.network.state_dict(), vgg, config.weights, config.learning_rates, config.l0_eps, device)

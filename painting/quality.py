@@ -11,7 +11,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from data import denormalize, normalize
 from loss import content_loss, style_distance, style_statistics
-from network import NetworkConfig, build_loss_network
+from network import LossNetwork
 from utils import UserError
 from weights import load_vgg
 
@@ -96,7 +96,7 @@ class Meter:
             self.stlpips = network.eval().requires_grad_(False).to(device)
         if set(LOSS_METRICS) & set(metrics):
             vgg, self.vgg_origin = load_vgg(backbone, vgg_weights, seed)
-            loss_network = build_loss_network(NetworkConfig.full(backbone), vgg)  # pads with zeros, as VGG learned
+            loss_network = LossNetwork(backbone, "zeros", vgg)  # pads as VGG learned
             self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data import PictureError, load_picture
 from main import main
-from network import NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, conv_layers
+from network import LossNetwork, NetworkConfig, StyleTransferNetwork, build_from_vgg, conv_layers
 from train import TrainConfig
 from training import loop as run_module
 from training.step import TransferTrainer
@@ -176,8 +176,9 @@ def make_trainer(
     vgg = random_vgg(config.backbone)
     torch.manual_seed(0)
     if network is None:
-        network, _ = build_from_vgg(NetworkConfig.full(config.backbone), vgg)
-    return TransferTrainer(network.to(dtype), build_loss_network(network.config, vgg), config, device)
+        network = build_from_vgg(NetworkConfig.full(config.backbone), vgg)
+    loss_network = LossNetwork(config.backbone, network.config.padding, vgg)
+    return TransferTrainer(network.to(dtype), loss_network, config, device)
 
 
 # --------------------------------------------------------------------------------- command lines, and runs

@@ -409,8 +409,7 @@ def test_random_vgg_is_seeded_and_keeps_responses_of_order_one(backbone, deepest
     assert max(conv_indices(backbone)) == deepest
     assert not any(again[f"{index}.bias"].any() for index in conv_indices(backbone))
     assert_close(again["0.weight"].std().item(), (2 / 27) ** 0.5, rtol=0.05, atol=0)
-    loss_network = LossNetwork(backbone)
-    loss_network.layers.load_state_dict(again)
+    loss_network = LossNetwork(backbone, weights=again)
     for feature in loss_network(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))):
         assert 0.3 < feature.square().mean().sqrt() < 3
 
@@ -488,7 +487,8 @@ def test_imagenet_from_the_cache(hub, backbone):
 
 @pytest.mark.parametrize("backbone, pooling", [("vgg19", "avg"), ("vgg16", "max")])
 def test_build_from_vgg(backbone, pooling):
-    network, loss_network = build_from_vgg(NetworkConfig.full(backbone, pooling), random_vgg(backbone))
+    network = build_from_vgg(NetworkConfig.full(backbone, pooling), random_vgg(backbone))
+    loss_network = LossNetwork(backbone, weights=random_vgg(backbone))
     assert_same_tensors(loss_network.layers.state_dict(), random_vgg(backbone))
     for name, actual in network.encoder.layers[0].state_dict().items():
         assert_close(actual, random_vgg(backbone)[name], rtol=0, atol=0)
@@ -515,8 +515,7 @@ def test_loss_network_taps_against_torchvision(backbone, padding):
     features.load_state_dict(random_vgg(backbone), assign=True)
     for layer in features:
         layer.padding_mode = padding  # which its convolutions have
-    loss_network = LossNetwork(backbone, padding)
-    loss_network.layers.load_state_dict(random_vgg(backbone))
+    loss_network = LossNetwork(backbone, padding, random_vgg(backbone))
     image = random_feature((2, 3, 16, 24), 0).double().requires_grad_()
     actual = loss_network.double()(image)
     assert len(actual) == 4

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from data import denormalize, normalize, prepare_picture
 from folders import is_held_out
 from main import main
-from network import NetworkConfig, build_from_vgg
+from network import LossNetwork, NetworkConfig, build_from_vgg
 from painting import quality
 from painting.pairs import choose_pairs, note_learned_from
 from painting.quality import METRICS, MIN_SIDE, Measurement, Meter, flat_tiles, mean_and_margin, ssim, tile_deviations
@@ -137,7 +137,7 @@ def test_losses_are_those_of_training(style_kind):
     """The trainer's content and style loss of a batch of one, before its step, is the Meter's of the same pair."""
     vgg, origin = load_vgg("vgg19", "random", seed=3)
     torch.manual_seed(0)
-    network, loss_network = build_from_vgg(NetworkConfig.full(), vgg)
+    network, loss_network = build_from_vgg(NetworkConfig.full(), vgg), LossNetwork("vgg19", weights=vgg)
     content, style = random_picture(0, (32, 32)), random_picture(1, (32, 32))
     with torch.no_grad():
         output = network(normalize(content), normalize(style))

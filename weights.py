@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD
 from network import BACKBONES, LossNetwork, NetworkConfig, StyleTransferNetwork, conv_layers
@@ -32,13 +32,6 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 # ---------------------------------------------------------------------------------------- VGG weights
-
-
-def conv_indices(backbone: str) -> list[int]:
-    """Index in torchvision's `vgg.features` of each conv that training needs, in order."""
-    with torch.device("meta"):
-        layers = LossNetwork(backbone).layers
-    return [index for index, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
 
 
 def load_vgg(backbone: str, source: str, seed: int = 0) -> tuple[dict[str, Tensor], str]:
@@ -162,6 +155,7 @@ def _check_tensors(source: str, found: dict, wanted: dict[str, Tensor], needed: 
 # vgg_normalised.pth a 1x1 conv before them brings RGB of 0..1 to its own scale, and others may follow relu4_1.
 ADAIN_DECODER = (1, 5, 8, 11, 14, 18, 21, 25, 28)
 ADAIN_VGG = (2, 5, 9, 12, 16, 19, 22, 25, 29)
+VGG19 = (0, 2, 5, 7, 10, 12, 14, 16, 19)  # the same convs in torchvision's `vgg.features`
 ADAIN_VGG_KEYS = f"a 1x1 conv called 0 and 3x3 convs {', '.join(map(str, ADAIN_VGG))}"
 
 
@@ -194,7 +188,7 @@ def as_torchvision(tensors: dict) -> dict:
     colours = tensors["0.weight"].flatten(1), tensors["0.bias"]
     first = dict(zip(_keys([2]), for_normalised_rgb(tensors["2.weight"], tensors["2.bias"], *colours)))
     return {f"features.{ours}": (tensors | first)[theirs]
-            for ours, theirs in zip(_keys(conv_indices("vgg19")), _keys(ADAIN_VGG))}
+            for ours, theirs in zip(_keys(VGG19), _keys(ADAIN_VGG))}
 
 
 def join_adain(decoder: dict[str, Tensor], vgg: dict[str, Tensor]) -> dict[str, Tensor]:

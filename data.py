@@ -18,7 +18,6 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 import archives
 from utils import UserError, missing, note_of_process, write_atomically
@@ -420,8 +419,3 @@ def read_written(path: Path) -> Image.Image | None:
     """What `save_picture` wrote there, RGB, without its alpha; None where there is no picture, or a damaged one."""
     with suppress(Exception), _lifted_limits(), Image.open(path) as image:  # whatever Pillow's decoders raise
         return image.convert("RGB")
-
-
-def picture_grid(rows: list[Tensor]) -> Image.Image:
-    """Rows of pictures, each row (n, 3, H, W), ImageNet-normalised, all of one size, to one picture."""
-    return to_pil(make_grid(denormalize(torch.cat(rows)), nrow=len(rows[0]), padding=4, pad_value=1.0))

@@ -9,7 +9,7 @@ from helpers import pixels, refused, user_error, write_map, write_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from data import _decode, denormalize, load_picture, normalize, picture_grid, prepare_picture, save_picture, to_pil
+from data import _decode, denormalize, load_picture, normalize, prepare_picture, save_picture, to_pil
 
 # --------------------------------------------------------------------------------------- kinds of pictures
 
@@ -152,13 +152,3 @@ def test_saved_in_the_format_of_the_suffix(tmp_path, name, kind, tolerance):
 def test_picture_that_does_not_fit_the_format(tmp_path, name, size):
     assert str(tmp_path / name) in user_error(save_picture, Image.new("RGB", size), tmp_path / name)
     assert os.listdir(tmp_path) == []
-
-
-def test_picture_grid():
-    """Two columns, three rows of 8 x 8 with 4 pixels of white around each."""
-    rows = [normalize(torch.full((2, 3, 8, 8), value, dtype=torch.uint8)) for value in (10, 120, 240)]
-    desired = np.full((3 * 12 + 4, 2 * 12 + 4, 3), 255)
-    for row, value in enumerate((10, 120, 240)):
-        for left in (4, 16):
-            desired[4 + 12 * row : 12 + 12 * row, left : left + 8] = value
-    assert (pixels(picture_grid(rows)) == desired).all()

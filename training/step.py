@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchvision.utils import make_grid
 
 import loss as losses
-from data import normalize, picture_grid, save_picture
+from data import denormalize, normalize, save_picture, to_pil
 from folders import FailedPictures
 from network import LossNetwork, StyleTransferNetwork, align, level_statistics
 from training.compaction import COMPACT_LAYERS, ChannelCensus, CompactLosses, TargetSteering
@@ -224,7 +225,8 @@ class TransferTrainer:
         content, style = (normalize(pictures.to(self.device)).to(self.dtype) for pictures in self.shown_pictures)
         with torch.autocast(**self.forward_pass.autocast):
             output = self.network(content, style)
-        save_picture(picture_grid([content, style, output.float()]), path)
+        rows = denormalize(torch.cat([content, style, output.float()]))
+        save_picture(to_pil(make_grid(rows, nrow=len(content), padding=4, pad_value=1.0)), path)
         counts = self.dead_units.count(self.network)
         if self.config.compact_layers != "bottleneck":  # encoder, then decoder, in forward order
             counts["layer_widths"] = self.census.widths().int().tolist()

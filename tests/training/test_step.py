@@ -1,8 +1,11 @@
 """The training step: it learns what the plain one learns, and what makes it fast does what it says."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from helpers import CPU, EVERY_TERM, METRICS, make_trainer, random_batch, random_vgg, small_network
+from helpers import CPU, EVERY_TERM, METRICS, make_trainer, random_batch, random_vgg, read_pixels, small_network
 from plain import PlainTrainer
 from torch.testing import assert_close
 
@@ -148,3 +151,16 @@ def test_shift_loss_takes_every_move_in_turn():
         trainer.begin(iteration)
         moves.append(tuple(trainer.move.tolist()))
     assert set(moves) == {(rows, columns) for rows in range(8) for columns in range(8)} - {(0, 0)}
+
+
+def test_sample_is_a_grid_of_content_style_and_output(tmp_path, monkeypatch):
+    """Two columns, three rows of 8 x 8 with 4 pixels of white around each."""
+    trainer = make_trainer(small_network())
+    content, style, output = (torch.full((2, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 120, 240))
+    monkeypatch.setattr(trainer.network, "forward", lambda content, style: normalize(output))
+    trainer.shown_pictures, trainer.dead_units = (content, style), SimpleNamespace(count=lambda network: {})
+    desired = np.full((3 * 12 + 4, 2 * 12 + 4, 3), 255)
+    for row, value in enumerate((10, 120, 240)):
+        for left in (4, 16):
+            desired[4 + 12 * row : 12 + 12 * row, left : left + 8] = value
+    assert (read_pixels(trainer.report(tmp_path, 7)[1]) == desired).all()

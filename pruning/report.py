@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import denormalize, normalize, to_pil
-from network import StyleTransferNetwork, align, bottleneck_conv, conv_layers, level_statistics
+from network import StyleTransferNetwork, align, bottleneck_conv, conv_layers, level_statistics, resized
 from painting.quality import INTERVAL, METRICS, Measurement, Meter, show_summary
 from painting.stylizer import load_input
 from pruning.plots import plot_curves, plot_l0_maps, plot_panels
@@ -69,12 +69,11 @@ def paint_with_cuts(network: StyleTransferNetwork, responses: Responses, content
     features of the others stay as they are, and a channel that is zero feeds the decoder nothing.
     """
     aligned, *shallower = align(network.encode(content), *level_statistics(network.encode(style)), strength)
-    height, width = content.shape[2:]
     outputs = []
     for number in numbers:
         feature = aligned.clone()
         feature[:, responses.weakest_first[:number]] = 0
-        outputs.append(network.decoder(feature, *shallower)[:, :, :height, :width])
+        outputs.append(resized(network.decoder(feature, *shallower), *content.shape[2:]))
     return outputs
 
 

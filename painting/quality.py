@@ -76,8 +76,8 @@ def flat_tiles(painted: Tensor, content: Tensor) -> Tensor:
 class Meter:
     """Measures outputs by the chosen metrics, and holds the networks that this takes.
 
-    The losses are computed as in training, but that the loss network pads with zeros whatever a network in training
-    pads with, so that all models are measured alike.
+    The losses are computed as in training, but that the loss network pads with zeros, as VGG learned, whatever a
+    network in training pads with, so that all models are measured alike.
     """
 
     def __init__(self, metrics: tuple[str, ...], backbone: str, vgg_weights: str, style_kind: str, seed: int,
@@ -96,8 +96,7 @@ class Meter:
             self.stlpips = network.eval().requires_grad_(False).to(device)
         if set(LOSS_METRICS) & set(metrics):
             vgg, self.vgg_origin = load_vgg(backbone, vgg_weights, seed)
-            loss_network = LossNetwork(backbone, "zeros", vgg)  # pads as VGG learned
-            self.loss_network = loss_network.to(device, memory_format=torch.channels_last)
+            self.loss_network = LossNetwork(backbone, weights=vgg).to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def open_content(self, picture: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -74,10 +74,10 @@ class NetworkConfig:
         if self.adain_levels not in range(1, 2 + ENCODERS[self.backbone].count(POOL)):
             raise UserError(f"adain_levels {self.adain_levels}: {self.backbone} has 1 to "
                             f"{1 + ENCODERS[self.backbone].count(POOL)}")
-        for widths in ([self.widths[conv] for conv in pair] for pair in self.added_convs):
-            if len(set(widths)) > 1:
-                raise UserError(f"adain_levels {self.adain_levels}: {widths[0]} channels cannot be added to "
-                                f"{widths[1]}")
+        for first, second in self.added_convs:
+            if self.widths[first] != self.widths[second]:
+                raise UserError(f"adain_levels {self.adain_levels}: {self.widths[first]} channels cannot be added to "
+                                f"{self.widths[second]}")
 
     @classmethod
     def full(cls, backbone: str = "vgg19", pooling: str = "max") -> "NetworkConfig":
@@ -140,9 +140,7 @@ class BlurPool2d(nn.Module):
 
 
 def _pooling_layer(pooling: str, channels: int) -> nn.Module:
-    if pooling == "blur":
-        return BlurPool2d(channels)
-    return (nn.MaxPool2d if pooling == "max" else nn.AvgPool2d)(2, 2)
+    return {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2), "blur": BlurPool2d(channels)}[pooling]
 
 
 def _encoder_layers(layout, widths: Sequence[int], pooling: str, padding: str) -> nn.Sequential:
@@ -239,15 +237,14 @@ class Part(nn.Module):
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = nn.ModuleList([layers])  # the original implementation's key names are `layers.0.<index>`
-        self.convs = sum(isinstance(layer, nn.Conv2d) for layer in layers)
 
     def forward(self, feature: Tensor, *shallower: Tensor) -> Tensor:
         """shallower: what a decoder adds to its feature behind each upsampling, the first one's first."""
-        return self.features(feature, *shallower, convs=(self.convs - 1,))[0]
+        return self.features(feature, *shallower, convs=())[-1]
 
     def features(self, feature: Tensor, *shallower: Tensor, convs: Collection[int] | None = None) -> list[Tensor]:
         """The outputs of the convs, each behind its ReLU where it has one, in forward order: of all, or of those in
-        `convs`, counted from 0. The last conv's is what `forward` returns."""
+        `convs`, counted from 0, and the last one, whose is what `forward` returns."""
         added, features, conv, layers = [*shallower], [], 0, [*self.layers[0]]
         # A CPU's transposed convolutions in bfloat16 take two to three times as long, with their gradients, as all
         # multiply-adds of the two layers (torch 2.14 with AMX).
@@ -262,7 +259,7 @@ class Part(nn.Module):
             if added and isinstance(layer, nn.Upsample):
                 feature.add_(added.pop(0))  # upsampling made it, and nobody else has it
             if isinstance(layer, nn.ReLU) or layer is layers[-1]:
-                if convs is None or conv in convs:
+                if convs is None or conv in convs or layer is layers[-1]:
                     features.append(feature)
                 conv += 1
         return features

@@ -55,8 +55,7 @@ def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "means
 
 
 def style_statistics(features: list[Tensor], kind: str = "meanstd") -> list[tuple[Tensor, ...]]:
-    """What `style_loss` compares of every tap's features: means and standard deviations, (B, C, 1, 1) each, or the Gram
-    matrix, (B, C, C)."""
+    """What `style_loss` compares at each tap: mean and standard deviation, (B, C, 1, 1), or Gram matrix, (B, C, C)."""
     return [channel_statistics(feature) if kind == "meanstd" else (gram_matrix(feature),) for feature in features]
 
 
@@ -135,8 +134,7 @@ def xor_loss(norm: Tensor, eps: float | Tensor = L0_EPS) -> Tensor:
 
 
 def moved(image: Tensor, move: Tensor) -> Tensor:
-    """(B, C, H, W), moved up and to the left by `move`, (2,): rows and columns, 0 or more; the last ones are repeated.
-    """
+    """(B, C, H, W), moved up and to the left by `move`, (2,): rows and columns, >= 0; the last ones are repeated."""
     for axis, by in zip((2, 3), move):
         places = torch.arange(image.shape[axis], device=image.device) + by
         image = image.index_select(axis, places.clamp_max(image.shape[axis] - 1))

@@ -204,8 +204,7 @@ def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, streng
 
 def align(features: Sequence[Tensor], mean: Tensor, std: Tensor, strength: float | Tensor = 1.0,
           content_statistics: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
-    """`adain` of the features of every level, (B, C, H, W) each. mean, std, content_statistics: as of
-    `level_statistics`."""
+    """`adain` of every level's feature, (B, C, H, W). mean, std, content_statistics: as of `level_statistics`."""
     widths = [feature.shape[1] for feature in features]
     of_style = zip(mean.split(widths, dim=1), std.split(widths, dim=1))
     if content_statistics is None:
@@ -299,8 +298,7 @@ class StyleTransferNetwork(nn.Module):
         return self.encoder.features(pad_to_stride(image, self.config.stride), convs=self.config.level_convs)[::-1]
 
     def forward(self, content: Tensor, style: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-        """content: (B, 3, H, W) and style: (B, 3, H', W'), ImageNet-normalised, any size. Returns (B, 3, H, W) in
-        normalised space."""
+        """content: (B, 3, H, W), style: (B, 3, H', W'), any size. Returns (B, 3, H, W). All ImageNet-normalised."""
         statistics = level_statistics(self.encode(style))  # its features, the largest there are, go at once
         aligned = align(self.encode(content), *statistics, strength)  # [(B, C, H/stride, W/stride), ...]
         return resized(self.decoder(*aligned), *content.shape[2:])

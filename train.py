@@ -7,8 +7,8 @@ import torch
 from data import MAX_PIXELS
 from loss import L0_EPS
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
-from settings import amount, check_needed, count_or_zero, proper_fraction, refuse, setting
-from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, l0_epsilon, least_widths, selected_convs
+from settings import amount, check_needed, count_or_zero, epsilon, proper_fraction, refuse, setting
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, least_widths, selected_convs
 from training.loop import run_training
 from training.sampling import TrainingPictures
 from training.step import TransferTrainer
@@ -45,7 +45,7 @@ class TrainConfig:
         "same, moved, which makes videos calmer; 30 is much", "losses", amount)
     l0_eps: float | str = setting(
         L0_EPS, "epsilon of the channel and xor losses, in units of a channel's l2 norm; a larger one switches off "
-        "stronger channels; relative:N is N times the mean norm of each layer", "compaction", l0_epsilon, metavar="N")
+        "stronger channels; relative:N is N times the mean norm of each layer", "compaction", epsilon, metavar="N")
     compact_layers: str = setting("bottleneck", "layers of the channel and xor losses; bottleneck is as published",
                                   "compaction", choices=tuple(COMPACT_LAYERS))
     compact_cost: str = setting("count", "share that the channel loss measures: of channels that are on, or of their "

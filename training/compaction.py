@@ -1,7 +1,6 @@
 """Compacting a network while it learns: the channel and xor losses over its layers, what is left of it, and the
 steering of the channel loss's weight towards a target."""
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,18 +14,6 @@ from network import NetworkConfig, conv_layers, least_kept
 COMPACT_LAYERS = {"bottleneck": ("encoder",), "encoder": ("encoder",), "decoder": ("decoder",),
                   "all": ("encoder", "decoder")}
 COMPACT_COSTS = ("count", "macs")
-RELATIVE = "relative:"
-
-
-def l0_epsilon(text: str) -> float | str:
-    """The value of `--l0_eps`: a number as such, `relative:NUMBER` as the text it is."""
-    try:
-        value = float(text.removeprefix(RELATIVE))
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, a number above 0 or relative:NUMBER is needed")
-    return text if text.startswith(RELATIVE) else value
 
 
 def selected_convs(network: NetworkConfig, layers: str) -> slice:
@@ -70,7 +57,7 @@ class CompactLosses:
     """
 
     def __init__(self, network: NetworkConfig, layers: str, cost: str, l0_eps: float | str, device: torch.device):
-        self.epsilon = float(str(l0_eps).removeprefix(RELATIVE))
+        self.epsilon = float(str(l0_eps).removeprefix("relative:"))
         self.is_relative = isinstance(l0_eps, str)
         self.is_published = layers == "bottleneck"
         self.cost = None if cost == "count" else NetworkCost(network, layers, device)

@@ -60,6 +60,7 @@ class CompactLosses:
         self.epsilon = float(str(l0_eps).removeprefix("relative:"))
         self.is_relative = isinstance(l0_eps, str)
         self.is_published = layers == "bottleneck"
+        self.channels = sum(network.widths[selected_convs(network, layers)])
         self.cost = None if cost == "count" else NetworkCost(network, layers, device)
 
     def spared(self, norms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -81,18 +82,16 @@ class CompactLosses:
     def channel_loss(self, norms: Sequence[Tensor]) -> Tensor:
         """The share of the selected channels that are on (Kim & Choi, eq. 4), or, departing from the paper, the
         `NetworkCost` of as many in each layer."""
-        if self.cost is None:
-            return self._mean_over_channels(losses.channel_loss, norms)
-        on = [losses.l0_norm(norm, self.epsilon_of(norm)).mean(dim=0).sum() for norm in norms]
-        return self.cost(torch.stack(on))
+        on = self._by_layer(losses.channel_loss, norms)
+        return on.sum() / self.channels if self.cost is None else self.cost(on)
 
     def xor_loss(self, norms: Sequence[Tensor]) -> Tensor:
         """Kim & Choi, eq. 5, as the mean over all selected channels."""
-        return self._mean_over_channels(losses.xor_loss, norms)
+        return self._by_layer(losses.xor_loss, norms).sum() / self.channels
 
-    def _mean_over_channels(self, loss: Callable, norms: Sequence[Tensor]) -> Tensor:
-        channels = sum(norm.shape[1] for norm in norms)
-        return sum(loss(norm, self.epsilon_of(norm)) * (norm.shape[1] / channels) for norm in norms)
+    def _by_layer(self, loss: Callable, norms: Sequence[Tensor]) -> Tensor:
+        """The sum of a loss over the channels of each layer, (layers,)."""
+        return torch.stack([norm.shape[1] * loss(norm, self.epsilon_of(norm)) for norm in norms])
 
 
 class ChannelCensus:

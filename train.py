@@ -8,7 +8,7 @@ from data import MAX_PIXELS
 from loss import L0_EPS
 from network import PADDINGS, NetworkConfig, StyleTransferNetwork, build_from_vgg, build_loss_network, initialize
 from settings import amount, check_needed, count_or_zero, epsilon, proper_fraction, refuse, setting
-from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, least_widths, selected_convs
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
 from training.loop import run_training
 from training.sampling import TrainingPictures
 from training.step import TransferTrainer
@@ -164,12 +164,6 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         raise UserError(f"--compact_layers {config.compact_layers}: this network adds features of its encoder to its "
                         f"decoder's (adain_levels {network.config.adain_levels}), which the losses do not switch off "
                         "together; bottleneck is needed")
-    cost = NetworkCost(network.config, config.compact_layers, "cpu")
-    widths = network.config.widths[selected_convs(network.config, config.compact_layers)]
-    least, start = cost(least_widths(network.config, config.compact_layers)), cost(torch.tensor(widths))
-    if config.target_macs is not None and not least < config.target_macs < start:
-        raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes this "
-                        f"network from {start:.3f} to {least:.3f} of the full network's multiply-adds at most")
     return TransferTrainer(network, build_loss_network(network.config, vgg), config, device, origin)
 
 

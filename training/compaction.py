@@ -23,13 +23,6 @@ def selected_convs(network: NetworkConfig, layers: str) -> slice:
     return slice(first, -1 if "decoder" in COMPACT_LAYERS[layers] else convs)
 
 
-def least_widths(network: NetworkConfig, layers: str) -> Tensor:
-    """The channels of the selected layers that the losses leave on at least, (layers,): none of the bottleneck where it
-    is selected alone, as published; else `least_kept`, see `CompactLosses.spared`."""
-    widths = network.widths[selected_convs(network, layers)]
-    return torch.tensor([0 if layers == "bottleneck" else least_kept(width) for width in widths])
-
-
 class NetworkCost:
     """The multiply-adds of a network that has some of the selected layers' channels off, as a fraction of those of
     `NetworkConfig.full`: a sum over the convs of factor x channels in x channels out."""
@@ -101,6 +94,9 @@ class ChannelCensus:
     def __init__(self, network: NetworkConfig, layers: str, memory: int, device: torch.device) -> None:
         self.layer_widths, self.memory = network.widths[selected_convs(network, layers)], memory
         self.cost = NetworkCost(network, layers, device)
+        # What the losses leave on: none of the bottleneck where it is selected alone, as published; else see `spared`.
+        least = [0 if layers == "bottleneck" else least_kept(width) for width in self.layer_widths]
+        self.least_macs = self.cost(torch.tensor(least, device=device))
         # For how many batches each channel has been off, (channels of all layers,); kept in checkpoints.
         self.batches_off = torch.zeros(sum(self.layer_widths), device=device)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import loss as losses
 from data import normalize, picture_grid, save_picture
@@ -52,7 +51,7 @@ class ForwardPass(nn.Module):
         self.formats = {"loss_network": torch.channels_last}
         for part, rate in config.learning_rates.items():
             self.formats[part] = torch.contiguous_format if is_slow and rate else torch.channels_last
-            getattr(network, part).to(memory_format=self.formats[part])
+            getattr(network, part).to(memory_format=self.formats[part]).requires_grad_(rate > 0)
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(dtype=amp_dtype, memory_format=torch.channels_last)
 
@@ -135,7 +134,10 @@ class TransferTrainer:
         self.network = network.to(device).train()
         self.dtype = next(network.parameters()).dtype
         self.forward_pass = ForwardPass(network, loss_network.to(device, self.dtype), config, self.amp_dtype, device)
-        self.optimizer = build_optimizer(network, config, self.amp_dtype or self.dtype)
+        groups = [{"params": [*getattr(network, part).parameters()], "lr": rate}
+                  for part, rate in config.learning_rates.items() if rate]  # without one, a part is frozen
+        self.optimizer = (Muon(groups, self.amp_dtype or self.dtype) if config.optimizer == "muon"
+                          else torch.optim.Adam(groups, fused=True))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if config.warmup_iter + config.decay_iter > config.max_iter:
             rising = max(1, config.warmup_iter)
@@ -254,13 +256,3 @@ class TransferTrainer:
             self.census.batches_off.copy_(torch.cat([*checkpoint["census"].values()]))  # older ones have it by part
         if self.steering is not None and "steering" in checkpoint:
             self.steering.log_change.copy_(checkpoint["steering"]["log_change"])
-
-
-def build_optimizer(network: StyleTransferNetwork, config, dtype: torch.dtype) -> Optimizer:
-    """The optimiser of the parts with a learning rate; the others are frozen. dtype: in which Muon computes."""
-    groups = []
-    for part, rate in config.learning_rates.items():
-        parameters = getattr(network, part).requires_grad_(rate > 0).parameters()
-        if rate > 0:
-            groups.append({"params": [*parameters], "lr": rate})
-    return Muon(groups, dtype) if config.optimizer == "muon" else torch.optim.Adam(groups, fused=True)

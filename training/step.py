@@ -140,11 +140,9 @@ class TransferTrainer:
                           else torch.optim.Adam(groups, fused=True))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if config.warmup_iter + config.decay_iter > config.max_iter:
-            rising = max(1, config.warmup_iter)
-            meeting = (config.max_iter + 1) * rising // (rising + config.decay_iter + 1)  # of the two straight lines
-            most = max(config.rate_share(min(max(1, each), config.max_iter)) for each in (meeting, meeting + 1))
+            most = (config.max_iter + 1) / (max(1, config.warmup_iter) + config.decay_iter + 1)  # where the lines meet
             note(f"--warmup_iter {config.warmup_iter} and --decay_iter {config.decay_iter} of --max_iter "
-                 f"{config.max_iter}: the learning rates reach {most:.0%} of what was asked for")
+                 f"{config.max_iter}: the learning rates reach at most {most:.0%} of what was asked for")
         names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
         self.optimized = [[names[each], list(each.shape)] for group in self.optimizer.param_groups
                           for each in group["params"]]

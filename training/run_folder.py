@@ -14,7 +14,6 @@ import utils
 from utils import CHECKPOINT_NAME, UserError, note, process_rank, save_checkpoint
 
 LOCK_NAME = ".lock"
-WITHOUT_WANDB = "from here on metrics go to metrics.jsonl only"
 
 
 class CheckpointFolder:
@@ -139,9 +138,9 @@ class WandbRun:
         note(f"wandb {self.failure}: metrics go to metrics.jsonl")
 
     @contextmanager
-    def _guarded(self, then: str = ""):
+    def _guarded(self):
         """Within the block wandb may raise what it will, errors of its process, the network, its server: `failure` says
-        then what, and there is no run any more, which a line says where there is something to say of it."""
+        then what, and there is no run any more, which a line says where there was one."""
         stdin, sys.stdin = sys.stdin, io.StringIO()  # no terminal at which it could ask for a key
         try:
             yield
@@ -149,22 +148,22 @@ class WandbRun:
             is_missing = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
             reason = " ".join(str(error).split()) or type(error).__name__
             self.failure = "is not installed (pip install wandb)" if is_missing else f"failed ({reason})"
+            if self.run is not None:
+                note(f"wandb {self.failure}: from here on metrics go to metrics.jsonl only")
             self.run = None
-            if then:
-                note(f"wandb {self.failure}: {then}")
         finally:
             sys.stdin = stdin
 
     def log(self, values: dict, iteration: int, picture: Path) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
         if self.run is not None:
-            with self._guarded(WITHOUT_WANDB):
+            with self._guarded():
                 self.run.log(values | {"pictures": import_module("wandb").Image(str(picture))}, step=iteration)
 
     def finish(self) -> None:
         """Have wandb send what it has; after a failure, let it go without a traceback when the program ends."""
         if self.run is not None:
-            with self._guarded(WITHOUT_WANDB):
+            with self._guarded():
                 self.run.finish()
         if self.run is None and self.failure:
             with suppress(SystemExit), self._guarded():

@@ -10,8 +10,10 @@ UPDATE_RMS = 0.2  # root mean square of an update at a rate of 1, about Adam's: 
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of a matrix, (m, n), m <= n is quickest: singular values
-    come near 1 (0.7 to 1.2). Five steps of a quintic Newton-Schulz iteration (Jordan et al., Muon, 2024)."""
+    """About U V^T of the singular value decomposition U S V^T of a matrix, (m, n): singular values come near 1 (0.7 to
+    1.2). Five steps of a quintic Newton-Schulz iteration (Jordan et al., Muon, 2024)."""
+    if matrix.shape[0] > matrix.shape[1]:  # products of the shorter side are smaller
+        return orthogonalize(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
         square = matrix @ matrix.T
@@ -50,10 +52,8 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].mul_(MOMENTUM).add_(weight.grad)
         matrix = weight.grad.add(momentum, alpha=MOMENTUM).reshape(len(weight), -1)  # (C', C * 9)
-        is_tall = matrix.shape[0] > matrix.shape[1]
-        matrix = orthogonalize((matrix.T if is_tall else matrix).to(self.dtype)).to(weight.dtype)
-        scale = UPDATE_RMS * max(matrix.shape) ** 0.5
-        return scale * (matrix.T if is_tall else matrix).reshape(weight.shape)
+        update = orthogonalize(matrix.to(self.dtype)).to(weight.dtype).reshape(weight.shape)
+        return UPDATE_RMS * max(matrix.shape) ** 0.5 * update
 
     def _adam_update(self, weight: Tensor) -> Tensor:
         state = self.state[weight]

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 MOMENTUM = 0.9
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
@@ -41,26 +42,23 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            update = self._matrix_update if group["orthogonal"] else self._adam_update
+            step = self._matrix_step if group["orthogonal"] else self._adam_step
             for weight in group["params"]:
                 if weight.grad is not None:
-                    weight.sub_(update(weight), alpha=group["lr"])
+                    step(weight, group["lr"])
 
-    def _matrix_update(self, weight: Tensor) -> Tensor:
+    def _matrix_step(self, weight: Tensor, rate: float) -> None:
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].mul_(MOMENTUM).add_(weight.grad)
         matrix = weight.grad.add(momentum, alpha=MOMENTUM).reshape(len(weight), -1)  # (C', C * 9)
         update = orthogonalize(matrix.to(self.dtype)).to(weight.dtype).reshape(weight.shape)
-        return UPDATE_RMS * max(matrix.shape) ** 0.5 * update
+        weight.sub_(update, alpha=rate * UPDATE_RMS * max(matrix.shape) ** 0.5)
 
-    def _adam_update(self, weight: Tensor) -> Tensor:
+    def _adam_step(self, weight: Tensor, rate: float) -> None:
         state = self.state[weight]
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
-        state["step"] += 1
-        mean = state["mean"].lerp_(weight.grad, 1 - ADAM_BETAS[0])
-        square = state["square"].lerp_(weight.grad.square(), 1 - ADAM_BETAS[1])
-        bias, square_bias = (1 - beta ** state["step"].item() for beta in ADAM_BETAS)
-        return mean / bias / ((square / square_bias).sqrt() + ADAM_EPS)
+        adam([weight], [weight.grad], [state["mean"]], [state["square"]], [], [state["step"]], amsgrad=False,
+             beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], lr=rate, weight_decay=0.0, eps=ADAM_EPS, maximize=False)

@@ -15,7 +15,7 @@ from data import MAX_PIXELS, normalize
 from folders import FailedPictures
 from loss import distillation_errors
 from network import NetworkConfig, Part, StyleTransferNetwork, align, initialize, level_statistics
-from settings import check_needed, setting
+from settings import check_needed, refuse, setting
 from training.dead_units import DeadUnits
 from training.loop import run_training
 from training.sampling import MixedPictures, first_pictures
@@ -61,14 +61,13 @@ class DistillConfig:
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
         check_needed(self, "distill")
-        if self.cropsize < 32 or self.cropsize % 8:
-            raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
-        if process_count() > 1:
-            raise UserError("--mode distill runs in one process; start it without torchrun")
-        if not self.content_dir and not self.style_dir:
-            raise UserError("--content_dir or --style_dir is needed in distill mode")
-        if self.batch_size < 2:
-            raise UserError("--batch_size 1: each picture takes the style of the next one, 2 or more are needed")
+        refuse({
+            f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed":
+                self.cropsize < 32 or self.cropsize % 8,
+            "--mode distill runs in one process; start it without torchrun": process_count() > 1,
+            "--content_dir or --style_dir is needed in distill mode": not (self.content_dir or self.style_dir),
+            "--batch_size 1: each picture takes the style of the next one, 2 or more are needed": self.batch_size < 2,
+        })
 
 
 def normalized(part: Part) -> Part:

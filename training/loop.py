@@ -107,15 +107,13 @@ class MetricSums:
 
     def means(self) -> dict[str, float]:
         """The means over the iterations, and over all processes (each must call this)."""
-        return {name: (total / self.counts[name]).item() for name, total in zip(self.sums, self._averages())}
+        state = self.state()
+        return dict(zip(state["names"], (state["sums"] / state["counts"]).tolist()))
 
     def state(self) -> dict:
-        """For a checkpoint; of several processes each must call this."""
-        return {"names": list(self.sums), "sums": self._averages(), "counts": torch.tensor([*self.counts.values()])}
-
-    def _averages(self) -> Tensor:
-        """The mean of each sum over all processes."""
-        return torch.tensor(utils.gather([value.item() for value in self.sums.values()])).mean(dim=0)
+        """For a checkpoint: sums are the means over all processes (each must call this)."""
+        sums = torch.tensor(utils.gather([value.item() for value in self.sums.values()])).mean(dim=0)
+        return {"names": list(self.sums), "sums": sums, "counts": torch.tensor([*self.counts.values()])}
 
     def restore(self, state: dict, device: torch.device) -> None:
         """Put back `state`; that of the oldest runs has no names, and is left."""

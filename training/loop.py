@@ -250,10 +250,9 @@ class Run:
         state = self.trainer.state()
         if not all(tensor.isfinite().all() for tensor in state["state_dict"].values()):
             raise UserError(f"iteration {self.iteration}: a weight is not finite; a lower --lr may help")
-        settings = {name: list(value) if isinstance(value, tuple) else value
-                    for name, value in _with_absolute_paths(asdict(self.config)).items()}
         self.folder.save(state | {
-            "format": utils.CHECKPOINT_FORMAT, "iteration": self.iteration, f"{self.mode}_config": settings,
+            "format": utils.CHECKPOINT_FORMAT, "iteration": self.iteration,
+            f"{self.mode}_config": _with_absolute_paths(asdict(self.config)),
             "optimizer": self.trainer.optimizer.state_dict(), "metric_sums": metric_sums,
             "samples_seen": self.samples_seen, "processes": process_count(), "picture_counts": self.picture_counts,
             "wandb_id": self.wandb_run.id,

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import utils
-from utils import CHECKPOINT_NAME, UserError, note, process_rank, save_checkpoint
+from utils import CHECKPOINT_NAME, UserError, note, numbered_checkpoints, process_rank, save_checkpoint
 
 LOCK_NAME = ".lock"
 
@@ -52,7 +52,7 @@ class CheckpointFolder:
         if not folder.holds_run:
             raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
         refusal = None
-        for path in (folder.newest, *reversed(folder.numbered())):
+        for path in (folder.newest, *reversed(numbered_checkpoints(folder.folder))):
             try:
                 checkpoint = utils.load_checkpoint(path, flag="--resume")
             except UserError as error:
@@ -68,10 +68,7 @@ class CheckpointFolder:
     @property
     def holds_run(self) -> bool:
         """Whether a run has written here, even if of its newest checkpoint only a link to nothing is left."""
-        return os.path.lexists(self.newest) or bool(self.numbered())
-
-    def numbered(self) -> list[Path]:
-        return utils.numbered_checkpoints(self.folder)
+        return os.path.lexists(self.newest) or bool(numbered_checkpoints(self.folder))
 
     def save(self, checkpoint: dict, iteration: int) -> None:
         """Write the checkpoint, make it the newest, drop numbered ones beyond `keep`."""
@@ -83,7 +80,7 @@ class CheckpointFolder:
                 os.link(os.path.realpath(self.newest), path)  # one file, two names: half the disk, half the writing
             except OSError:  # a file system without hard links
                 save_checkpoint(checkpoint, path)
-        for old in self.numbered()[: -self.keep] if self.keep > 0 else ():
+        for old in numbered_checkpoints(self.folder)[: -self.keep] if self.keep > 0 else ():
             try:
                 old.unlink()
             except OSError as error:  # open elsewhere, on a share

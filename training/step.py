@@ -143,9 +143,8 @@ class TransferTrainer:
             most = (config.max_iter + 1) / (max(1, config.warmup_iter) + config.decay_iter + 1)  # where the lines meet
             note(f"--warmup_iter {config.warmup_iter} and --decay_iter {config.decay_iter} of --max_iter "
                  f"{config.max_iter}: the learning rates reach at most {most:.0%} of what was asked for")
-        names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
-        self.optimized = [[names[each], list(each.shape)] for group in self.optimizer.param_groups
-                          for each in group["params"]]
+        self.optimized = [[name, list(each.shape)] for name, each in self.forward_pass.named_parameters()
+                          if each.requires_grad]
         side = torch.arange(network.config.stride, device=device)
         self.moves = torch.cartesian_prod(side, side)[1:]  # of the shift loss, all but (0, 0)
         self.census = self.steering = None
@@ -247,7 +246,7 @@ class TransferTrainer:
     def restore(self, checkpoint: dict) -> None:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts
         were trained. What the run did not count or steer before starts anew."""
-        if checkpoint.get("optimized", self.optimized) != self.optimized:
+        if sorted(checkpoint.get("optimized", self.optimized)) != sorted(self.optimized):  # older ones by group
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; start a new run for that")
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:

@@ -115,8 +115,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
-        if not self.resume:  # a resumed run has them
-            check_needed(self, "train")
+        check_needed(self, "train")
         rates, parts = self.learning_rates, COMPACT_LAYERS[self.compact_layers]
         switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
         frozen = [part for part in parts if switches_off and not rates[part]]

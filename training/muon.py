@@ -26,9 +26,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Filters of hidden layers, (C', C, 3, 3), learn as matrices (C', C * 9) by Nesterov momentum made orthogonal, and
     scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982); biases, and the filters that give the picture's
-    three colours, by Adam. No weight decay. groups: of parameters, with the "lr" of each; dtype: of the iteration;
-    bfloat16 will do.
-    """
+    three colours, by Adam. No weight decay. groups: of parameters, with the "lr" of each; dtype: of the iteration,
+    bfloat16 will do."""
 
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
         split = []

@@ -88,8 +88,7 @@ class CheckpointFolder:
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
-    """Drop the lines of a metrics.jsonl past `iteration`: a killed run may have logged what its last checkpoint lacks.
-    """
+    """Drop the lines of a metrics.jsonl past `iteration`, which a killed run has logged behind its last checkpoint."""
     if not path.exists():
         return
     kept = []

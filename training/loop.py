@@ -33,9 +33,8 @@ def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build
         if checkpoint is not None and checkpoint["iteration"] >= config.max_iter:
             note(f"this run has done its {checkpoint['iteration']} iterations; a larger --max_iter goes on")
             return 0
-        flags = [flag for flag in ("content_dir", "style_dir") if getattr(config, flag)]
         paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
-                               for flag in flags))
+                               for flag in ("content_dir", "style_dir") if getattr(config, flag)))
         trainer = build(config, device, checkpoint)
         with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
             learned, held_out = zip(*(split_holdout(each, config.holdout, tally.where)
@@ -43,9 +42,8 @@ def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build
             cache = config.cache_dir and PictureCache(make_folder(config.cache_dir, "--cache_dir"), config.max_pixels)
             pictures = dataset(learned, config, cache)
             trainer.show(pictures, held_out, tallies)
-            counts = " and ".join(f"{len(each)} pictures of --{flag}" for each, flag in zip(learned, flags))
             note(f"training on {utils.describe_device(device)}, {'bfloat16' if trainer.amp_dtype else 'float32'}; "
-                 f"{counts}")
+                 + " and ".join(f"{len(each)} pictures of {tally.where}" for each, tally in zip(learned, tallies)))
             return Run(mode, config, trainer, folder, pictures, tallies, checkpoint).loop()
 
 

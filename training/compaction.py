@@ -27,7 +27,7 @@ class NetworkCost:
     """The multiply-adds of a network that has some of the selected layers' channels off, as a fraction of those of
     `NetworkConfig.full`: a sum over the convs of factor x channels in x channels out."""
 
-    def __init__(self, network: NetworkConfig, layers: str, device: torch.device | str) -> None:
+    def __init__(self, network: NetworkConfig, layers: str, device: torch.device) -> None:
         full = conv_layers(NetworkConfig.full(network.backbone), size=network.stride)  # fractions have no size
         full_macs = sum(layer.macs for layer in full)
         factors = [layer.macs / (layer.width_in * layer.width * full_macs) for layer in full]
@@ -126,9 +126,10 @@ class TargetSteering:
     # Channels answer late, and many at once: the distance itself must count, and a sum over the past little.
     GAIN, DAMPING, RANGE = 300.0, 50.0, 100.0
 
-    def __init__(self, weight: float, start: float, target: float, max_iter: int, device: torch.device) -> None:
+    def __init__(self, weight: float, start: Tensor, target: float, max_iter: int) -> None:
+        """start: scalar, the fraction then, on the device on which it is followed."""
         self.weight, self.start, self.target, self.max_iter = weight, start, target, max_iter
-        self.log_change = torch.zeros((), device=device)  # kept in checkpoints
+        self.log_change = torch.zeros_like(start)  # kept in checkpoints
 
     def update(self, macs: Tensor, iteration: int) -> Tensor:
         """The weight for the step of an iteration, counted from 1, a scalar. macs: scalar, the fraction now."""

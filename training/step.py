@@ -152,13 +152,11 @@ class TransferTrainer:
             memory = max(1, min(CENSUS_MEMORY, config.max_iter // 20))
             self.census = ChannelCensus(network.config, config.compact_layers, memory, device)
         if config.target_macs is not None:
-            start, least = self.census.macs().item(), self.census.least_macs.item()
+            start, least = self.census.macs(), self.census.least_macs
             if not least < config.target_macs < start:
                 raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes "
-                                f"this network from {start:.3f} to {least:.3f} of the full network's multiply-adds at "
-                                "most")
-            self.steering = TargetSteering(config.channel_loss_weight, start, config.target_macs, config.max_iter,
-                                           device)
+                                f"this network from {start:.3f} to {least:.3f} of the full one's multiply-adds at most")
+            self.steering = TargetSteering(config.channel_loss_weight, start, config.target_macs, config.max_iter)
         self.shown = [*(name for name, weight in config.weights.items() if weight), "total", "nonzero_channels"]
         self.shown += ["macs"] if self.census else []
         self.begin(1)

@@ -115,7 +115,7 @@ def test_census_counts_channels_that_were_on_lately():
 
 
 def steering() -> TargetSteering:
-    return TargetSteering(weight=10.0, start=1.0, target=0.5, max_iter=1000, device=CPU)
+    return TargetSteering(weight=10.0, start=torch.tensor(1.0), target=0.5, max_iter=1000)
 
 
 def test_steering_follows_its_schedule():

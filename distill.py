@@ -15,7 +15,7 @@ from data import MAX_PIXELS, normalize
 from folders import FailedPictures
 from loss import distillation_errors
 from network import NetworkConfig, Part, StyleTransferNetwork, align, initialize, level_statistics
-from settings import check_needed, setting
+from settings import check_needed, refuse, setting
 from training.dead_units import DeadUnits
 from training.loop import run_training
 from training.sampling import MixedPictures, first_pictures
@@ -61,14 +61,13 @@ class DistillConfig:
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
         check_needed(self, "distill")
-        if self.cropsize < 32 or self.cropsize % 8:
-            raise UserError(f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed")
-        if process_count() > 1:
-            raise UserError("--mode distill runs in one process; start it without torchrun")
-        if not self.content_dir and not self.style_dir:
-            raise UserError("--content_dir or --style_dir is needed in distill mode")
-        if self.batch_size < 2:
-            raise UserError("--batch_size 1: each picture takes the style of the next one, 2 or more are needed")
+        refuse({
+            f"--cropsize {self.cropsize}: a multiple of 8, 32 or more, is needed":
+                self.cropsize < 32 or self.cropsize % 8,
+            "--mode distill runs in one process; start it without torchrun": process_count() > 1,
+            "--content_dir or --style_dir is needed in distill mode": not (self.content_dir or self.style_dir),
+            "--batch_size 1: each picture takes the style of the next one, 2 or more are needed": self.batch_size < 2,
+        })
 
 
 def normalized(part: Part) -> Part:
@@ -133,7 +132,7 @@ class Distiller:
         """checkpoint: of the run that goes on; `restore` puts its weights back."""
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
-        self.held_out: Tensor | None = None  # (n, 3, H, W), uint8, in whole batches, for `measure`
+        self.held_out: Tensor | None = None  # (n, 3, H, W), uint8, in whole batches, for `report`
         self.amp_dtype = autocast_dtype(config.amp, device)
         if checkpoint is None:
             network, _ = load_network(config.load_path, vgg_weights=config.vgg_weights)
@@ -188,21 +187,19 @@ class Distiller:
         return dict(zip(self.metrics, errors.detach()))
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """`metrics` of the held-out pictures, normalised as in the export; empty where none are held out."""
-        if self.held_out is None:
-            return {}
-        self.network.eval()
-        errors = [self.errors(pictures.to(self.device)) for pictures in self.held_out.split(self.config.batch_size)]
-        self.network.train()
-        means = torch.stack(errors).mean(dim=0).tolist()
-        return {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
-
     def report(self, folder: Path, iteration: int) -> tuple[dict, None]:
-        """Measure held-out pictures, count dead units, and write the student as a model file for `--load_path`."""
+        """Count dead units, measure held-out pictures, normalised as in the export, where there are any, and write the
+        student as a model file for `--load_path`. Returns the counts and the `metrics` for metrics.jsonl."""
         network = self.network.folded()
         save_checkpoint(model_checkpoint(network, vgg_weights=self.vgg_origin), folder / STUDENT_NAME)
-        return self.measure() | self.dead_units.count(network.to(self.device)), None
+        row = self.dead_units.count(network.to(self.device))
+        if self.held_out is not None:
+            self.network.eval()
+            errors = [self.errors(pictures.to(self.device)) for pictures in self.held_out.split(self.config.batch_size)]
+            self.network.train()
+            means = torch.stack(errors).mean(dim=0).tolist()
+            row |= {f"held_out_{name}": value for name, value in zip(self.metrics, means)}
+        return row, None
 
     def state(self) -> dict:
         """What a checkpoint needs beside the optimiser to go on."""

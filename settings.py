@@ -20,13 +20,14 @@ TOPICS = ("pictures to read", "networks", "stylising", "output", "losses", "lear
 MOST = 10**12  # of anything that is counted: more of it, times something else, fits no integer of torch and numpy
 
 
-def _number(kind: Callable, fits: Callable, needed: str) -> Callable:
-    """What reads a number of a kind that `fits`; argparse's error says what is `needed`."""
+def _number(kind: Callable, fits: Callable, needed: str, prefix: str = "") -> Callable:
+    """What reads a number of a kind that `fits`; argparse's error says what is `needed`. With a `prefix` that it may
+    have, it stays the text."""
     def parse(text: str):
         with suppress(ValueError, ZeroDivisionError, OverflowError):  # the last two are of fractions
-            value = kind(text)
+            value = kind(text.removeprefix(prefix))
             if math.isfinite(value) and fits(value):
-                return value
+                return text if prefix and text.startswith(prefix) else value
         text = text if len(text) <= 50 else f"{text[:50]}..."
         raise argparse.ArgumentTypeError(f"got {text}, {needed} is needed")
 
@@ -44,6 +45,7 @@ positive_fraction = _number(float, lambda value: 0 < value <= 1, "a number above
 fraction_below_1 = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 fraction_to_0_9 = _number(float, lambda value: 0 <= value <= 0.9, "a number from 0 to 0.9")
 proper_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+epsilon = _number(float, lambda value: value > 0, "a number above 0 or relative:NUMBER", "relative:")
 # Without a / it is no fraction to Fraction, which would work out 1e99999999.
 rate = _number(lambda text: float(Fraction(text) if "/" in text else text), lambda value: 0 < value <= 1000,
                "a number above 0, at most 1000, or a fraction such as 30000/1001")

@@ -7,8 +7,8 @@ import torch
 from data import MAX_PIXELS
 from loss import L0_EPS
 from network import PADDINGS, LossNetwork, NetworkConfig, StyleTransferNetwork, build_from_vgg, initialize
-from settings import amount, check_needed, count_or_zero, proper_fraction, refuse, setting
-from training.compaction import COMPACT_COSTS, COMPACT_LAYERS, NetworkCost, l0_epsilon, least_widths, selected_convs
+from settings import amount, check_needed, count_or_zero, epsilon, proper_fraction, refuse, setting
+from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
 from training.loop import run_training
 from training.sampling import TrainingPictures
 from training.step import TransferTrainer
@@ -45,7 +45,7 @@ class TrainConfig:
         "same, moved, which makes videos calmer; 30 is much", "losses", amount)
     l0_eps: float | str = setting(
         L0_EPS, "epsilon of the channel and xor losses, in units of a channel's l2 norm; a larger one switches off "
-        "stronger channels; relative:N is N times the mean norm of each layer", "compaction", l0_epsilon, metavar="N")
+        "stronger channels; relative:N is N times the mean norm of each layer", "compaction", epsilon, metavar="N")
     compact_layers: str = setting("bottleneck", "layers of the channel and xor losses; bottleneck is as published",
                                   "compaction", choices=tuple(COMPACT_LAYERS))
     compact_cost: str = setting("count", "share that the channel loss measures: of channels that are on, or of their "
@@ -115,8 +115,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
-        if not self.resume:  # a resumed run has them
-            check_needed(self, "train")
+        check_needed(self, "train")
         rates, parts = self.learning_rates, COMPACT_LAYERS[self.compact_layers]
         switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
         frozen = [part for part in parts if switches_off and not rates[part]]
@@ -161,12 +160,6 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         raise UserError(f"--compact_layers {config.compact_layers}: this network adds features of its encoder to its "
                         f"decoder's (adain_levels {network.config.adain_levels}), which the losses do not switch off "
                         "together; bottleneck is needed")
-    cost = NetworkCost(network.config, config.compact_layers, "cpu")
-    widths = network.config.widths[selected_convs(network.config, config.compact_layers)]
-    least, start = cost(least_widths(network.config, config.compact_layers)), cost(torch.tensor(widths))
-    if config.target_macs is not None and not least < config.target_macs < start:
-        raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes this "
-                        f"network from {start:.3f} to {least:.3f} of the full network's multiply-adds at most")
     return TransferTrainer(network, LossNetwork(config.backbone, network.config.padding, vgg), config, device, origin)
 
 

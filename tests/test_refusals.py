@@ -56,7 +56,7 @@ COMMAND_LINE = (
     ("distill", DISTILL + "--adain_levels 0", "--adain_levels: got 0, a whole number from 1 to"),
     ("train", TRAIN + "--adain_levels 2 --compact_layers all", "--compact_layers all: this network adds features"),
     ("train", TRAIN + "--lr inf", "--lr: got inf"),
-    ("train", TRAIN + "--l0_eps 0", "--l0_eps: got '0', a number above 0 or relative:NUMBER is needed"),
+    ("train", TRAIN + "--l0_eps 0", "--l0_eps: got 0, a number above 0 or relative:NUMBER is needed"),
     ("train", TRAIN + "--resume always", "--resume: invalid choice: 'always'"),
     ("train", TRAIN + "--content_dir {tmp}/none", "--content_dir {tmp}/none: no such folder"),
     ("train", TRAIN + "--vgg_weights {tmp}/none.pth", "--vgg_weights {tmp}/none.pth: no such file"),

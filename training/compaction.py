@@ -1,7 +1,6 @@
 """Compacting a network while it learns: the channel and xor losses over its layers, what is left of it, and the
 steering of the channel loss's weight towards a target."""
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,18 +14,6 @@ from network import NetworkConfig, conv_layers, least_kept
 COMPACT_LAYERS = {"bottleneck": ("encoder",), "encoder": ("encoder",), "decoder": ("decoder",),
                   "all": ("encoder", "decoder")}
 COMPACT_COSTS = ("count", "macs")
-RELATIVE = "relative:"
-
-
-def l0_epsilon(text: str) -> float | str:
-    """The value of `--l0_eps`: a number as such, `relative:NUMBER` as the text it is."""
-    try:
-        value = float(text.removeprefix(RELATIVE))
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, a number above 0 or relative:NUMBER is needed")
-    return text if text.startswith(RELATIVE) else value
 
 
 def selected_convs(network: NetworkConfig, layers: str) -> slice:
@@ -36,18 +23,11 @@ def selected_convs(network: NetworkConfig, layers: str) -> slice:
     return slice(first, -1 if "decoder" in COMPACT_LAYERS[layers] else convs)
 
 
-def least_widths(network: NetworkConfig, layers: str) -> Tensor:
-    """The channels of the selected layers that the losses leave on at least, (layers,): none of the bottleneck where it
-    is selected alone, as published; else `least_kept`, see `CompactLosses.spared`."""
-    widths = network.widths[selected_convs(network, layers)]
-    return torch.tensor([0 if layers == "bottleneck" else least_kept(width) for width in widths])
-
-
 class NetworkCost:
     """The multiply-adds of a network that has some of the selected layers' channels off, as a fraction of those of
     `NetworkConfig.full`: a sum over the convs of factor x channels in x channels out."""
 
-    def __init__(self, network: NetworkConfig, layers: str, device: torch.device | str) -> None:
+    def __init__(self, network: NetworkConfig, layers: str, device: torch.device) -> None:
         full = conv_layers(NetworkConfig.full(network.backbone), size=network.stride)  # fractions have no size
         full_macs = sum(layer.macs for layer in full)
         factors = [layer.macs / (layer.width_in * layer.width * full_macs) for layer in full]
@@ -70,9 +50,10 @@ class CompactLosses:
     """
 
     def __init__(self, network: NetworkConfig, layers: str, cost: str, l0_eps: float | str, device: torch.device):
-        self.epsilon = float(str(l0_eps).removeprefix(RELATIVE))
+        self.epsilon = float(str(l0_eps).removeprefix("relative:"))
         self.is_relative = isinstance(l0_eps, str)
         self.is_published = layers == "bottleneck"
+        self.channels = sum(network.widths[selected_convs(network, layers)])
         self.cost = None if cost == "count" else NetworkCost(network, layers, device)
 
     def spared(self, norms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -94,18 +75,16 @@ class CompactLosses:
     def channel_loss(self, norms: Sequence[Tensor]) -> Tensor:
         """The share of the selected channels that are on (Kim & Choi, eq. 4), or, departing from the paper, the
         `NetworkCost` of as many in each layer."""
-        if self.cost is None:
-            return self._mean_over_channels(losses.channel_loss, norms)
-        on = [losses.l0_norm(norm, self.epsilon_of(norm)).mean(dim=0).sum() for norm in norms]
-        return self.cost(torch.stack(on))
+        on = self._by_layer(losses.channel_loss, norms)
+        return on.sum() / self.channels if self.cost is None else self.cost(on)
 
     def xor_loss(self, norms: Sequence[Tensor]) -> Tensor:
         """Kim & Choi, eq. 5, as the mean over all selected channels."""
-        return self._mean_over_channels(losses.xor_loss, norms)
+        return self._by_layer(losses.xor_loss, norms).sum() / self.channels
 
-    def _mean_over_channels(self, loss: Callable, norms: Sequence[Tensor]) -> Tensor:
-        channels = sum(norm.shape[1] for norm in norms)
-        return sum(loss(norm, self.epsilon_of(norm)) * (norm.shape[1] / channels) for norm in norms)
+    def _by_layer(self, loss: Callable, norms: Sequence[Tensor]) -> Tensor:
+        """The sum of a loss over the channels of each layer, (layers,)."""
+        return torch.stack([norm.shape[1] * loss(norm, self.epsilon_of(norm)) for norm in norms])
 
 
 class ChannelCensus:
@@ -115,6 +94,9 @@ class ChannelCensus:
     def __init__(self, network: NetworkConfig, layers: str, memory: int, device: torch.device) -> None:
         self.layer_widths, self.memory = network.widths[selected_convs(network, layers)], memory
         self.cost = NetworkCost(network, layers, device)
+        # What the losses leave on: none of the bottleneck where it is selected alone, as published; else see `spared`.
+        least = [0 if layers == "bottleneck" else least_kept(width) for width in self.layer_widths]
+        self.least_macs = self.cost(torch.tensor(least, device=device))
         # For how many batches each channel has been off, (channels of all layers,); kept in checkpoints.
         self.batches_off = torch.zeros(sum(self.layer_widths), device=device)
 
@@ -144,9 +126,10 @@ class TargetSteering:
     # Channels answer late, and many at once: the distance itself must count, and a sum over the past little.
     GAIN, DAMPING, RANGE = 300.0, 50.0, 100.0
 
-    def __init__(self, weight: float, start: float, target: float, max_iter: int, device: torch.device) -> None:
+    def __init__(self, weight: float, start: Tensor, target: float, max_iter: int) -> None:
+        """start: scalar, the fraction then, on the device on which it is followed."""
         self.weight, self.start, self.target, self.max_iter = weight, start, target, max_iter
-        self.log_change = torch.zeros((), device=device)  # kept in checkpoints
+        self.log_change = torch.zeros_like(start)  # kept in checkpoints
 
     def update(self, macs: Tensor, iteration: int) -> Tensor:
         """The weight for the step of an iteration, counted from 1, a scalar. macs: scalar, the fraction now."""

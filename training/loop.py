@@ -33,9 +33,8 @@ def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build
         if checkpoint is not None and checkpoint["iteration"] >= config.max_iter:
             note(f"this run has done its {checkpoint['iteration']} iterations; a larger --max_iter goes on")
             return 0
-        flags = [flag for flag in ("content_dir", "style_dir") if getattr(config, flag)]
         paths, tallies = zip(*(open_folder(getattr(config, flag), f"--{flag}", config.max_pixels, config.save_path)
-                               for flag in flags))
+                               for flag in ("content_dir", "style_dir") if getattr(config, flag)))
         trainer = build(config, device, checkpoint)
         with CheckpointFolder.of_run(config.save_path, config.keep_checkpoints, checkpoint is not None) as folder:
             learned, held_out = zip(*(split_holdout(each, config.holdout, tally.where)
@@ -43,9 +42,8 @@ def run_training(mode: str, kind: type, given: dict, fixed: Sequence[str], build
             cache = config.cache_dir and PictureCache(make_folder(config.cache_dir, "--cache_dir"), config.max_pixels)
             pictures = dataset(learned, config, cache)
             trainer.show(pictures, held_out, tallies)
-            counts = " and ".join(f"{len(each)} pictures of --{flag}" for each, flag in zip(learned, flags))
             note(f"training on {utils.describe_device(device)}, {'bfloat16' if trainer.amp_dtype else 'float32'}; "
-                 f"{counts}")
+                 + " and ".join(f"{len(each)} pictures of {tally.where}" for each, tally in zip(learned, tallies)))
             return Run(mode, config, trainer, folder, pictures, tallies, checkpoint).loop()
 
 
@@ -107,15 +105,13 @@ class MetricSums:
 
     def means(self) -> dict[str, float]:
         """The means over the iterations, and over all processes (each must call this)."""
-        return {name: (total / self.counts[name]).item() for name, total in zip(self.sums, self._averages())}
+        state = self.state()
+        return dict(zip(state["names"], (state["sums"] / state["counts"]).tolist()))
 
     def state(self) -> dict:
-        """For a checkpoint; of several processes each must call this."""
-        return {"names": list(self.sums), "sums": self._averages(), "counts": torch.tensor([*self.counts.values()])}
-
-    def _averages(self) -> Tensor:
-        """The mean of each sum over all processes."""
-        return torch.tensor(utils.gather([value.item() for value in self.sums.values()])).mean(dim=0)
+        """For a checkpoint: sums are the means over all processes (each must call this)."""
+        sums = torch.tensor(utils.gather([value.item() for value in self.sums.values()])).mean(dim=0)
+        return {"names": list(self.sums), "sums": sums, "counts": torch.tensor([*self.counts.values()])}
 
     def restore(self, state: dict, device: torch.device) -> None:
         """Put back `state`; that of the oldest runs has no names, and is left."""
@@ -252,10 +248,9 @@ class Run:
         state = self.trainer.state()
         if not all(tensor.isfinite().all() for tensor in state["state_dict"].values()):
             raise UserError(f"iteration {self.iteration}: a weight is not finite; a lower --lr may help")
-        settings = {name: list(value) if isinstance(value, tuple) else value
-                    for name, value in _with_absolute_paths(asdict(self.config)).items()}
         self.folder.save(state | {
-            "format": utils.CHECKPOINT_FORMAT, "iteration": self.iteration, f"{self.mode}_config": settings,
+            "format": utils.CHECKPOINT_FORMAT, "iteration": self.iteration,
+            f"{self.mode}_config": _with_absolute_paths(asdict(self.config)),
             "optimizer": self.trainer.optimizer.state_dict(), "metric_sums": metric_sums,
             "samples_seen": self.samples_seen, "processes": process_count(), "picture_counts": self.picture_counts,
             "wandb_id": self.wandb_run.id,

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 MOMENTUM = 0.9
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
@@ -10,8 +11,10 @@ UPDATE_RMS = 0.2  # root mean square of an update at a rate of 1, about Adam's: 
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of a matrix, (m, n), m <= n is quickest: singular values
-    come near 1 (0.7 to 1.2). Five steps of a quintic Newton-Schulz iteration (Jordan et al., Muon, 2024)."""
+    """About U V^T of the singular value decomposition U S V^T of a matrix, (m, n): singular values come near 1 (0.7 to
+    1.2). Five steps of a quintic Newton-Schulz iteration (Jordan et al., Muon, 2024)."""
+    if matrix.shape[0] > matrix.shape[1]:  # products of the shorter side are smaller
+        return orthogonalize(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
         square = matrix @ matrix.T
@@ -23,9 +26,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Filters of hidden layers, (C', C, 3, 3), learn as matrices (C', C * 9) by Nesterov momentum made orthogonal, and
     scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982); biases, and the filters that give the picture's
-    three colours, by Adam. No weight decay. groups: of parameters, with the "lr" of each; dtype: of the iteration;
-    bfloat16 will do.
-    """
+    three colours, by Adam. No weight decay. groups: of parameters, with the "lr" of each; dtype: of the iteration,
+    bfloat16 will do."""
 
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
         split = []
@@ -39,28 +41,23 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            update = self._matrix_update if group["orthogonal"] else self._adam_update
+            step = self._matrix_step if group["orthogonal"] else self._adam_step
             for weight in group["params"]:
                 if weight.grad is not None:
-                    weight.sub_(update(weight), alpha=group["lr"])
+                    step(weight, group["lr"])
 
-    def _matrix_update(self, weight: Tensor) -> Tensor:
+    def _matrix_step(self, weight: Tensor, rate: float) -> None:
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].mul_(MOMENTUM).add_(weight.grad)
         matrix = weight.grad.add(momentum, alpha=MOMENTUM).reshape(len(weight), -1)  # (C', C * 9)
-        is_tall = matrix.shape[0] > matrix.shape[1]
-        matrix = orthogonalize((matrix.T if is_tall else matrix).to(self.dtype)).to(weight.dtype)
-        scale = UPDATE_RMS * max(matrix.shape) ** 0.5
-        return scale * (matrix.T if is_tall else matrix).reshape(weight.shape)
+        update = orthogonalize(matrix.to(self.dtype)).to(weight.dtype).reshape(weight.shape)
+        weight.sub_(update, alpha=rate * UPDATE_RMS * max(matrix.shape) ** 0.5)
 
-    def _adam_update(self, weight: Tensor) -> Tensor:
+    def _adam_step(self, weight: Tensor, rate: float) -> None:
         state = self.state[weight]
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
-        state["step"] += 1
-        mean = state["mean"].lerp_(weight.grad, 1 - ADAM_BETAS[0])
-        square = state["square"].lerp_(weight.grad.square(), 1 - ADAM_BETAS[1])
-        bias, square_bias = (1 - beta ** state["step"].item() for beta in ADAM_BETAS)
-        return mean / bias / ((square / square_bias).sqrt() + ADAM_EPS)
+        adam([weight], [weight.grad], [state["mean"]], [state["square"]], [], [state["step"]], amsgrad=False,
+             beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], lr=rate, weight_decay=0.0, eps=ADAM_EPS, maximize=False)

@@ -11,10 +11,9 @@ from importlib import import_module
 from pathlib import Path
 
 import utils
-from utils import CHECKPOINT_NAME, UserError, note, process_rank, save_checkpoint
+from utils import CHECKPOINT_NAME, UserError, note, numbered_checkpoints, process_rank, save_checkpoint
 
 LOCK_NAME = ".lock"
-WITHOUT_WANDB = "from here on metrics go to metrics.jsonl only"
 
 
 class CheckpointFolder:
@@ -53,7 +52,7 @@ class CheckpointFolder:
         if not folder.holds_run:
             raise UserError(f"--resume: {folder.newest} is not there; leave --resume out to start a new run")
         refusal = None
-        for path in (folder.newest, *reversed(folder.numbered())):
+        for path in (folder.newest, *reversed(numbered_checkpoints(folder.folder))):
             try:
                 checkpoint = utils.load_checkpoint(path, flag="--resume")
             except UserError as error:
@@ -69,10 +68,7 @@ class CheckpointFolder:
     @property
     def holds_run(self) -> bool:
         """Whether a run has written here, even if of its newest checkpoint only a link to nothing is left."""
-        return os.path.lexists(self.newest) or bool(self.numbered())
-
-    def numbered(self) -> list[Path]:
-        return utils.numbered_checkpoints(self.folder)
+        return os.path.lexists(self.newest) or bool(numbered_checkpoints(self.folder))
 
     def save(self, checkpoint: dict, iteration: int) -> None:
         """Write the checkpoint, make it the newest, drop numbered ones beyond `keep`."""
@@ -84,7 +80,7 @@ class CheckpointFolder:
                 os.link(os.path.realpath(self.newest), path)  # one file, two names: half the disk, half the writing
             except OSError:  # a file system without hard links
                 save_checkpoint(checkpoint, path)
-        for old in self.numbered()[: -self.keep] if self.keep > 0 else ():
+        for old in numbered_checkpoints(self.folder)[: -self.keep] if self.keep > 0 else ():
             try:
                 old.unlink()
             except OSError as error:  # open elsewhere, on a share
@@ -92,8 +88,7 @@ class CheckpointFolder:
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
-    """Drop the lines of a metrics.jsonl past `iteration`: a killed run may have logged what its last checkpoint lacks.
-    """
+    """Drop the lines of a metrics.jsonl past `iteration`, which a killed run has logged behind its last checkpoint."""
     if not path.exists():
         return
     kept = []
@@ -139,9 +134,9 @@ class WandbRun:
         note(f"wandb {self.failure}: metrics go to metrics.jsonl")
 
     @contextmanager
-    def _guarded(self, then: str = ""):
+    def _guarded(self):
         """Within the block wandb may raise what it will, errors of its process, the network, its server: `failure` says
-        then what, and there is no run any more, which a line says where there is something to say of it."""
+        then what, and there is no run any more, which a line says where there was one."""
         stdin, sys.stdin = sys.stdin, io.StringIO()  # no terminal at which it could ask for a key
         try:
             yield
@@ -149,22 +144,22 @@ class WandbRun:
             is_missing = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
             reason = " ".join(str(error).split()) or type(error).__name__
             self.failure = "is not installed (pip install wandb)" if is_missing else f"failed ({reason})"
+            if self.run is not None:
+                note(f"wandb {self.failure}: from here on metrics go to metrics.jsonl only")
             self.run = None
-            if then:
-                note(f"wandb {self.failure}: {then}")
         finally:
             sys.stdin = stdin
 
     def log(self, values: dict, iteration: int, picture: Path) -> None:
         """Where wandb fails, as when its process has ended, this says so, and nothing more is logged to it."""
         if self.run is not None:
-            with self._guarded(WITHOUT_WANDB):
+            with self._guarded():
                 self.run.log(values | {"pictures": import_module("wandb").Image(str(picture))}, step=iteration)
 
     def finish(self) -> None:
         """Have wandb send what it has; after a failure, let it go without a traceback when the program ends."""
         if self.run is not None:
-            with self._guarded(WITHOUT_WANDB):
+            with self._guarded():
                 self.run.finish()
         if self.run is None and self.failure:
             with suppress(SystemExit), self._guarded():

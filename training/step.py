@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchvision.utils import make_grid
 
 import loss as losses
@@ -53,7 +52,7 @@ class ForwardPass(nn.Module):
         self.formats = {"loss_network": torch.channels_last}
         for part, rate in config.learning_rates.items():
             self.formats[part] = torch.contiguous_format if is_slow and rate else torch.channels_last
-            getattr(network, part).to(memory_format=self.formats[part])
+            getattr(network, part).to(memory_format=self.formats[part]).requires_grad_(rate > 0)
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(dtype=amp_dtype, memory_format=torch.channels_last)
 
@@ -136,17 +135,17 @@ class TransferTrainer:
         self.network = network.to(device).train()
         self.dtype = next(network.parameters()).dtype
         self.forward_pass = ForwardPass(network, loss_network.to(device, self.dtype), config, self.amp_dtype, device)
-        self.optimizer = build_optimizer(network, config, self.amp_dtype or self.dtype)
+        groups = [{"params": [*getattr(network, part).parameters()], "lr": rate}
+                  for part, rate in config.learning_rates.items() if rate]  # without one, a part is frozen
+        self.optimizer = (Muon(groups, self.amp_dtype or self.dtype) if config.optimizer == "muon"
+                          else torch.optim.Adam(groups, fused=True))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if config.warmup_iter + config.decay_iter > config.max_iter:
-            rising = max(1, config.warmup_iter)
-            meeting = (config.max_iter + 1) * rising // (rising + config.decay_iter + 1)  # of the two straight lines
-            most = max(config.rate_share(min(max(1, each), config.max_iter)) for each in (meeting, meeting + 1))
+            most = (config.max_iter + 1) / (max(1, config.warmup_iter) + config.decay_iter + 1)  # where the lines meet
             note(f"--warmup_iter {config.warmup_iter} and --decay_iter {config.decay_iter} of --max_iter "
-                 f"{config.max_iter}: the learning rates reach {most:.0%} of what was asked for")
-        names = {parameter: name for name, parameter in self.forward_pass.named_parameters()}
-        self.optimized = [[names[each], list(each.shape)] for group in self.optimizer.param_groups
-                          for each in group["params"]]
+                 f"{config.max_iter}: the learning rates reach at most {most:.0%} of what was asked for")
+        self.optimized = [[name, list(each.shape)] for name, each in self.forward_pass.named_parameters()
+                          if each.requires_grad]
         side = torch.arange(network.config.stride, device=device)
         self.moves = torch.cartesian_prod(side, side)[1:]  # of the shift loss, all but (0, 0)
         self.census = self.steering = None
@@ -154,8 +153,11 @@ class TransferTrainer:
             memory = max(1, min(CENSUS_MEMORY, config.max_iter // 20))
             self.census = ChannelCensus(network.config, config.compact_layers, memory, device)
         if config.target_macs is not None:
-            self.steering = TargetSteering(config.channel_loss_weight, self.census.macs().item(), config.target_macs,
-                                           config.max_iter, device)
+            start, least = self.census.macs(), self.census.least_macs
+            if not least < config.target_macs < start:
+                raise UserError(f"--target_macs {config.target_macs}: --compact_layers {config.compact_layers} takes "
+                                f"this network from {start:.3f} to {least:.3f} of the full one's multiply-adds at most")
+            self.steering = TargetSteering(config.channel_loss_weight, start, config.target_macs, config.max_iter)
         self.shown = [*(name for name, weight in config.weights.items() if weight), "total", "nonzero_channels"]
         self.shown += ["macs"] if self.census else []
         self.begin(1)
@@ -244,20 +246,10 @@ class TransferTrainer:
     def restore(self, checkpoint: dict) -> None:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts
         were trained. What the run did not count or steer before starts anew."""
-        if checkpoint.get("optimized", self.optimized) != self.optimized:
+        if sorted(checkpoint.get("optimized", self.optimized)) != sorted(self.optimized):  # older ones by group
             raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; start a new run for that")
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:
             self.census.batches_off.copy_(torch.cat([*checkpoint["census"].values()]))  # older ones have it by part
         if self.steering is not None and "steering" in checkpoint:
             self.steering.log_change.copy_(checkpoint["steering"]["log_change"])
-
-
-def build_optimizer(network: StyleTransferNetwork, config, dtype: torch.dtype) -> Optimizer:
-    """The optimiser of the parts with a learning rate; the others are frozen. dtype: in which Muon computes."""
-    groups = []
-    for part, rate in config.learning_rates.items():
-        parameters = getattr(network, part).requires_grad_(rate > 0).parameters()
-        if rate > 0:
-            groups.append({"params": [*parameters], "lr": rate})
-    return Muon(groups, dtype) if config.optimizer == "muon" else torch.optim.Adam(groups, fused=True)

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 import loss as losses
 from data import normalize
 from network import NetworkConfig, StyleTransferNetwork, adain, channel_statistics, conv_layers, count_macs, least_kept
+from settings import epsilon
 from train import train
-from training.compaction import ChannelCensus, CompactLosses, NetworkCost, TargetSteering, l0_epsilon, selected_convs
+from training.compaction import ChannelCensus, CompactLosses, NetworkCost, TargetSteering, selected_convs
 from utils import save_checkpoint
 from weights import load_network
 
@@ -71,10 +72,10 @@ def test_losses_of_several_layers_by_hand():
 
 
 def test_epsilon_of_the_command_line():
-    assert (l0_epsilon("1e-5"), l0_epsilon("relative:0.01")) == (1e-5, "relative:0.01")
+    assert (epsilon("1e-5"), epsilon("relative:0.01")) == (1e-5, "relative:0.01")
     for bad in ("relative:", "relative:0", "share:0.1", "relative:-1", "0", "inf", "nan", "relative:1:2"):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"got '{bad}'"):
-            l0_epsilon(bad)
+        with pytest.raises(argparse.ArgumentTypeError, match=f"got {bad}, a number above 0 or relative:NUMBER is"):
+            epsilon(bad)
 
 
 def test_relative_epsilon_by_hand():
@@ -114,7 +115,7 @@ def test_census_counts_channels_that_were_on_lately():
 
 
 def steering() -> TargetSteering:
-    return TargetSteering(weight=10.0, start=1.0, target=0.5, max_iter=1000, device=CPU)
+    return TargetSteering(weight=10.0, start=torch.tensor(1.0), target=0.5, max_iter=1000)
 
 
 def test_steering_follows_its_schedule():

@@ -87,7 +87,8 @@ def test_rates_rise_stay_and_fall():
 
 
 def test_rates_that_never_rise_to_what_was_asked_for_are_said(capsys):
-    for warmup, decay, said in ((400, 400, ""), (0, 800, ""), (800, 800, "reach 50% of"), (0, 1599, "reach 50% of")):
+    for warmup, decay, said in ((400, 400, ""), (0, 800, ""), (800, 800, "at most 50% of"),
+                                (0, 1599, "at most 50% of")):
         make_trainer(small_network(), warmup_iter=warmup, decay_iter=decay, max_iter=800)
         err = capsys.readouterr().err
         assert said in err and bool(said) == bool(err)

@@ -18,10 +18,10 @@ from exporting.webpage import CHANNEL_MULTIPLE, check_page_folder, find_styles, 
 from folders import find_pictures, only_held_out, split_holdout
 from painting.pairs import choose_pairs
 from painting.quality import MIN_SIDE, Measurement, Meter, ssim
-from painting.stylizer import load_input, open_model
+from painting.stylizer import load_input
 from settings import check_needed, setting
 from utils import UserError, describe_device, make_folder, note, show, time_in_turns, write_atomically
-from weights import find_model_file
+from weights import find_model_file, load_network
 
 CPU = torch.device("cpu")
 INT8_TOLERANCE = 1.0  # any: only sizes and finite values are checked, `compare` measures the rest with photographs
@@ -145,7 +145,7 @@ def export(given: dict) -> int:
         styles = find_styles(config.style_dir, path)
     elif path.is_dir():
         raise UserError(f"save_path {path}: is a folder, the name of a file is needed")
-    network, checkpoint = open_model(config.load_path, config.swap_max_pool, config.backbone, config.vgg_weights)
+    network, checkpoint = load_network(config.load_path, config.swap_max_pool, config.backbone, config.vgg_weights)
     network.use(config.upsampling)
     network.requires_grad_(False)
     if path.exists() and path.samefile(find_model_file(Path(config.load_path))):

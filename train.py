@@ -151,10 +151,7 @@ def build_trainer(config: TrainConfig, device: torch.device, checkpoint: dict | 
         network = StyleTransferNetwork(NetworkConfig.from_dict(checkpoint["config"]))
         network.load_state_dict(checkpoint["state_dict"])
     elif config.load_path:
-        network, _ = load_network(config.load_path, config.swap_max_pool, vgg_weights=config.vgg_weights)
-        if network.config.backbone != config.backbone:
-            raise UserError(f"--load_path {config.load_path} is a {network.config.backbone} network, "
-                            f"--backbone says {config.backbone}")
+        network, _ = load_network(config.load_path, config.swap_max_pool, config.backbone, config.vgg_weights)
         if config.new_weights:
             initialize(network, network)
     network.use(config.upsampling, config.padding, config.pooling, config.adain_levels)

@@ -270,10 +270,10 @@ def model_names(paths: Iterable[str]) -> list[str]:
     return [f"{number}-{each[-1]}" for number, each in enumerate(parts, 1)]
 
 
-def load_network(path: Path, swap_max_pool: bool = False, flag: str = "--load_path",
-                 vgg_weights: str | None = None) -> tuple[StyleTransferNetwork, dict]:
+def load_network(path: Path, swap_max_pool: bool = False, backbone: str | None = None, vgg_weights: str | None = None,
+                 flag: str = "--load_path") -> tuple[StyleTransferNetwork, dict]:
     """The network in a model file, full or pruned, on the CPU, in float32 and evaluation mode, and the whole checkpoint
-    dictionary. Raises UserError, naming `flag`, when it is no model.
+    dictionary. Raises UserError, naming `flag`, when it is no model, or none of the `backbone` that is asked for.
 
     Files of the original implementation hold only `state_dict`, or are a state_dict themselves: widths are read off
     the tensors, and `swap_max_pool` says that the encoder was trained with average pooling, which no tensor shows.
@@ -295,6 +295,9 @@ def load_network(path: Path, swap_max_pool: bool = False, flag: str = "--load_pa
             state_dict, pooling="avg" if swap_max_pool else "max", padding="reflect" if is_adain else "zeros"))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag} {path}: no style-transfer network ({error})") from error
+    if backbone not in (None, config.backbone):
+        raise UserError(f"backbone {backbone}: {path} is a {config.backbone} network with {config.bottleneck_width} "
+                        "bottleneck channels")
     if swap_max_pool and config.pooling != "avg":
         raise UserError(f"swap_max_pool: {path} was made with {config.pooling} pooling; leave the flag out")
     with torch.device("meta"):  # a file may claim any width: nothing is allocated before its tensors bear it out

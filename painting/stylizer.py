@@ -27,16 +27,6 @@ PROBE_SIDE = 256  # pixels: shorter side of the pair that this is measured on
 WHOLE_SHARE = 0.8  # of the free memory, what a picture painted in one piece may take
 
 
-def open_model(load_path: str, swap_max_pool: bool, backbone: str | None,
-               vgg_weights: str | None) -> tuple[StyleTransferNetwork, dict]:
-    """`load_network`, refusing a network of another backbone than asked for."""
-    network, checkpoint = load_network(Path(load_path), swap_max_pool, vgg_weights=vgg_weights)
-    if backbone is not None and backbone != network.config.backbone:
-        raise UserError(f"backbone {backbone}: {load_path} is a {network.config.backbone} network "
-                        f"with {network.config.bottleneck_width} bottleneck channels")
-    return network, checkpoint
-
-
 class OpenedModel(NamedTuple):
     """A network with its name in tables and folders, its file, and what else the file says."""
 
@@ -50,7 +40,7 @@ def open_models(config) -> list[OpenedModel]:
     """The models of `load_path`. Raises UserError for an unusable one, or the same twice."""
     models = []
     for path, name in zip(config.load_path, model_names(config.load_path)):
-        network, checkpoint = open_model(path, config.swap_max_pool, config.backbone, config.vgg_weights)
+        network, checkpoint = load_network(path, config.swap_max_pool, config.backbone, config.vgg_weights)
         file = find_model_file(Path(path))
         if any(file.samefile(model.file) for model in models):
             raise UserError(f"load_path {path}: this model is named twice")

@@ -83,7 +83,7 @@ TRAINING = (
         ("--new_weights --load_path {tmp}/model.pth --encoder_lr 0", "random weights of a frozen part"),
         ("--swap_max_pool --pooling blur", ("--swap_max_pool", "--pooling blur")),
         ("--lr 0", "both parts are frozen"),
-        ("--backbone vgg16 --load_path {tmp}/model.pth", "is a vgg19 network, --backbone says vgg16"),
+        ("--backbone vgg16 --load_path {tmp}/model.pth", "--backbone vgg16: {tmp}/model.pth is a vgg19 network with 6"),
         ("--resume", "check_point.pth is not there"),
         ("--target_macs 0.5 --channel_loss_weight 0 --compact_layers all", "--channel_loss_weight is 0"),
         ("--target_macs 0.005 --compact_layers all", "takes this network from 1.000 to 0.011 of"),  # a tenth stays on

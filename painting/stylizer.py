@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from data import PictureError, denormalize, load_alpha, look_at, normalize, pixels_to_pil, prepare_picture, to_pil
 from network import StyleTransferNetwork, align
 from painting.control import PRESERVED, MaskedStyle, Style, check_mask, check_styles, keep_colors, match_colors, mix
-from painting.tiling import TILES, TiledPicture, at_level, cut, least_tile, memory_needed
+from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
 from weights import find_model_file, load_network, model_names
 
@@ -240,8 +241,8 @@ class Stylizer:
             if not weights:
                 return parts[0]
             shares = [cut(weight, rows, columns) for weight in weights]
-            return [sum(part * at_level(share, level) for part, share in zip(level_parts, shares))
-                    for level, level_parts in enumerate(zip(*parts))]
+            return [sum(part * F.interpolate(share, part.shape[2:]) for part, share in zip(of_level, shares))
+                    for of_level in zip(*parts)]
 
         for rows, columns, tile in content.paint(align_regions):
             if keeps_colors:

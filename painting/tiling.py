@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import normalize
@@ -59,11 +60,6 @@ def spans_at(level: int, *spans: range) -> list[range]:
     return [range(span.start << level, span.stop << level) for span in spans]
 
 
-def at_level(weight: Tensor, level: int) -> Tensor:
-    """Weights of the bottleneck's positions, (1, 1, h, w), for the feature so many levels above it: each repeated."""
-    return weight.repeat_interleave(1 << level, dim=2).repeat_interleave(1 << level, dim=3)
-
-
 class TiledPicture:
     """A picture, or several of one size, on the way through a network."""
 
@@ -104,8 +100,8 @@ class TiledPicture:
         for rows, columns in self._progress("encode"):
             features = self.features(rows, columns)
             for of_weight, weight in zip(moments, weights or [None]):
-                for level, (each, feature) in enumerate(zip(of_weight, features)):
-                    each.add(feature, None if weight is None else at_level(cut(weight, rows, columns), level))
+                for each, feature in zip(of_weight, features):
+                    each.add(feature, None if weight is None else cut(weight, rows, columns))
             for level, whole in enumerate(kept):
                 cut(whole, *spans_at(level, rows, columns)).copy_(features[level])
         self.kept = self.kept or kept or (features if len(self.tiles) == 1 else None)
@@ -167,12 +163,12 @@ class Moments:
         self.weight = self.squares = self.mean = self.deviations = 0.0  # sums of w, w^2, and of w (x - mean)^2
 
     def add(self, feature: Tensor, weights: Tensor | None) -> None:
-        """feature: (B, C, h, w); weights: (1, 1, h, w), 0 or more; None: 1 everywhere."""
+        """feature: (B, C, h, w); weights: (1, 1, h, w) or coarser, 0 or more; None: 1 everywhere."""
         if weights is None:
             mean, deviations = (moment.double() for moment in channel_moments(feature))
             weight = squares = feature.shape[2] * feature.shape[3]
         else:
-            feature, weights = feature.double(), weights.double()
+            feature, weights = feature.double(), F.interpolate(weights.double(), feature.shape[2:])
             weight, squares = weights.sum().item(), weights.square().sum().item()
             if weight == 0.0:
                 return

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import gaussian_blur
 from data import denormalize, normalize
 from loss import content_loss, style_distance, style_statistics
 from network import NetworkConfig, build_loss_network
-from utils import UserError
+from utils import import_extra
 from weights import load_vgg
 
 METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS",
@@ -86,11 +86,8 @@ class Meter:
         self.metrics, self.style_kind, self.device = metrics, style_kind, device
         self.vgg_origin, self.loss_network = None, lambda image: []  # without loss metrics there are no features
         if "stlpips" in metrics:
-            try:
-                from stlpips_pytorch import stlpips
-            except ImportError as error:
-                raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install '.[metrics]', or name "
-                                "other metrics") from error
+            wanted_by = "metrics stlpips (the others need no package)"
+            stlpips = import_extra("stlpips_pytorch.stlpips", "metrics", wanted_by)
             # Ghildyal & Liu, ECCV 2022, arXiv 2207.13686, with the weights its package carries.
             network = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
             self.stlpips = network.eval().requires_grad_(False).to(device)

@@ -143,8 +143,8 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(confidence, share / share[-1], angle))
 
 
-def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[float, float]:
-    """The mean over pairs, and half of its 95% interval; infinite for a single pair.
+def summarize(values: np.ndarray, pairs: list[tuple[int, int]]) -> dict:
+    """The "mean" over pairs, and the lower and the upper end of its 95% "interval", which is None for a single pair.
 
     values: (n,); pairs: the content and the style picture of each, by number. Pairs that share a picture are not
     independent, so the variance is that of Cameron, Gelbach & Miller (Journal of Business & Economic Statistics 29(2),
@@ -157,7 +157,8 @@ def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[f
     # The difference can fall below its parts, even below zero, when contents and styles offset each other.
     variance = max(by_content + by_style - by_pair, by_content, by_style)
     freedom = min((len(set(numbers)) for numbers in clusters[:2] if len(set(numbers)) > 1), default=1) - 1
-    return mean, t_quantile(freedom) * math.sqrt(variance) if freedom else math.inf
+    margin = t_quantile(freedom) * math.sqrt(variance) if freedom else math.inf
+    return {"mean": mean, "interval": [mean - margin, mean + margin] if math.isfinite(margin) else None}
 
 
 def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
@@ -178,14 +179,9 @@ class Measurement:
     metrics: tuple[str, ...]
 
     def summary(self, model: int, minus: int | None = None) -> dict[str, dict]:
-        """Mean and 95% interval of every metric for one model, or of its differences from another, pair by pair."""
-        values = self.values[:, model] - (0.0 if minus is None else self.values[:, minus])
-        summaries = {}
-        for number, metric in enumerate(self.metrics):
-            mean, margin = mean_and_margin(values[:, number], self.pairs)
-            interval = [mean - margin, mean + margin] if math.isfinite(margin) else None
-            summaries[metric] = {"mean": mean, "interval": interval}
-        return summaries
+        """Every metric's `summarize` for one model, or of its differences from another, pair by pair."""
+        values = self.values[:, model] - (0.0 if minus is None else self.values[:, minus])  # (pairs, metrics)
+        return {metric: summarize(of_metric, self.pairs) for metric, of_metric in zip(self.metrics, values.T)}
 
     def table(self) -> str:
         """Models down, metrics across; below, each further model's difference from the first. A metric that is none of

@@ -76,13 +76,10 @@ class PairPainter:
             self._each(self.plan.contents, contents, self._load_content, self._paint_content)
             for each in self.being_written:
                 each.result()
-        outcome = Outcome()
-        for own in gather(self.outcome):
-            outcome.values |= own.values
-            outcome.kept |= own.kept
-            outcome.unusable |= own.unusable
-            outcome.shown |= own.shown
-        return outcome
+        for outcome in gather(self.outcome):
+            for name, found in vars(outcome).items():
+                getattr(self.outcome, name).update(found)
+        return self.outcome
 
     def _each(self, pictures: Pictures, numbers: list[int], read: Callable, work: Callable) -> None:
         """Do the `work` for each number with what `read` makes of it in a thread, a few ahead, and leave out what

@@ -14,11 +14,10 @@ import torch
 
 import utils
 from data import MAX_PIXELS, OUTPUT_FORMATS
-from folders import is_searched
 from network import count_parameters
 from painting.control import PRESERVED
 from painting.many import Outcome, PairPainter
-from painting.pairs import METRICS_NAME, Plan, make_plan, note_learned_from
+from painting.pairs import METRICS_NAME, OUTPUT_NAME, Plan, make_plan, note_learned_from
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, common_backbone, make_stylizers, open_models
 from painting.video import check_video, makes_video, stylize_video
@@ -26,7 +25,6 @@ from settings import amount, changed, count, fraction_below_1, rate, refuse, set
 from utils import UserError, note, process_rank, show
 from weights import COMPACT_MODEL, same_vgg
 
-OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 SEVERAL = ("content", "style", "content_dir", "style_dir", "style_strength")  # one alone is reported as such
 PATIENCE = timedelta(days=30)  # that a process has with others, which may have larger pictures to paint
 
@@ -111,21 +109,9 @@ class TestConfig:
         return self.style_weights is not None or self.mask is not None
 
     @property
-    def names_many(self) -> bool:
-        """Whether several contents or styles, or a folder of them, are named."""
-        named = [self.input(kind)[0] for kind in (("content",) if self.combines_styles else ("content", "style"))]
-        return any(len(set(paths)) > 1 or is_searched(paths[0]) for paths in named)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether one picture comes out: one pair by one model at one strength."""
-        return not self.names_many and len(self.load_path) == len(self.style_strength) == 1
-
-    @property
     def output(self) -> Path:
-        """The picture file or folder to write."""
-        default = f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME
-        return Path(default if self.save_path is None else self.save_path)
+        """The file or folder to write, where it is named or one picture comes out."""
+        return Path(f"{OUTPUT_NAME}.png" if self.save_path is None else self.save_path)
 
     @property
     def names_a_folder(self) -> bool:

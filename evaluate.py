@@ -124,8 +124,7 @@ class TestConfig:
         return not self.names_a_folder and self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, flags that exclude each other, or a save_path that looks like a picture
-        file of a kind that is not written."""
+        """Raises UserError for an empty path, flags that exclude each other, or a picture format not written."""
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):

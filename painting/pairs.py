@@ -174,8 +174,7 @@ def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: 
 
 
 def make_plan(config) -> Plan:
-    """config: a TestConfig. Raises UserError for pictures that are not there or do not fit each other, and for outputs
-    that would overwrite what is read."""
+    """config: a TestConfig. Raises UserError for pictures that are missing or do not fit, and outputs over inputs."""
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
     if config.combines_styles:
         check_styles(len(styles.paths), config.style_weights, config.mask)

@@ -105,8 +105,7 @@ class Meter:
 
     @torch.inference_mode()
     def open_style(self, picture: Tensor) -> list[tuple[Tensor, ...]]:
-        """What `measure` takes of a style picture, as in `open_content`: the statistics of the loss network's features;
-        none without loss metrics."""
+        """What `measure` takes of a style picture, as `open_content`: the statistics of the loss network's features."""
         return style_statistics(self.loss_network(normalize(picture.to(self.device))), self.style_kind)
 
     @torch.inference_mode()
@@ -170,8 +169,7 @@ def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured. values: (pairs, models, metrics); pairs: content and style picture of each, by number or path.
-    """
+    """What was measured. values: (pairs, models, metrics); pairs: of content and style, each by number or path."""
 
     values: np.ndarray
     pairs: list[tuple]
@@ -184,8 +182,7 @@ class Measurement:
         return {metric: summarize(of_metric, self.pairs) for metric, of_metric in zip(self.metrics, values.T)}
 
     def table(self) -> str:
-        """Models down, metrics across; below, each further model's difference from the first. A metric that is none of
-        METRICS stands under its own name."""
+        """Models down, metrics across; below, differences from the first. What is not in METRICS has its own name."""
         summaries = {name: self.summary(model) for model, name in enumerate(self.names)}
         summaries |= {f"{name} - {self.names[0]}": self.summary(model, minus=0)
                       for model, name in enumerate(self.names) if model}

@@ -121,8 +121,7 @@ class TiledPicture:
             del decoded
 
     def features(self, rows: range, columns: range) -> list[Tensor]:
-        """What AdaIN acts on at these positions of `grid`: the bottleneck, (B, C, rows, columns), and the shallower
-        levels there."""
+        """What AdaIN acts on at positions of `grid`: the bottleneck, (B, C, rows, columns), then shallower levels."""
         if self.kept is not None:
             return [cut(kept, rows, columns, level) for level, kept in enumerate(self.kept)]
         read = self._widened((rows, columns), self.halos[0])

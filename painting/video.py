@@ -114,8 +114,7 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
 
 
 def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
-    """The frames of `stream`, PyAV's. The packets of sound go to the clip, counted from `start`, in seconds, and so do
-    faults."""
+    """The frames of `stream`, PyAV's. Packets of sound, counted from `start`, in seconds, and faults go to the clip."""
     def packets() -> Iterator:
         try:
             yield from container.demux()  # at the end of the file, an empty packet has the decoder give what it holds
@@ -302,8 +301,7 @@ def makes_video(config) -> bool:
 
 
 def check_video(config) -> Path:
-    """The video file that test mode is to write. Raises UserError for what cannot be made a video, or is more than one.
-    """
+    """The video file to write. Raises UserError for what cannot be made a video, or is more than one."""
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
     for flag, values in ((content_flag, contents), ("load_path", config.load_path),
                          ("style_strength", config.style_strength), (style_flag, styles)):

@@ -89,9 +89,8 @@ class TestConfig:
     @property
     def measured(self) -> tuple[str, ...]:
         """The metrics to measure, in the order of METRICS."""
-        if self.metrics is None:
-            return ()
-        return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
+        asked = () if self.metrics is None else self.metrics or METRICS
+        return tuple(metric for metric in METRICS if metric in asked)
 
     def input(self, kind: str) -> tuple[tuple[str, ...], str]:
         """What is named as content or style, and the flag that names it."""

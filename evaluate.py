@@ -20,7 +20,7 @@ from painting.many import Outcome, PairPainter
 from painting.pairs import METRICS_NAME, OUTPUT_NAME, Plan, make_plan, note_learned_from
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, common_backbone, make_stylizers, open_models
-from painting.video import check_video, makes_video, stylize_video
+from painting.video import makes_video, stylize_video
 from settings import amount, changed, count, fraction_below_1, rate, refuse, setting
 from utils import UserError, note, process_rank, show
 from weights import COMPACT_MODEL, same_vgg
@@ -172,14 +172,12 @@ def test(given: dict) -> int:
     is_video = makes_video(config)
     if is_video and process_rank() > 0:
         return 0  # one file, one process
-    target = check_video(config) if is_video else None
     unused = ("holdout", "pairs", "skip_existing", "seed") if is_video else ("frame_rate", "temporal_smoothing")
     for flag in sorted(changed(config).intersection(unused)):
         note(f"--{flag} has no effect on {'a video' if is_video else 'pictures'}")
     device = utils.resolve_device(config.gpu_no, tf32=False)
     if is_video:
-        (stylizer,) = make_stylizers(config, open_models(config), device).values()
-        return stylize_video(config, stylizer, target)
+        return stylize_video(config, device)
     with utils.process_group(torch.device("cpu"), PATIENCE):  # what they tell each other lies in its memory
         return _stylise(config, device)
 

@@ -17,7 +17,7 @@ from data import PictureError, prepare_picture
 from folders import find_pictures, is_searched
 from painting.control import check_styles
 from painting.pairs import check_outputs
-from painting.stylizer import Stylizer, load_input
+from painting.stylizer import load_input, make_stylizers, open_models
 from utils import UserError, import_extra, make_folder, note, progress_bar, replacing
 
 # Container, encoder and its settings, by the suffix of a file to write. Quick enough to keep up with a small network.
@@ -325,11 +325,11 @@ def check_video(config) -> Path:
     return target
 
 
-def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
-    """Test mode's work where `makes_video`. config: its settings; target: of `check_video`.
-
-    Returns the exit code, 1 where not every frame could be read. Raises UserError for what the user can put right.
-    """
+def stylize_video(config, device: torch.device) -> int:
+    """Test mode's work where `makes_video`. config: a TestConfig. Returns the exit code, 1 where not every frame could
+    be read. Raises UserError for what the user can put right."""
+    target = check_video(config)
+    (stylizer,) = make_stylizers(config, open_models(config), device).values()
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
     content, (strength,) = Path(contents[0]), config.style_strength
     of_styles = replace(config, imsize=config.style_size or config.imsize)

@@ -103,11 +103,6 @@ class TestConfig:
         return [repr(strength + 0.0).removesuffix(".0") for strength in self.style_strength]
 
     @property
-    def combines_styles(self) -> bool:
-        """Whether all styles make one together."""
-        return self.style_weights is not None or self.mask is not None
-
-    @property
     def output(self) -> Path:
         """The file or folder to write, where it is named or one picture comes out."""
         return Path(f"{OUTPUT_NAME}.png" if self.save_path is None else self.save_path)
@@ -137,7 +132,7 @@ class TestConfig:
             f"style_strength {' '.join(self.strengths)}: one is given twice":
                 len(set(self.strengths)) < len(self.strengths),
             f"{'mask' if self.mask else 'style_weights'}: --metrics compares with one style picture; leave one out":
-                self.combines_styles and measures,
+                (self.style_weights or self.mask) and measures,
             "mask: --cropsize cuts the content alone; cut both beforehand": self.mask and self.cropsize,
             "skip_existing: --metrics measures what is painted now; leave one out": self.skip_existing and measures,
             "painted: what others painted is measured only; --metrics is needed, too": self.painted and not measures,

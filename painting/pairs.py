@@ -176,7 +176,7 @@ def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: 
 def make_plan(config) -> Plan:
     """config: a TestConfig. Raises UserError for pictures that are missing or do not fit, and outputs over inputs."""
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
-    if config.combines_styles:
+    if config.style_weights is not None or config.mask is not None:
         check_styles(len(styles.paths), config.style_weights, config.mask)
         styles = styles.combined()
     pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)

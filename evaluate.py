@@ -14,19 +14,17 @@ import torch
 
 import utils
 from data import MAX_PIXELS, OUTPUT_FORMATS
-from folders import is_searched
 from network import count_parameters
 from painting.control import PRESERVED
 from painting.many import Outcome, PairPainter
-from painting.pairs import METRICS_NAME, Plan, make_plan, note_learned_from
+from painting.pairs import METRICS_NAME, OUTPUT_NAME, Plan, make_plan, note_learned_from
 from painting.quality import INTERVAL, LOSS_METRICS, METRICS, Measurement, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, common_backbone, make_stylizers, open_models
-from painting.video import check_video, makes_video, stylize_video
+from painting.video import makes_video, stylize_video
 from settings import amount, changed, count, fraction_below_1, rate, refuse, setting
 from utils import UserError, note, process_rank, show
 from weights import COMPACT_MODEL, same_vgg
 
-OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 SEVERAL = ("content", "style", "content_dir", "style_dir", "style_strength")  # one alone is reported as such
 PATIENCE = timedelta(days=30)  # that a process has with others, which may have larger pictures to paint
 
@@ -91,9 +89,8 @@ class TestConfig:
     @property
     def measured(self) -> tuple[str, ...]:
         """The metrics to measure, in the order of METRICS."""
-        if self.metrics is None:
-            return ()
-        return tuple(metric for metric in METRICS if metric in self.metrics or not self.metrics)
+        asked = () if self.metrics is None else self.metrics or METRICS
+        return tuple(metric for metric in METRICS if metric in asked)
 
     def input(self, kind: str) -> tuple[tuple[str, ...], str]:
         """What is named as content or style, and the flag that names it."""
@@ -106,26 +103,9 @@ class TestConfig:
         return [repr(strength + 0.0).removesuffix(".0") for strength in self.style_strength]
 
     @property
-    def combines_styles(self) -> bool:
-        """Whether all styles make one together."""
-        return self.style_weights is not None or self.mask is not None
-
-    @property
-    def names_many(self) -> bool:
-        """Whether several contents or styles, or a folder of them, are named."""
-        named = [self.input(kind)[0] for kind in (("content",) if self.combines_styles else ("content", "style"))]
-        return any(len(set(paths)) > 1 or is_searched(paths[0]) for paths in named)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether one picture comes out: one pair by one model at one strength."""
-        return not self.names_many and len(self.load_path) == len(self.style_strength) == 1
-
-    @property
     def output(self) -> Path:
-        """The picture file or folder to write."""
-        default = f"{OUTPUT_NAME}.png" if self.is_single and not self.measured else OUTPUT_NAME
-        return Path(default if self.save_path is None else self.save_path)
+        """The file or folder to write, where it is named or one picture comes out."""
+        return Path(f"{OUTPUT_NAME}.png" if self.save_path is None else self.save_path)
 
     @property
     def names_a_folder(self) -> bool:
@@ -138,8 +118,7 @@ class TestConfig:
         return not self.names_a_folder and self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, flags that exclude each other, or a save_path that looks like a picture
-        file of a kind that is not written."""
+        """Raises UserError for an empty path, flags that exclude each other, or a picture format not written."""
         for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
             given = getattr(self, flag)
             if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
@@ -153,7 +132,7 @@ class TestConfig:
             f"style_strength {' '.join(self.strengths)}: one is given twice":
                 len(set(self.strengths)) < len(self.strengths),
             f"{'mask' if self.mask else 'style_weights'}: --metrics compares with one style picture; leave one out":
-                self.combines_styles and measures,
+                (self.style_weights or self.mask) and measures,
             "mask: --cropsize cuts the content alone; cut both beforehand": self.mask and self.cropsize,
             "skip_existing: --metrics measures what is painted now; leave one out": self.skip_existing and measures,
             "painted: what others painted is measured only; --metrics is needed, too": self.painted and not measures,
@@ -188,14 +167,12 @@ def test(given: dict) -> int:
     is_video = makes_video(config)
     if is_video and process_rank() > 0:
         return 0  # one file, one process
-    target = check_video(config) if is_video else None
     unused = ("holdout", "pairs", "skip_existing", "seed") if is_video else ("frame_rate", "temporal_smoothing")
     for flag in sorted(changed(config).intersection(unused)):
         note(f"--{flag} has no effect on {'a video' if is_video else 'pictures'}")
     device = utils.resolve_device(config.gpu_no, tf32=False)
     if is_video:
-        (stylizer,) = make_stylizers(config, open_models(config), device).values()
-        return stylize_video(config, stylizer, target)
+        return stylize_video(config, device)
     with utils.process_group(torch.device("cpu"), PATIENCE):  # what they tell each other lies in its memory
         return _stylise(config, device)
 

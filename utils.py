@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,6 +58,14 @@ def lacks_memory(error: Exception) -> bool:
         text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "bad_alloc", "calculation overflowed",
                                         "can't start new thread", "could not create a primitive",
                                         os.strerror(errno.ENOMEM)))
+
+
+def import_extra(module: str, extra: str, wanted_by: str):
+    """A module of a package that only an extra of pyproject.toml brings. Raises UserError where it is not there."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"{wanted_by}: {error}; in the toolkit's folder: pip install '.[{extra}]'") from error
 
 
 class _Stream:

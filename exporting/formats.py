@@ -1,6 +1,5 @@
 """The file formats of export mode: files made from a network, and opened again as what paints with them."""
 
-import importlib
 import io
 import itertools
 import json
@@ -18,7 +17,7 @@ from data import denormalize
 from exporting.graphs import AXES, Graph, PairGraph, StyleGraph, trace
 from network import StyleTransferNetwork
 from painting.stylizer import Stylizer
-from utils import UserError
+from utils import UserError, import_extra
 from weights import SAFETENSORS, load_network, pack_safetensors
 
 ONNX, TORCH_EXPORT = ".onnx", ".pt2"
@@ -46,11 +45,7 @@ def need_packages(suffix: str) -> None:
         raise UserError(f"save_path: {ONNX} and {TORCH_EXPORT} files need torch {GRAPH_TORCH} or newer, this is "
                         f"{torch.__version__}; {SAFETENSORS} files do not")
     for name in ONNX_PACKAGES if suffix == ONNX else ():
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"save_path: {ONNX} files need more packages ({error}); in the toolkit's folder: "
-                            "pip install '.[export]'") from error
+        import_extra(name, "export", f"save_path: {ONNX} files need more packages")
 
 
 def make_files(network: StyleTransferNetwork, checkpoint: dict, path: Path, split: bool) -> dict[Path, bytes]:

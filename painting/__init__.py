@@ -1,8 +1,4 @@
-"""Painting: the stylizer with its controls, tiles, many pairs, video, and how good the pictures are.
-
-What turns pictures into painted ones, or looks at them, lives here. `from painting import Stylizer` paints from any
-program.
-"""
+"""What turns pictures into painted ones, or looks at them. `from painting import Stylizer` paints from any program."""
 
 from painting.apart import apart, at_home
 

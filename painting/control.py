@@ -18,8 +18,7 @@ ASPECT = 0.01  # relative difference in height that a mask may have, scaled to t
 
 @dataclass(frozen=True, eq=False)
 class Style:
-    """All that painting takes from a style picture: mean and standard deviation of its bottleneck, (1, C, 1, 1)
-    each."""
+    """What painting takes from a style picture: mean and deviation of every level's channels, (1, C, 1, 1) each."""
 
     mean: Tensor
     std: Tensor

@@ -77,13 +77,10 @@ class PairPainter:
             self._each(self.plan.contents, contents, self._load_content, self._paint_content)
             for each in self.being_written:
                 each.result()
-        outcome = Outcome()
-        for own in gather(self.outcome):
-            outcome.values |= own.values
-            outcome.kept |= own.kept
-            outcome.unusable |= own.unusable
-            outcome.shown |= own.shown
-        return outcome
+        for outcome in gather(self.outcome):
+            for name, found in vars(outcome).items():
+                getattr(self.outcome, name).update(found)
+        return self.outcome
 
     def _each(self, pictures: Pictures, numbers: list[int], read: Callable, work: Callable) -> None:
         """Do the `work` for each number with what `read` makes of it in a thread, a few ahead, and leave out what
@@ -142,8 +139,7 @@ class PairPainter:
                     self.meter.measure(measured, style.measured, outputs).cpu() if self.meter else None
 
     def _paint_pair(self, pair: Pair, content: Content, style: _Style) -> list[Tensor]:
-        """Paint the pictures of a pair that are not there yet, and have them written. Returns what is to be measured,
-        that of others, too."""
+        """Paint what is not there yet of a pair, and have it written. Returns what is measured, that of others, too."""
         picture, alpha, opened = content
         codes, outputs = style.codes, []
         painters = product(enumerate(self.stylizers), self.config.style_strength)
@@ -181,8 +177,7 @@ class PairPainter:
             raise UserError(f"load_path {model}: {error}") from error
 
     def _write(self, picture: Image.Image, path: Path, alpha: Image.Image | None) -> None:
-        """Have a picture written; waits while as many others as there are threads still are. Raises UserError, also for
-        one of those."""
+        """Have a picture written; waits where too many still are. Raises UserError, also for one of those."""
         make_folder(path.parent, "save_path")
         self.being_written.append(self.pool.submit(save_picture, picture, path, alpha))
         if len(self.being_written) > self.threads:

@@ -18,7 +18,7 @@ from utils import UserError, note
 from weights import model_names
 
 METRICS_NAME = "metrics.json"
-
+OUTPUT_NAME = "stylised"  # in the working folder, where --save_path is not given: with .png for one picture
 LONGEST_NAME = 180  # bytes of a pair's name: file systems take 255, and a file in the making has a longer one
 
 Pair = tuple[int, int]  # the numbers of a content and a style
@@ -32,19 +32,15 @@ class Pictures:
     groups: list[tuple[Path, ...]]  # the pictures of each: one, or all that together make one style
     names: list[str]
     folders: dict[Path, list[Path]]  # those of `named` that are folders or archives, with what was found there
+    are_many: bool  # a folder or several were named: one that cannot be used does not stop the others
 
     @property
     def paths(self) -> list[Path]:
         return [*chain.from_iterable(self.groups)]
 
-    @property
-    def are_many(self) -> bool:
-        """Whether a folder or several pictures were named: one that cannot be used does not stop the others."""
-        return len(self.groups) > 1 or bool(self.folders) and len(self.groups[0]) == 1
-
     def combined(self) -> "Pictures":
         """All of them as one style, of number 0 and with all their names."""
-        return replace(self, groups=[tuple(self.paths)], names=["+".join(self.names)])
+        return replace(self, groups=[tuple(self.paths)], names=["+".join(self.names)], are_many=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,8 @@ def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
         folders[each] = find_measured(each, f"--{flag}", holdout)
         for path in folders[each]:
             stems.setdefault(path, "-".join(path.relative_to(each).with_suffix("").parts))
-    return Pictures(flag, [(path,) for path in stems], distinct([*stems.values()]), folders)
+    groups, are_many = [(path,) for path in stems], len(stems) > 1 or bool(folders)
+    return Pictures(flag, groups, distinct([*stems.values()]), folders, are_many)
 
 
 def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
@@ -148,7 +145,7 @@ def check_outputs(config, written: Sequence[Path], pictures: Sequence[Pictures] 
     for file in written:
         if os.path.realpath(file) in read:
             raise UserError(f"save_path: {file} would overwrite {read[os.path.realpath(file)]}; name another")
-    for folder in () if config.writes_a_file else {file.parent for file in written}:
+    for folder in {file.parent for file in written}:
         for each in pictures:
             for root, found in each.folders.items():
                 refuse_within(folder, root, f"--{each.flag}", found)
@@ -177,10 +174,9 @@ def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: 
 
 
 def make_plan(config) -> Plan:
-    """config: a TestConfig. Raises UserError for pictures that are not there or do not fit each other, and for outputs
-    that would overwrite what is read."""
+    """config: a TestConfig. Raises UserError for pictures that are missing or do not fit, and outputs over inputs."""
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
-    if config.combines_styles:
+    if config.style_weights is not None or config.mask is not None:
         check_styles(len(styles.paths), config.style_weights, config.mask)
         styles = styles.combined()
     pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
@@ -191,10 +187,10 @@ def make_plan(config) -> Plan:
     columns += others
     if distinct(columns) != columns or len(others) < len(config.painted or ()):
         raise UserError(f"painted {' '.join(config.painted)}: another row has this name; choose another")
-    sheets = []
-    if len(columns) > 1 or config.pairs is not None and not config.is_single:
+    sheets, are_many = [], contents.are_many or styles.are_many
+    if len(columns) > 1 or are_many and config.pairs is not None:
         sheets.append(comparison_sheet(pairs, columns))
-    if config.names_many and config.pairs is None:
+    if are_many and config.pairs is None:
         sheets.append(contact_sheet(pairs, columns))
     folder, files = _outputs(config, pairs, contents, styles, names)
     mask = None if config.mask is None else open_mask(config.mask)
@@ -208,12 +204,13 @@ def _outputs(config, pairs: list[Pair], contents: Pictures, styles: Pictures,
              names: list[str]) -> tuple[Path, dict[Pair, list[Path]]]:
     """The folder to write to, and the files of every pair: for each model, in its own folder where there are several,
     one a strength. names: of the models. Raises UserError where `--save_path` is a file and cannot hold them."""
-    save_path, strengths = config.output, config.strengths
-    if config.writes_a_file:
-        if config.measured or not config.is_single:
-            raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
-                            f"{len(names)} model(s) at {len(strengths)} strength(s), or their metrics; name a folder")
-        return save_path.parent, {pairs[0]: [save_path]}
+    save_path, strengths = Path(config.save_path or OUTPUT_NAME), config.strengths
+    are_several = contents.are_many or styles.are_many or len(names) * len(strengths) > 1
+    if config.writes_a_file and not are_several and not config.measured:
+        return config.output.parent, {pairs[0]: [config.output]}
+    if config.writes_a_file and config.save_path is not None:
+        raise UserError(f"save_path {save_path}: one file cannot hold the pictures of {len(pairs)} pair(s) by "
+                        f"{len(names)} model(s) at {len(strengths)} strength(s), or their metrics; name a folder")
     endings = [""] if len(strengths) == 1 else [f"_{strength}" for strength in strengths]
     folders = [save_path / name for name in names] if len(names) > 1 else [save_path]
     taken = [Path(name).stem for name in (COMPARISON, CONTACT_SHEET)]

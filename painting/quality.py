@@ -12,7 +12,7 @@ from torchvision.transforms.functional import gaussian_blur
 from data import denormalize, normalize
 from loss import content_loss, style_distance, style_statistics
 from network import LossNetwork
-from utils import UserError
+from utils import import_extra
 from weights import load_vgg
 
 METRICS = {"content": "content loss", "style": "style loss", "ssim": "SSIM", "stlpips": "ST-LPIPS",
@@ -86,11 +86,8 @@ class Meter:
         self.metrics, self.style_kind, self.device = metrics, style_kind, device
         self.vgg_origin, self.loss_network = None, lambda image: []  # without loss metrics there are no features
         if "stlpips" in metrics:
-            try:
-                from stlpips_pytorch import stlpips
-            except ImportError as error:
-                raise UserError(f"metrics stlpips: {error}; in the toolkit's folder: pip install '.[metrics]', or name "
-                                "other metrics") from error
+            wanted_by = "metrics stlpips (the others need no package)"
+            stlpips = import_extra("stlpips_pytorch.stlpips", "metrics", wanted_by)
             # Ghildyal & Liu, ECCV 2022, arXiv 2207.13686, with the weights its package carries.
             network = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
             self.stlpips = network.eval().requires_grad_(False).to(device)
@@ -107,8 +104,7 @@ class Meter:
 
     @torch.inference_mode()
     def open_style(self, picture: Tensor) -> list[tuple[Tensor, ...]]:
-        """What `measure` takes of a style picture, as in `open_content`: the statistics of the loss network's features;
-        none without loss metrics."""
+        """What `measure` takes of a style picture, as `open_content`: the statistics of the loss network's features."""
         return style_statistics(self.loss_network(normalize(picture.to(self.device))), self.style_kind)
 
     @torch.inference_mode()
@@ -145,8 +141,8 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(confidence, share / share[-1], angle))
 
 
-def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[float, float]:
-    """The mean over pairs, and half of its 95% interval; infinite for a single pair.
+def summarize(values: np.ndarray, pairs: list[tuple[int, int]]) -> dict:
+    """The "mean" over pairs, and the lower and the upper end of its 95% "interval", which is None for a single pair.
 
     values: (n,); pairs: the content and the style picture of each, by number. Pairs that share a picture are not
     independent, so the variance is that of Cameron, Gelbach & Miller (Journal of Business & Economic Statistics 29(2),
@@ -159,7 +155,8 @@ def mean_and_margin(values: np.ndarray, pairs: list[tuple[int, int]]) -> tuple[f
     # The difference can fall below its parts, even below zero, when contents and styles offset each other.
     variance = max(by_content + by_style - by_pair, by_content, by_style)
     freedom = min((len(set(numbers)) for numbers in clusters[:2] if len(set(numbers)) > 1), default=1) - 1
-    return mean, t_quantile(freedom) * math.sqrt(variance) if freedom else math.inf
+    margin = t_quantile(freedom) * math.sqrt(variance) if freedom else math.inf
+    return {"mean": mean, "interval": [mean - margin, mean + margin] if math.isfinite(margin) else None}
 
 
 def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
@@ -171,8 +168,7 @@ def _cluster_variance(residuals: np.ndarray, numbers: list[int]) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured. values: (pairs, models, metrics); pairs: content and style picture of each, by number or path.
-    """
+    """What was measured. values: (pairs, models, metrics); pairs: of content and style, each by number or path."""
 
     values: np.ndarray
     pairs: list[tuple]
@@ -180,18 +176,12 @@ class Measurement:
     metrics: tuple[str, ...]
 
     def summary(self, model: int, minus: int | None = None) -> dict[str, dict]:
-        """Mean and 95% interval of every metric for one model, or of its differences from another, pair by pair."""
-        values = self.values[:, model] - (0.0 if minus is None else self.values[:, minus])
-        summaries = {}
-        for number, metric in enumerate(self.metrics):
-            mean, margin = mean_and_margin(values[:, number], self.pairs)
-            interval = [mean - margin, mean + margin] if math.isfinite(margin) else None
-            summaries[metric] = {"mean": mean, "interval": interval}
-        return summaries
+        """Every metric's `summarize` for one model, or of its differences from another, pair by pair."""
+        values = self.values[:, model] - (0.0 if minus is None else self.values[:, minus])  # (pairs, metrics)
+        return {metric: summarize(of_metric, self.pairs) for metric, of_metric in zip(self.metrics, values.T)}
 
     def table(self) -> str:
-        """Models down, metrics across; below, each further model's difference from the first. A metric that is none of
-        METRICS stands under its own name."""
+        """Models down, metrics across; below, differences from the first. What is not in METRICS has its own name."""
         summaries = {name: self.summary(model) for model, name in enumerate(self.names)}
         summaries |= {f"{name} - {self.names[0]}": self.summary(model, minus=0)
                       for model, name in enumerate(self.names) if model}

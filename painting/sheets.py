@@ -22,8 +22,7 @@ Key = tuple
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures in cells of one size: the key of the picture in each cell, or None; and a title over every column,
-    where there are titles."""
+    """Pictures in cells of one size: each cell's key, or None; and where there are titles, one over every column."""
 
     name: str
     rows: list[list[Key | None]]
@@ -58,8 +57,7 @@ class Sheet:
 
 
 def contact_sheet(pairs: list[tuple[int, int]], names: list[str]) -> Sheet:
-    """Every content with every style: contents down the left, and under every style the outputs of all models side by
-    side. names: of the models."""
+    """Contents down the left, and under every style the outputs of all models side by side. names: of the models."""
     contents, styles = (sorted(set(numbers)) for numbers in zip(*pairs))
     outputs = [(style, column) for style in styles for column in range(len(names))]
     rows = [[None, *(("style", style) for style, _ in outputs)]]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -16,7 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 from data import PictureError, denormalize, load_alpha, look_at, normalize, prepare_picture, to_pil
 from network import StyleTransferNetwork, align
 from painting.control import PRESERVED, MaskedStyle, Style, check_mask, check_styles, keep_colors, match_colors, mix
-from painting.tiling import TILES, TiledPicture, at_level, cut, least_tile, memory_needed
+from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
 from weights import find_model_file, load_network, model_names
 
@@ -50,8 +51,7 @@ def open_models(config) -> list[OpenedModel]:
 
 
 def common_backbone(models: Sequence[OpenedModel], flag: str, advice: str = "") -> str:
-    """The backbone of the models. Raises UserError, naming the flag, where there are several: losses are measured with
-    the VGG of the backbone."""
+    """The models' backbone, whose VGG measures losses. Raises UserError, naming the flag, where there are several."""
     backbones = {model.network.config.backbone: model.file for model in models}
     if len(backbones) > 1:
         found = " and ".join(f"{file} is a {backbone} network" for backbone, file in backbones.items())
@@ -65,8 +65,7 @@ class UnusablePicture(UserError):
 
 @contextmanager
 def usable(path, name: str):
-    """Within the block, what is wrong with a picture, a path or of Pillow, is raised as an UnusablePicture. name: of
-    the argument that named it."""
+    """What is wrong with a picture, a path or Pillow's, raises UnusablePicture in the block. name: of its argument."""
     try:
         yield
     except (PictureError, MemoryError, RuntimeError) as error:
@@ -80,8 +79,7 @@ def usable(path, name: str):
 
 
 def load_input(path: Path, config, name: str, least_side: int = 1) -> Tensor:
-    """One picture as (1, 3, H, W), uint8. Raises UnusablePicture when it cannot be used, or has a side of fewer pixels
-    than `least_side`."""
+    """One picture, (1, 3, H, W), uint8. Raises UnusablePicture, also where a side is below `least_side` pixels."""
     with usable(path, name):
         picture = prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
         height, width = picture.shape[2:]
@@ -150,8 +148,7 @@ class Stylizer:
 
     @torch.inference_mode()
     def paint_picture(self, content, style, strength: float = 1.0, *, keeps_colors: bool = False) -> Image.Image:
-        """`paint` of one content picture, as a picture: in tiles, nothing else is as large. Raises UserError where what
-        is painted is not finite."""
+        """`paint` of one content, as a picture: in tiles, nothing else is as large. Raises UserError if not finite."""
         content = self.open(content)
         painted = Image.new("RGB", content.pixels.shape[:1:-1])
         for rows, columns, tile in self._painted(content, style, strength, keeps_colors):
@@ -241,8 +238,8 @@ class Stylizer:
             if not weights:
                 return parts[0]
             shares = [cut(weight, rows, columns) for weight in weights]
-            return [sum(part * at_level(share, level) for part, share in zip(level_parts, shares))
-                    for level, level_parts in enumerate(zip(*parts))]
+            return [sum(part * F.interpolate(share, part.shape[2:]) for part, share in zip(of_level, shares))
+                    for of_level in zip(*parts)]
 
         for rows, columns, tile in content.paint(align_regions):
             if keeps_colors:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import normalize
@@ -49,19 +50,10 @@ def shallower_width(config: NetworkConfig) -> float:
     return sum(width << 2 * level for level, width in enumerate(config.level_widths) if level) / config.stride**2
 
 
-def cut(feature: Tensor, rows: range, columns: range) -> Tensor:
-    """The part of (B, C, H, W) that is at these rows and columns, not copied."""
-    return feature[:, :, rows.start : rows.stop, columns.start : columns.stop]
-
-
-def spans_at(level: int, *spans: range) -> list[range]:
-    """Rows or columns of the bottleneck as those of the feature so many levels above it."""
-    return [range(span.start << level, span.stop << level) for span in spans]
-
-
-def at_level(weight: Tensor, level: int) -> Tensor:
-    """Weights of the bottleneck's positions, (1, 1, h, w), for the feature so many levels above it: each repeated."""
-    return weight.repeat_interleave(1 << level, dim=2).repeat_interleave(1 << level, dim=3)
+def cut(feature: Tensor, rows: range, columns: range, level: int = 0) -> Tensor:
+    """The part of (B, C, H, W) that is at these rows and columns, not copied. level: how many levels the feature is
+    above the bottleneck whose rows and columns they are."""
+    return feature[:, :, rows.start << level : rows.stop << level, columns.start << level : columns.stop << level]
 
 
 class TiledPicture:
@@ -104,10 +96,10 @@ class TiledPicture:
         for rows, columns in self._progress("encode"):
             features = self.features(rows, columns)
             for of_weight, weight in zip(moments, weights or [None]):
-                for level, (each, feature) in enumerate(zip(of_weight, features)):
-                    each.add(feature, None if weight is None else at_level(cut(weight, rows, columns), level))
+                for each, feature in zip(of_weight, features):
+                    each.add(feature, None if weight is None else cut(weight, rows, columns))
             for level, whole in enumerate(kept):
-                cut(whole, *spans_at(level, rows, columns)).copy_(features[level])
+                cut(whole, rows, columns, level).copy_(features[level])
         self.kept = self.kept or kept or (features if len(self.tiles) == 1 else None)
         merged = [zip(*(each.result() for each in of_weight)) for of_weight in moments]
         statistics = [tuple(torch.cat(values, dim=1).to(like.dtype) for values in each) for each in merged]
@@ -129,15 +121,14 @@ class TiledPicture:
             del decoded
 
     def features(self, rows: range, columns: range) -> list[Tensor]:
-        """What AdaIN acts on at these positions of `grid`: the bottleneck, (B, C, rows, columns), and the shallower
-        levels there."""
+        """What AdaIN acts on at positions of `grid`: the bottleneck, (B, C, rows, columns), then shallower levels."""
         if self.kept is not None:
-            return [cut(kept, *spans_at(level, rows, columns)) for level, kept in enumerate(self.kept)]
+            return [cut(kept, rows, columns, level) for level, kept in enumerate(self.kept)]
         read = self._widened((rows, columns), self.halos[0])
         parameter = next(self.network.parameters())
         image = normalize(cut(self.pixels, *self._pixels_of(read)).to(parameter.device)).to(parameter.dtype)
         within = _within((rows, columns), read)
-        return [cut(feature, *spans_at(level, *within)) for level, feature in enumerate(self.network.encode(image))]
+        return [cut(feature, *within, level) for level, feature in enumerate(self.network.encode(image))]
 
     def _widened(self, spans: Sequence[range], halo: int) -> list[range]:
         """Rows and columns of the grid with a halo on all sides, as far as there is something."""
@@ -167,12 +158,12 @@ class Moments:
         self.weight = self.squares = self.mean = self.deviations = 0.0  # sums of w, w^2, and of w (x - mean)^2
 
     def add(self, feature: Tensor, weights: Tensor | None) -> None:
-        """feature: (B, C, h, w); weights: (1, 1, h, w), 0 or more; None: 1 everywhere."""
+        """feature: (B, C, h, w); weights: (1, 1, h, w) or coarser, 0 or more; None: 1 everywhere."""
         if weights is None:
             mean, deviations = (moment.double() for moment in channel_moments(feature))
             weight = squares = feature.shape[2] * feature.shape[3]
         else:
-            feature, weights = feature.double(), weights.double()
+            feature, weights = feature.double(), F.interpolate(weights.double(), feature.shape[2:])
             weight, squares = weights.sum().item(), weights.square().sum().item()
             if weight == 0.0:
                 return

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from data import PictureError, prepare_picture
 from folders import find_pictures, is_searched
 from painting.control import check_styles
 from painting.pairs import check_outputs
-from painting.stylizer import Stylizer, load_input
-from utils import UserError, make_folder, note, progress_bar, replacing
+from painting.stylizer import load_input, make_stylizers, open_models
+from utils import UserError, import_extra, make_folder, note, progress_bar, replacing
 
 # Container, encoder and its settings, by the suffix of a file to write. Quick enough to keep up with a small network.
 _H264 = ("libx264", {"preset": "superfast", "crf": "18"})
@@ -33,14 +32,6 @@ _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo")  # a frame's number
 _STATE_THEIR_LENGTH = ("mov", "matroska")  # at their beginning, which a file that is cut short still has
 _UNSPECIFIED, _BT709, _LIMITED, _PQ, _HLG = 2, 1, 1, 16, 18  # in libavutil: colours, their range, transfer functions
 _HD_HEIGHT = 720  # from here on players take colours that a file does not name for BT.709
-
-
-def _import(module: str, wanted_by: str):
-    """A package that only videos need. Raises UserError where it is not there."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f"{wanted_by}: {error}; in the toolkit's folder: pip install '.[video]'") from error
 
 
 @dataclass
@@ -77,7 +68,7 @@ def open_video(path: Path, flag: str, config):
     Raises UserError, also while frames are read, for what is no video, has no video stream or too many pixels.
     """
     source = f"{flag} {path}"
-    av = _import("av", source)
+    av = import_extra("av", "video", source)
     try:
         container = av.open(f"file:{path}", options={"format_whitelist": _READ})
     except av.FFmpegError as error:
@@ -123,8 +114,7 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
 
 
 def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
-    """The frames of `stream`, PyAV's. The packets of sound go to the clip, counted from `start`, in seconds, and so do
-    faults."""
+    """The frames of `stream`, PyAV's. Packets of sound, counted from `start`, in seconds, and faults go to the clip."""
     def packets() -> Iterator:
         try:
             yield from container.demux()  # at the end of the file, an empty packet has the decoder give what it holds
@@ -215,10 +205,10 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
     in `Blender`, 0 for none. Returns the number of frames. Raises UserError when there is none, or when the video
     cannot be written.
     """
-    av = _import("av", f"save_path {target}")
+    av = import_extra("av", "video", f"save_path {target}")
     with ThreadPoolExecutor(2) as threads, replacing(target) as file:
         if temporal_smoothing:
-            _import("cv2", "temporal_smoothing")
+            import_extra("cv2", "video", "temporal_smoothing")
             from painting.smoothing import Blender, MotionTracker, paint_on_grid
 
             tracker, blender = MotionTracker(stride), Blender(temporal_smoothing)
@@ -230,7 +220,7 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
             read = _ahead(clip.frames, threads)
             frames = _ahead((replace(frame, pixels=paint(frame.pixels)) for frame in read), threads)
         try:
-            return _write(frames, clip, target, file.name)
+            return _write(av, frames, clip, target, file.name)
         except av.FFmpegError as error:
             raise UserError(f"save_path {target}: the video cannot be written ({error.strerror or error})") from error
 
@@ -243,10 +233,9 @@ def _ahead(items: Iterator, threads: ThreadPoolExecutor) -> Iterator:
         yield item
 
 
-def _write(frames: Iterator[Frame], clip: Clip, target: Path, path: str) -> int:
+def _write(av, frames: Iterator[Frame], clip: Clip, target: Path, path: str) -> int:
     """Encode the frames into the file at `path`, and copy the clip's packets of sound as they are. target: the file's
     later name, whose suffix says the format. Returns the number of frames."""
-    av = import_module("av")
     first = next(frames, None)
     if first is None:
         raise UserError(f"{clip.source}: no frame of it can be read" + (f" ({clip.fault})" if clip.fault else ""))
@@ -312,8 +301,7 @@ def makes_video(config) -> bool:
 
 
 def check_video(config) -> Path:
-    """The video file that test mode is to write. Raises UserError for what cannot be made a video, or is more than one.
-    """
+    """The video file to write. Raises UserError for what cannot be made a video, or is more than one."""
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
     for flag, values in ((content_flag, contents), ("load_path", config.load_path),
                          ("style_strength", config.style_strength), (style_flag, styles)):
@@ -337,11 +325,11 @@ def check_video(config) -> Path:
     return target
 
 
-def stylize_video(config, stylizer: Stylizer, target: Path) -> int:
-    """Test mode's work where `makes_video`. config: its settings; target: of `check_video`.
-
-    Returns the exit code, 1 where not every frame could be read. Raises UserError for what the user can put right.
-    """
+def stylize_video(config, device: torch.device) -> int:
+    """Test mode's work where `makes_video`. config: a TestConfig. Returns the exit code, 1 where not every frame could
+    be read. Raises UserError for what the user can put right."""
+    target = check_video(config)
+    (stylizer,) = make_stylizers(config, open_models(config), device).values()
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
     content, (strength,) = Path(contents[0]), config.style_strength
     of_styles = replace(config, imsize=config.style_size or config.imsize)

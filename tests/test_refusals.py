@@ -150,6 +150,8 @@ PICTURES_AND_FILES = (
     ("test", TEST + "--content {tmp}/cut.zip --save_path {tmp}/out", "{tmp}/cut.zip: not a whole .zip archive"),
     ("test", TEST + "--content {tmp}/content --save_path {tmp}/content/out",
      "--save_path {tmp}/content/out: belongs to --content {tmp}/content"),
+    ("test", TEST + "--style {tmp}/style --style_weights 1 1 --save_path {tmp}/style/mixed.png",
+     "--save_path {tmp}/style: belongs to --style {tmp}/style"),
 )
 
 SEVERAL = PRUNE + "--load_path {tmp}/model.pth {tmp}/narrow.pth --vgg_weights random "

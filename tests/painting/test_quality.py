@@ -20,7 +20,7 @@ from main import main
 from network import LossNetwork, NetworkConfig, build_from_vgg
 from painting import quality
 from painting.pairs import choose_pairs, note_learned_from
-from painting.quality import METRICS, MIN_SIDE, Measurement, Meter, flat_tiles, mean_and_margin, ssim, tile_deviations
+from painting.quality import METRICS, MIN_SIDE, Measurement, Meter, flat_tiles, ssim, summarize, tile_deviations
 from painting.sheets import comparison_sheet
 from train import TrainConfig
 from training.step import TransferTrainer
@@ -187,8 +187,10 @@ CROSSED = [(content, style) for content in range(3) for style in range(3)]
     ([(0, 0)], [5], math.inf, 1),
 ])
 def test_intervals_by_hand(pairs, values, variance, quantile):
-    mean, margin = mean_and_margin(np.array(values, float), pairs)
-    assert mean == np.mean(values) and margin == pytest.approx(quantile * math.sqrt(variance), rel=1e-5)
+    summary, mean = summarize(np.array(values, float), pairs), np.mean(values)
+    low, high = summary["interval"] or (-math.inf, math.inf)
+    desired = pytest.approx(quantile * math.sqrt(variance), rel=1e-5)
+    assert summary["mean"] == mean and mean - low == desired and high - mean == desired
 
 
 def test_differences_are_taken_pair_by_pair():

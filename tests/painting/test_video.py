@@ -385,7 +385,8 @@ def texture(seed: int = 0, side: int = 200) -> np.ndarray:
 def painted_frames(tmp_path, monkeypatch, frames, paint, smoothing: float) -> list[np.ndarray]:
     """What is encoded: `frames` painted and smoothed."""
     written = []
-    monkeypatch.setattr(video, "_write", lambda frames, *_: written.extend(each.pixels.astype(int) for each in frames))
+    monkeypatch.setattr(video, "_write", lambda _, frames, *more: written.extend(
+        each.pixels.astype(int) for each in frames))
     clip = video.Clip("content x", Fraction(1, 10), Fraction(10), frames=(
         video.Frame(np.ascontiguousarray(pixels), number, 1) for number, pixels in enumerate(frames)))
     video.paint_video(clip, tmp_path / "out.mkv", paint, 8, smoothing)

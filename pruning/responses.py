@@ -147,11 +147,9 @@ def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
             for path, loading in [(path, pool.submit(load_input, path, config, name)) for path in chunk]:
                 bar.update()
                 try:
-                    picture = loading.result()
+                    yield str(path), loading.result()
                 except UserError as error:
                     failed.add(path, str(error))
-                    continue
-                yield str(path), picture
     note(failed.summary())
 
 

@@ -1,6 +1,6 @@
 """What pruning shows: which channels are off for which picture, how strong they are, what cutting them does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,14 +76,14 @@ def plot_widths(layers: list[dict], size: int, path: Path) -> None:
         axes.legend(frameon=False)
 
 
-def plot_panels(panels: Sequence[tuple[str, Image.Image]], path: Path) -> None:
-    """Pictures with a title over each, five in a row."""
+def plot_panels(panels: Mapping[str, Image.Image], path: Path) -> None:
+    """Pictures by the title over each, five in a row."""
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     with saved_axes(path, 2.6 * columns, 2.9 * rows, rows, columns) as every_axes:
         for axes in every_axes.flat:
             axes.axis("off")
-        for axes, (title, picture) in zip(every_axes.flat, panels):
+        for axes, (title, picture) in zip(every_axes.flat, panels.items()):
             axes.imshow(picture)
             axes.set_title(title, fontsize=10)
 

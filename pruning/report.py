@@ -4,6 +4,7 @@ networks beside each other."""
 import io
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import denormalize, normalize, to_pil
-from network import StyleTransferNetwork, align, bottleneck_conv, conv_layers, level_statistics
+from network import StyleTransferNetwork, align, bottleneck_conv, conv_layers, level_statistics, resized
 from painting.quality import INTERVAL, METRICS, Measurement, Meter, show_summary
 from painting.stylizer import load_input
 from pruning.plots import plot_curves, plot_l0_maps, plot_panels
@@ -62,31 +63,26 @@ def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, p
 
 @torch.inference_mode()
 def paint_with_cuts(network: StyleTransferNetwork, responses: Responses, content: Tensor, style: Tensor,
-                    numbers: list[int], strength: float) -> list[Tensor]:
-    """The network's pictures without its n weakest bottleneck channels, for each n.
+                    numbers: Iterable[int], strength: float) -> dict[int, Tensor]:
+    """The network's pictures without its n weakest bottleneck channels, by n, for each n that it has.
 
     content, style: (1, 3, H, W), ImageNet-normalised, as is what returns. AdaIN treats channels one by one, so that the
     features of the others stay as they are, and a channel that is zero feeds the decoder nothing.
     """
     aligned, *shallower = align(network.encode(content), *level_statistics(network.encode(style)), strength)
-    height, width = content.shape[2:]
-    outputs = []
-    for number in numbers:
-        feature = aligned.clone()
-        feature[:, responses.weakest_first[:number]] = 0
-        outputs.append(network.decoder(feature, *shallower)[:, :, :height, :width])
-    return outputs
+    weakest = torch.from_numpy(responses.weakest_first).to(aligned.device)
+    return {number: resized(network.decoder(aligned.index_fill(1, weakest[:number], 0), *shallower), *content.shape[2:])
+            for number in numbers if number < len(weakest)}
 
 
 def paint_grid(network: StyleTransferNetwork, responses: Responses, config, path: Path) -> None:
     """Content, style, and the output after cutting the n weakest channels, for each n that the network has. config: a
     PruneConfig."""
-    numbers = [number for number in config.prune_nums or GRID_NUMBERS if number < network.config.bottleneck_width]
     device = next(network.parameters()).device
     pair = [normalize(picture) for picture in load_pair((config.content, config.style), config, device)]
-    outputs = paint_with_cuts(network, responses, *pair, numbers, config.style_strength)
-    titles = ["Content", "Style", *(f"Prune {number} channels" for number in numbers)]
-    plot_panels([(title, to_pil(denormalize(picture))) for title, picture in zip(titles, pair + outputs)], path)
+    outputs = paint_with_cuts(network, responses, *pair, config.prune_nums or GRID_NUMBERS, config.style_strength)
+    panels = dict(zip(("Content", "Style"), pair)) | {f"Prune {number} channels": outputs[number] for number in outputs}
+    plot_panels({title: to_pil(denormalize(picture)) for title, picture in panels.items()}, path)
 
 
 @torch.inference_mode()
@@ -94,20 +90,17 @@ def measure_losses(network: StyleTransferNetwork, cut: StyleTransferNetwork, res
                    config) -> dict:
     """The meter's metrics over the pairs that were set aside: "metrics" of the cut network, and as "curve" those of the
     network without its n weakest channels, for each n that it has, with n as "cut". config: a PruneConfig."""
-    numbers = [number for number in sorted(set(config.prune_nums or CURVE_NUMBERS))
-               if number < network.config.bottleneck_width]
-    values = []
+    values, numbers = [], sorted(config.prune_nums or CURVE_NUMBERS)
     with progress_bar(len(responses.pairs), "measure losses", "pair") as bar:
         for pair in responses.pairs:
             content, style = load_pair(pair, config, meter.device)
             both = normalize(content), normalize(style)
-            outputs = [cut(*both, config.style_strength),
-                       *paint_with_cuts(network, responses, *both, numbers, config.style_strength)]
+            painted = paint_with_cuts(network, responses, *both, numbers, config.style_strength)
+            outputs = [cut(*both, config.style_strength), *painted.values()]
             values.append(meter.measure(meter.open_content(content), meter.open_style(style), outputs).cpu())
             bar.update()
-    names = ["cut", *map(str, numbers)]
-    measurement = Measurement(torch.stack(values).numpy(), responses.pairs, names, meter.metrics)
-    curve = [{"cut": number} | measurement.summary(place) for place, number in enumerate(numbers, start=1)]
+    measurement = Measurement(torch.stack(values).numpy(), responses.pairs, ["cut", *map(str, painted)], meter.metrics)
+    curve = [{"cut": number} | measurement.summary(place) for place, number in enumerate(painted, start=1)]
     return {"metrics": measurement.summary(0), "curve": curve}
 
 
@@ -115,8 +108,7 @@ def build_report(model_file: Path, before: StyleTransferNetwork, after: StyleTra
                  constants: Constants, responses: Responses, meter: Meter | None, config) -> dict:
     """What the cut changed, as plain values for `report.json`; with a meter the losses, too. config: a PruneConfig."""
     size, device = config.report_size, next(before.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    pair = [torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2)]
+    pair = torch.randn(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         times = time_in_turns([lambda: before(*pair), lambda: after(*pair)], config.latency_runs, device)
     dtypes = torch.float32, torch.float16 if config.half else torch.float32

@@ -36,10 +36,8 @@ def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tenso
 @torch.inference_mode()
 def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, content: Tensor, style: Tensor,
                    strength: float) -> float:
-    """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded.
-
-    content, style: (1, 3, H, W), uint8.
-    """
+    """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded. content,
+    style: (1, 3, H, W), uint8."""
     content, style = normalize(content), normalize(style)
     first, second = (denormalize(network(content, style, strength)) for network in (before, after))
     return (first - second).abs().max().item() * 255.0
@@ -48,7 +46,7 @@ def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, co
 def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, pairs: list[tuple[str, str]],
                     config) -> list[dict]:
     """The largest change of a colour value over the pairs, as large as the measured pictures and half as large, for
-    each strength; empty without pairs. config: a PruneConfig."""
+    each strength; empty without pairs."""
     device = next(before.parameters()).device
     half = replace(config, imsize=max(1, config.imsize // 2), cropsize=max(1, config.cropsize // 2))
     strengths = sorted({*STRENGTHS, config.style_strength}, reverse=True)
@@ -76,8 +74,7 @@ def paint_with_cuts(network: StyleTransferNetwork, responses: Responses, content
 
 
 def paint_grid(network: StyleTransferNetwork, responses: Responses, config, path: Path) -> None:
-    """Content, style, and the output after cutting the n weakest channels, for each n that the network has. config: a
-    PruneConfig."""
+    """Content, style, and the output after cutting the n weakest channels, for each n that the network has."""
     device = next(network.parameters()).device
     pair = [normalize(picture) for picture in load_pair((config.content, config.style), config, device)]
     outputs = paint_with_cuts(network, responses, *pair, config.prune_nums or GRID_NUMBERS, config.style_strength)
@@ -89,7 +86,7 @@ def paint_grid(network: StyleTransferNetwork, responses: Responses, config, path
 def measure_losses(network: StyleTransferNetwork, cut: StyleTransferNetwork, responses: Responses, meter: Meter,
                    config) -> dict:
     """The meter's metrics over the pairs that were set aside: "metrics" of the cut network, and as "curve" those of the
-    network without its n weakest channels, for each n that it has, with n as "cut". config: a PruneConfig."""
+    network without its n weakest channels, for each n that it has, with n as "cut"."""
     values, numbers = [], sorted(config.prune_nums or CURVE_NUMBERS)
     with progress_bar(len(responses.pairs), "measure losses", "pair") as bar:
         for pair in responses.pairs:
@@ -106,7 +103,7 @@ def measure_losses(network: StyleTransferNetwork, cut: StyleTransferNetwork, res
 
 def build_report(model_file: Path, before: StyleTransferNetwork, after: StyleTransferNetwork, cuts: Cuts,
                  constants: Constants, responses: Responses, meter: Meter | None, config) -> dict:
-    """What the cut changed, as plain values for `report.json`; with a meter the losses, too. config: a PruneConfig."""
+    """What the cut changed, as plain values for `report.json`; with a meter the losses, too."""
     size, device = config.report_size, next(before.parameters()).device
     pair = torch.randn(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
@@ -203,7 +200,7 @@ def _column(report: dict) -> dict[str, str]:
 def write_comparison(reports: dict[str, dict], responses: dict[str, Responses], meter: Meter, config,
                      folder: Path) -> None:
     """Write l0_maps.png, curves.png, curves.json, report.json and table.md of several networks, by name, into the
-    folder. All were measured with the same pictures, and have the same pairs set aside. config: a PruneConfig."""
+    folder. All were measured with the same pictures, and have the same pairs set aside."""
     plot_l0_maps(responses, folder / "l0_maps.png")
     curves = {name: report["curve"] for name, report in reports.items()}
     plot_curves(curves, {name: len(found.off_for_all) for name, found in responses.items()},

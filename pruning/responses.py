@@ -113,9 +113,7 @@ class Responses:
 def choose_pictures(config) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
     """Up to `prune_images` pictures of each folder to measure, by the name of its flag, and up to `pairs` pairs of
     others, set aside to see what a cut changes that they had no part in: at most a quarter of a folder or one picture,
-    none where it has no other.
-
-    config: a PruneConfig. Always the same ones of the same folders. Raises UserError for folders without pictures.
+    none where it has no other. Always the same ones of the same folders. Raises UserError for folders without pictures.
     """
     measured, aside = {}, []
     for name in FOLDERS:
@@ -136,10 +134,8 @@ def choose_pictures(config) -> tuple[dict[str, list[Path]], list[tuple[str, str]
 
 
 def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every picture that can be used: its path, and its pixels, (1, 3, H, W), uint8; the others are noted.
-
-    name: of the folder's flag. Raises UserError when over 10% of the pictures fail.
-    """
+    """Every picture that can be used: its path, and its pixels, (1, 3, H, W), uint8; the others are noted. name: of the
+    folder's flag. Raises UserError when over 10% of the pictures fail."""
     failed = FailedPictures(getattr(config, name), f"--{name}", len(paths))
     with ThreadPoolExecutor() as pool, progress_bar(len(paths), f"measure {name}", "picture") as bar:
         for start in range(0, len(paths), DECODED_AT_ONCE):
@@ -160,8 +156,7 @@ def measure_responses(network: StyleTransferNetwork, config, pictures: dict[str,
     that can be cut, those of the decoder while it paints content i in style i, the shorter list starting over, so that
     every picture occurs.
 
-    config: a PruneConfig. pictures, pairs: of `choose_pictures`. Raises UserError when over 10% of the pictures of a
-    folder fail.
+    pictures, pairs: of `choose_pictures`. Raises UserError when over 10% of the pictures of a folder fail.
     """
     summaries = {name: {} for name in FOLDERS}  # by picture
     codes, painted, contents = [], [], len(pictures["content_dir"])

@@ -17,7 +17,7 @@ Constants = dict[str, dict[int, float]]  # what takes the place of cut channels,
 
 
 def select(network: StyleTransferNetwork, responses: Responses, config) -> tuple[Cuts, Constants]:
-    """What a PruneConfig asks for: channels of every layer, or of the bottleneck alone."""
+    """What the config asks for: channels of every layer, or of the bottleneck alone."""
     if not config.every_layer:
         return {bottleneck_conv(network.config): select_in_bottleneck(responses, config)}, {}
     if config.prune_rank == "magnitude":
@@ -32,11 +32,8 @@ def rounded_width(width: int, before: int, multiple: int) -> int:
 
 def select_in_bottleneck(responses: Responses, config) -> list[int]:
     """The bottleneck channels to cut, weakest first: those named, the N weakest, or those that are off for every
-    picture.
-
-    config: a PruneConfig. The strongest of them stay where the width that is left is to be a multiple of `round_to`.
-    Raises UserError when nothing would be left.
-    """
+    picture. The strongest of them stay where the width that is left is to be a multiple of `round_to`. Raises UserError
+    when nothing would be left."""
     width = responses.l2.shape[1]
     if config.prune_channels is not None:
         channels = config.prune_channels
@@ -64,8 +61,8 @@ def macs_of_widths(layers: list[ConvLayer], widths: Widths) -> int:
 
 
 def most_macs(network: NetworkConfig, config) -> float:
-    """The multiply-adds that `prune_macs` of a PruneConfig allows; infinite where it is not given. Raises UserError
-    when no cut would meet it."""
+    """The multiply-adds that `prune_macs` allows; infinite where it is not given. Raises UserError when no cut would
+    meet it."""
     if config.prune_macs is None:
         return math.inf
     layers = conv_layers(network, config.report_size)
@@ -78,7 +75,7 @@ def most_macs(network: NetworkConfig, config) -> float:
 
 
 def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses], config) -> tuple[Cuts, Constants]:
-    """The channels to cut from every conv but the last. config: a PruneConfig.
+    """The channels to cut from every conv but the last.
 
     First those go that are off, and those that are constant, but for those of an encoder that pads with zeros, before
     the bottleneck (see `surgery.cut_channels`): both exactly, for everything measured. With `prune_macs`, the least
@@ -122,10 +119,8 @@ def cut_together(network: NetworkConfig) -> list[tuple[str, ...]]:
 
 def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
     """Plain magnitude pruning, to compare with: each layer keeps the same fraction of its channels, the largest that
-    meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
-
-    config: a PruneConfig. Nothing takes the place of a cut channel.
-    """
+    meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1). Nothing
+    takes the place of a cut channel."""
     layers, multiple = conv_layers(network.config, config.report_size), config.round_to
     least, most = least_widths(layers, multiple), most_macs(network.config, config)
     for kept in range(FRACTION_STEPS, -1, -1):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from painting.quality import METRICS
 from pruning.responses import Responses
 from utils import write_atomically
 
@@ -61,9 +62,9 @@ def plot_l2_curve(responses: Responses, path: Path) -> None:
         axes.legend(frameon=False)
 
 
-def plot_widths(layers: list[dict], size: int, path: Path) -> None:
-    """The channels of every conv before and after the cut, in forward order; layers: rows of the report, whose
-    multiply-adds are for pairs of `size` x `size` pictures."""
+def plot_widths(report: dict, path: Path) -> None:
+    """The channels of every conv before and after the cut, in forward order. report: of `report.build_report`."""
+    layers, size = report["layers"], report["size_of_macs_and_latency"]
     places = np.arange(len(layers))
     with saved_axes(path, 9, 4.2) as [[axes]]:
         axes.bar(places, [layer["width_before"] for layer in layers], color="lightgray", label="before")
@@ -71,7 +72,7 @@ def plot_widths(layers: list[dict], size: int, path: Path) -> None:
         axes.bar_label(bars, fontsize=7)
         axes.set_xticks(places, [layer["name"].replace(".layers.0.", " ") for layer in layers], rotation=60, ha="right",
                         rotation_mode="anchor", fontsize=8)
-        before, after = (sum(layer[f"macs_{when}"] for layer in layers) / 1e9 for when in ("before", "after"))
+        before, after = (report[f"macs_{when}"] / 1e9 for when in ("before", "after"))
         axes.set(ylabel="channels", title=f"multiply-adds at {size} x {size}: {before:.4g} to {after:.4g} x $10^9$")
         axes.legend(frameon=False)
 
@@ -88,20 +89,17 @@ def plot_panels(panels: Mapping[str, Image.Image], path: Path) -> None:
             axes.set_title(title, fontsize=10)
 
 
-def plot_curves(curves: Mapping[str, list[dict]], marks: Mapping[str, int], titles: Mapping[str, str],
-                path: Path) -> None:
-    """The mean of every metric over the number of channels cut, a curve for each network.
-
-    curves: by network, a dictionary for each number: "cut", and for every metric its "mean". marks: by network, how
-    many channels are off for all pictures. titles: of the metrics, by name.
-    """
-    with saved_axes(path, 5 * len(titles), 4.4, columns=len(titles)) as [every_axes]:
-        for axes, (metric, title) in zip(every_axes, titles.items()):
-            for color, (name, points) in enumerate(curves.items()):
-                label = shown_name(name)
+def plot_curves(reports: Mapping[str, dict], path: Path) -> None:
+    """The mean of every metric over the number of channels cut, a curve for each network, by name, and a dotted line at
+    how many are off for all pictures. reports: of `report.build_report`, with losses."""
+    metrics = next(iter(reports.values()))["metrics"]
+    with saved_axes(path, 5 * len(metrics), 4.4, columns=len(metrics)) as [every_axes]:
+        for axes, metric in zip(every_axes, metrics):
+            for color, (name, report) in enumerate(reports.items()):
+                label, off, points = shown_name(name), report["channels_zero_for_all"], report["curve"]
                 axes.plot([point["cut"] for point in points], [point[metric]["mean"] for point in points],
                           f"C{color}.-", label=label)
-                axes.axvline(marks[name], color=f"C{color}", linestyle=":", linewidth=1, label=f"{label}: off for all")
-            axes.set(xlabel="bottleneck channels cut, weakest first", ylabel=title, ylim=(0, None))
-        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(curves)),
+                axes.axvline(off, color=f"C{color}", linestyle=":", linewidth=1, label=f"{label}: off for all")
+            axes.set(xlabel="bottleneck channels cut, weakest first", ylabel=METRICS[metric], ylim=(0, None))
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(reports)),
                            frameon=False)

@@ -62,11 +62,9 @@ def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, p
 @torch.inference_mode()
 def paint_with_cuts(network: StyleTransferNetwork, responses: Responses, content: Tensor, style: Tensor,
                     numbers: Iterable[int], strength: float) -> dict[int, Tensor]:
-    """The network's pictures without its n weakest bottleneck channels, by n, for each n that it has.
-
-    content, style: (1, 3, H, W), ImageNet-normalised, as is what returns. AdaIN treats channels one by one, so that the
-    features of the others stay as they are, and a channel that is zero feeds the decoder nothing.
-    """
+    """The network's pictures without its n weakest bottleneck channels, by n, for each n that it has: as
+    `surgery.cut_bottleneck` has them, without encoding anew, since a channel that is zero feeds the decoder nothing.
+    content, style: (1, 3, H, W), ImageNet-normalised, as is what returns."""
     aligned, *shallower = align(network.encode(content), *level_statistics(network.encode(style)), strength)
     weakest = torch.from_numpy(responses.weakest_first).to(aligned.device)
     return {number: resized(network.decoder(aligned.index_fill(1, weakest[:number], 0), *shallower), *content.shape[2:])
@@ -202,12 +200,10 @@ def write_comparison(reports: dict[str, dict], responses: dict[str, Responses], 
     """Write l0_maps.png, curves.png, curves.json, report.json and table.md of several networks, by name, into the
     folder. All were measured with the same pictures, and have the same pairs set aside."""
     plot_l0_maps(responses, folder / "l0_maps.png")
-    curves = {name: report["curve"] for name, report in reports.items()}
-    plot_curves(curves, {name: len(found.off_for_all) for name, found in responses.items()},
-                {metric: METRICS[metric] for metric in meter.metrics}, folder / "curves.png")
+    plot_curves(reports, folder / "curves.png")
     about = {"interval": INTERVAL, "pairs": next(iter(responses.values())).pairs, "imsize": config.imsize,
              "cropsize": config.cropsize, "style_strength": config.style_strength, "vgg_weights": meter.vgg_origin}
-    table = format_table(reports)
+    table, curves = format_table(reports), {name: report["curve"] for name, report in reports.items()}
     for name, content in (("curves", about | {"networks": curves}),
                           ("report", about | {"table": table.splitlines(), "networks": reports})):
         write_text_atomically(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")

@@ -51,9 +51,7 @@ def quantize_files(files: dict[Path, bytes], pairs: list[tuple[Tensor, Tensor]])
 
 def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
     """The graph of an ONNX file with unsigned 8-bit activations, and signed 8-bit filters with a scale a channel.
-
-    inputs: by input name, what the ranges of the activations are measured with.
-    """
+    inputs: by input name, what the ranges of the activations are measured with."""
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

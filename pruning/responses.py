@@ -91,8 +91,7 @@ class Responses:
         other widths than the network's, or with `every_layer` on the bottleneck alone."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                keys = [each.name for each in fields(LayerResponses)]
-                layers = {str(name): LayerResponses(*(file[f"{name}.{key}"] for key in keys))
+                layers = {str(name): LayerResponses(*(file[f"{name}.{each.name}"] for each in fields(LayerResponses)))
                           for name in file.get("layers", ())}
                 pairs = [tuple(map(str, pair)) for pair in file.get("pairs", ())]
                 found = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]), layers, pairs)

@@ -87,14 +87,12 @@ class ExportConfig:
             raise UserError(f"style_dir: only a page has styles, save_path {self.save_path} is none; end it with /")
 
 
-Pairs = list[tuple[Tensor, Tensor]]  # content and style pictures, (1, 3, H, W) each, uint8
+Pairs = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by number: content and style, (1, 3, H, W), uint8
 
 
-def load_pairs(config: ExportConfig) -> tuple[Pairs, Pairs, list[tuple[int, int]]]:
-    """Pairs of pictures to measure ranges with, held-out pairs to compare by, and the numbers of their pictures.
-
-    Raises UserError for folders without such pictures, or pictures that cannot be used.
-    """
+def load_pairs(config: ExportConfig) -> list[Pairs]:
+    """Contents and styles to measure ranges with, and held-out ones to compare by. Raises UserError for folders without
+    such pictures, or pictures that cannot be used."""
     names = ("content_dir", "style_dir")
     found = [(find_pictures(getattr(config, name), f"--{name}"), config.holdout, f"--{name} {getattr(config, name)}")
              for name in names]
@@ -102,34 +100,33 @@ def load_pairs(config: ExportConfig) -> tuple[Pairs, Pairs, list[tuple[int, int]
     loaded = []
     for paths, count in ((learned, CALIBRATION_PAIRS), (held_out, config.pairs)):
         numbers = choose_pairs(*map(len, paths), min(count, math.prod(map(len, paths))), config.seed)
-        loaded.append([tuple(load_input(paths[kind][pair[kind]], config, name, MIN_SIDE)
-                             for kind, name in enumerate(names)) for pair in numbers])
-    return *loaded, numbers
+        loaded.append({pair: tuple(load_input(paths[kind][pair[kind]], config, name, MIN_SIDE)
+                                   for kind, name in enumerate(names)) for pair in numbers})
+    return loaded
 
 
-def compare(float_files: dict[Path, bytes], int8_files: dict[Path, bytes], pairs: Pairs, numbers: list[tuple[int, int]],
-            meter: Meter) -> None:
-    """Print what integers cost in quality, on the held-out pairs, and what they save in size and time."""
-    names = ("float32", "int8")
-    painters = [open_painter(files) for files in (float_files, int8_files)]
+def compare(made: dict[str, dict[Path, bytes]], pairs: Pairs, meter: Meter) -> None:
+    """Print what integers cost in quality, on the held-out pairs, and what they save in size and time. made: the files,
+    first in float32, then in integers, by what is printed for them."""
+    painters = [open_painter(files) for files in made.values()]
     losses, alike, largest = [], [], []
-    for content, style in pairs:
+    for content, style in pairs.values():
         painted = [paint(content, style, 1.0) for paint in painters]
         losses.append(meter.measure(meter.open_content(content), meter.open_style(style),
                                     [normalize(picture * 255.0) for picture in painted]))
         alike.append(ssim(*painted).item())
         largest.append((painted[0] - painted[1]).abs().max().item())
-    show(Measurement(torch.stack(losses).numpy(), numbers, list(names), meter.metrics).table())
+    show(Measurement(torch.stack(losses).numpy(), list(pairs), list(made), meter.metrics).table())
     show(f"int8 against float32: SSIM {statistics.mean(alike):.4f} (least {min(alike):.4f}), largest difference of a "
-          f"colour value {statistics.mean(largest):.3f} of 1 (most {max(largest):.3f})")
-    for name, files in zip(names, (float_files, int8_files)):
+         f"colour value {statistics.mean(largest):.3f} of 1 (most {max(largest):.3f})")
+    for name, files in made.items():
         show(f"{name}: {sum(map(len, files.values())) / 2**20:.2f} MiB")
-    height, width = pairs[0][0].shape[2:]
+    height, width = content.shape[2:]
     for threads in THREADS:
-        calls = [partial(open_painter(files, threads), *pairs[0], 1.0) for files in (float_files, int8_files)]
+        calls = [partial(open_painter(files, threads), content, style, 1.0) for files in made.values()]
         times = [statistics.median(taken) * 1000 for taken in time_in_turns(calls, TIMED_RUNS, CPU)]
         show(f"a pair, content of {width} x {height}, {threads} threads: float32 {times[0]:.1f} ms, int8 "
-              f"{times[1]:.1f} ms (medians of {TIMED_RUNS})")
+             f"{times[1]:.1f} ms (medians of {TIMED_RUNS})")
     show(describe_device(CPU))
 
 
@@ -152,7 +149,7 @@ def export(given: dict) -> int:
         raise UserError(f"save_path {path}: would overwrite the model that load_path names; choose another")
     make_folder(path.parent, "--save_path")
     if config.int8:
-        calibration, held_out, numbers = load_pairs(config)
+        calibration, held_out = load_pairs(config)
         meter = Meter(("content", "style"), network.config.backbone, config.vgg_weights, "meanstd", config.seed, CPU)
 
     if config.is_page:
@@ -169,9 +166,9 @@ def export(given: dict) -> int:
         return 0
     if config.int8:
         filled = make_files(fill_for_integers(network), checkpoint, path, config.split)
-        float_files, files = files, quantize_files(filled, calibration)
+        float_files, files = files, quantize_files(filled, [*calibration.values()])
         check_files(files, network, INT8_TOLERANCE)
-        compare(float_files, files, held_out, numbers, meter)
+        compare({"float32": float_files, "int8": files}, held_out, meter)
     for file, content in files.items():
         write_atomically(file, lambda out, content=content: out.write(content), durable=True)
     sizes = ", ".join(f"{file.name} ({len(content) / 2**20:.2f} MiB)" for file, content in files.items())

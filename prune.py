@@ -174,7 +174,7 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     origins = {name: model.checkpoint.get(name) for name in ("iteration", "vgg_weights", "train_config")}
     if config.every_layer:
-        plot_widths(report["layers"], config.report_size, folder / "widths.png")
+        plot_widths(report, folder / "widths.png")
         origins["pruned_layers"] = cuts
     save_checkpoint(model_checkpoint(cut, dtype=dtype, pruned_channels=report["cut_channels"], **origins),
                     folder / PRUNED_NAME)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pruning.plots import new_figure, shown_name  # noqa: E402
+from pruning.plots import saved_axes, shown_name  # noqa: E402
 from utils import UserError, errors_in_one_line, make_folder  # noqa: E402
 from weights import model_names  # noqa: E402
 
@@ -36,16 +36,15 @@ def read_run(path: str) -> dict[str, list[float]]:
 
 def plot(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
     """A colour a run; of channels off, solid: for all pictures of a batch, dashed: for some."""
-    figure = new_figure(12, 3.6)
-    for axes, (metrics, title) in zip(figure.subplots(1, len(PANELS)), PANELS):
-        for number, (name, run) in enumerate(runs.items()):
-            for metric, style in metrics.items():
-                label = shown_name(name) + (", for some" if style == "--" else "")
-                axes.plot(run["iteration"], run[metric], f"C{number}{style}", linewidth=1, label=label)
-        axes.set(title=title, xlabel="iteration", ylim=(0, None))
-        axes.grid(alpha=0.25)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    with saved_axes(path, 12, 3.6, columns=len(PANELS)) as [every_axes]:
+        for axes, (metrics, title) in zip(every_axes, PANELS):
+            for number, (name, run) in enumerate(runs.items()):
+                for metric, style in metrics.items():
+                    label = shown_name(name) + (", for some" if style == "--" else "")
+                    axes.plot(run["iteration"], run[metric], f"C{number}{style}", linewidth=1, label=label)
+            axes.set(title=title, xlabel="iteration", ylim=(0, None))
+            axes.grid(alpha=0.25)
+        every_axes[0].legend(frameon=False, fontsize=8)
 
 
 @errors_in_one_line

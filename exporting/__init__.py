@@ -1,5 +1,2 @@
-"""Exporting: graphs for other runtimes, files of each format and what paints with them, integers, the page for the
-browser with its files in `page/`.
-
-What only `--mode export` needs lives here; it may use `painting`.
-"""
+"""What only `--mode export` needs: graphs for other runtimes, files of each format and what paints with them, integers,
+the page for the browser with its files in `page/`. It may use `painting`."""

@@ -1,8 +1,7 @@
 """The network as graphs of tensors that take pictures of any size: what leaves this toolkit for other programs.
 
-They compute what `StyleTransferNetwork` does, with RGB of 0..1 around it. A decision by the size of the picture that
-is traced would be kept, and the exported file would return a wrong size for others without a word: every size is an
-expression of the picture's, see `network.resized`.
+They compute what `StyleTransferNetwork` does, with RGB of 0..1 around it. Every size is an expression of the picture's,
+see `network.resized`: else the exported file would return a wrong one for others without a word.
 """
 
 import torch
@@ -27,10 +26,7 @@ def in_rows(feature: Tensor) -> Tensor:
 
 class Graph(nn.Module):
     """From a content picture, and a style as mean and std, to the painted picture: a network with what stands around
-    it, RGB of 0..1 in and out, normalisation, padding and cropping.
-
-    `inputs` names what `forward` takes, of AXES; `outputs` what it returns.
-    """
+    it, normalisation, padding and cropping. `inputs` names what `forward` takes, of AXES; `outputs` what it returns."""
 
     inputs, outputs = ("content", "mean", "std", "strength"), ("picture",)
 

@@ -2,7 +2,9 @@
 
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch.nn.functional as F
@@ -49,30 +51,23 @@ def quantize_files(files: dict[Path, bytes], pairs: list[tuple[Tensor, Tensor]])
 
 def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
     """The graph of an ONNX file with unsigned 8-bit activations, and signed 8-bit filters with a scale a channel.
-
-    inputs: by input name, what the ranges of the activations are measured with.
-    """
+    inputs: by input name, what the ranges of the activations are measured with."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Inputs(CalibrationDataReader):
-        remaining = iter(inputs)
-
-        def get_next(self) -> dict | None:
-            return next(self.remaining, None)
-
+    reader = SimpleNamespace(get_next=partial(next, iter(inputs), None))  # all that is asked of a CalibrationDataReader
     logger = logging.getLogger()
     level, _ = logger.level, logger.setLevel(logging.ERROR)  # the package recommends what is done here already
     try:
         with tempfile.TemporaryDirectory() as folder:
-            plain, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("plain", "prepared", "quantized"))
-            plain.write_bytes(content)
-            quant_pre_process(plain, prepared, skip_symbolic_shape=True)  # makes one node of Conv, Mul and Add
+            prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("prepared", "quantized"))
+            # Of Conv, Mul and Add this makes one node.
+            quant_pre_process(onnx.load_from_string(content), prepared, skip_symbolic_shape=True)
             # The mean over the pictures of each one's range: the widest of all leaves the others too few steps.
             ranges = {"CalibMovingAverage": True, "TensorQuantOverrides": _overrides(onnx.load(prepared).graph)}
             quantize_static(
-                prepared, quantized, Inputs(), quant_format=QuantFormat.QDQ, per_channel=True, extra_options=ranges,
+                prepared, quantized, reader, quant_format=QuantFormat.QDQ, per_channel=True, extra_options=ranges,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=INTEGER_OPS)
             model = onnx.load(quantized)
     finally:

@@ -4,6 +4,7 @@ networks beside each other."""
 import io
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +36,8 @@ def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tenso
 @torch.inference_mode()
 def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, content: Tensor, style: Tensor,
                    strength: float) -> float:
-    """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded.
-
-    content, style: (1, 3, H, W), uint8.
-    """
+    """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded. content,
+    style: (1, 3, H, W), uint8."""
     content, style = normalize(content), normalize(style)
     first, second = (denormalize(network(content, style, strength)) for network in (before, after))
     return (first - second).abs().max().item() * 255.0
@@ -47,7 +46,7 @@ def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, co
 def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, pairs: list[tuple[str, str]],
                     config) -> list[dict]:
     """The largest change of a colour value over the pairs, as large as the measured pictures and half as large, for
-    each strength; empty without pairs. config: a PruneConfig."""
+    each strength; empty without pairs."""
     device = next(before.parameters()).device
     half = replace(config, imsize=max(1, config.imsize // 2), cropsize=max(1, config.cropsize // 2))
     strengths = sorted({*STRENGTHS, config.style_strength}, reverse=True)
@@ -62,60 +61,49 @@ def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, p
 
 @torch.inference_mode()
 def paint_with_cuts(network: StyleTransferNetwork, responses: Responses, content: Tensor, style: Tensor,
-                    numbers: list[int], strength: float) -> list[Tensor]:
-    """The network's pictures without its n weakest bottleneck channels, for each n.
-
-    content, style: (1, 3, H, W), ImageNet-normalised, as is what returns. AdaIN treats channels one by one, so that the
-    features of the others stay as they are, and a channel that is zero feeds the decoder nothing.
-    """
+                    numbers: Iterable[int], strength: float) -> dict[int, Tensor]:
+    """The network's pictures without its n weakest bottleneck channels, by n, for each n that it has: as
+    `surgery.cut_bottleneck` has them, without encoding anew, since a channel that is zero feeds the decoder nothing.
+    content, style: (1, 3, H, W), ImageNet-normalised, as is what returns."""
     aligned, *shallower = align(network.encode(content), *level_statistics(network.encode(style)), strength)
-    outputs = []
-    for number in numbers:
-        feature = aligned.clone()
-        feature[:, responses.weakest_first[:number]] = 0
-        outputs.append(resized(network.decoder(feature, *shallower), *content.shape[2:]))
-    return outputs
+    weakest = torch.from_numpy(responses.weakest_first).to(aligned.device)
+    return {number: resized(network.decoder(aligned.index_fill(1, weakest[:number], 0), *shallower), *content.shape[2:])
+            for number in numbers if number < len(weakest)}
 
 
 def paint_grid(network: StyleTransferNetwork, responses: Responses, config, path: Path) -> None:
-    """Content, style, and the output after cutting the n weakest channels, for each n that the network has. config: a
-    PruneConfig."""
-    numbers = [number for number in config.prune_nums or GRID_NUMBERS if number < network.config.bottleneck_width]
+    """Content, style, and the output after cutting the n weakest channels, for each n that the network has."""
     device = next(network.parameters()).device
     pair = [normalize(picture) for picture in load_pair((config.content, config.style), config, device)]
-    outputs = paint_with_cuts(network, responses, *pair, numbers, config.style_strength)
-    titles = ["Content", "Style", *(f"Prune {number} channels" for number in numbers)]
-    plot_panels([(title, to_pil(denormalize(picture))) for title, picture in zip(titles, pair + outputs)], path)
+    outputs = paint_with_cuts(network, responses, *pair, config.prune_nums or GRID_NUMBERS, config.style_strength)
+    panels = dict(zip(("Content", "Style"), pair)) | {f"Prune {number} channels": outputs[number] for number in outputs}
+    plot_panels({title: to_pil(denormalize(picture)) for title, picture in panels.items()}, path)
 
 
 @torch.inference_mode()
 def measure_losses(network: StyleTransferNetwork, cut: StyleTransferNetwork, responses: Responses, meter: Meter,
                    config) -> dict:
     """The meter's metrics over the pairs that were set aside: "metrics" of the cut network, and as "curve" those of the
-    network without its n weakest channels, for each n that it has, with n as "cut". config: a PruneConfig."""
-    numbers = [number for number in sorted(set(config.prune_nums or CURVE_NUMBERS))
-               if number < network.config.bottleneck_width]
-    values = []
+    network without its n weakest channels, for each n that it has, with n as "cut"."""
+    values, numbers = [], sorted(config.prune_nums or CURVE_NUMBERS)
     with progress_bar(len(responses.pairs), "measure losses", "pair") as bar:
         for pair in responses.pairs:
             content, style = load_pair(pair, config, meter.device)
             both = normalize(content), normalize(style)
-            outputs = [cut(*both, config.style_strength),
-                       *paint_with_cuts(network, responses, *both, numbers, config.style_strength)]
+            painted = paint_with_cuts(network, responses, *both, numbers, config.style_strength)
+            outputs = [cut(*both, config.style_strength), *painted.values()]
             values.append(meter.measure(meter.open_content(content), meter.open_style(style), outputs).cpu())
             bar.update()
-    names = ["cut", *map(str, numbers)]
-    measurement = Measurement(torch.stack(values).numpy(), responses.pairs, names, meter.metrics)
-    curve = [{"cut": number} | measurement.summary(place) for place, number in enumerate(numbers, start=1)]
+    measurement = Measurement(torch.stack(values).numpy(), responses.pairs, ["cut", *map(str, painted)], meter.metrics)
+    curve = [{"cut": number} | measurement.summary(place) for place, number in enumerate(painted, start=1)]
     return {"metrics": measurement.summary(0), "curve": curve}
 
 
 def build_report(model_file: Path, before: StyleTransferNetwork, after: StyleTransferNetwork, cuts: Cuts,
                  constants: Constants, responses: Responses, meter: Meter | None, config) -> dict:
-    """What the cut changed, as plain values for `report.json`; with a meter the losses, too. config: a PruneConfig."""
+    """What the cut changed, as plain values for `report.json`; with a meter the losses, too."""
     size, device = config.report_size, next(before.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    pair = [torch.randn(1, 3, size, size, generator=generator).to(device) for _ in range(2)]
+    pair = torch.randn(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         times = time_in_turns([lambda: before(*pair), lambda: after(*pair)], config.latency_runs, device)
     dtypes = torch.float32, torch.float16 if config.half else torch.float32
@@ -210,14 +198,12 @@ def _column(report: dict) -> dict[str, str]:
 def write_comparison(reports: dict[str, dict], responses: dict[str, Responses], meter: Meter, config,
                      folder: Path) -> None:
     """Write l0_maps.png, curves.png, curves.json, report.json and table.md of several networks, by name, into the
-    folder. All were measured with the same pictures, and have the same pairs set aside. config: a PruneConfig."""
+    folder. All were measured with the same pictures, and have the same pairs set aside."""
     plot_l0_maps(responses, folder / "l0_maps.png")
-    curves = {name: report["curve"] for name, report in reports.items()}
-    plot_curves(curves, {name: len(found.off_for_all) for name, found in responses.items()},
-                {metric: METRICS[metric] for metric in meter.metrics}, folder / "curves.png")
+    plot_curves(reports, folder / "curves.png")
     about = {"interval": INTERVAL, "pairs": next(iter(responses.values())).pairs, "imsize": config.imsize,
              "cropsize": config.cropsize, "style_strength": config.style_strength, "vgg_weights": meter.vgg_origin}
-    table = format_table(reports)
+    table, curves = format_table(reports), {name: report["curve"] for name, report in reports.items()}
     for name, content in (("curves", about | {"networks": curves}),
                           ("report", about | {"table": table.splitlines(), "networks": reports})):
         write_text_atomically(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")

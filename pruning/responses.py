@@ -91,8 +91,7 @@ class Responses:
         other widths than the network's, or with `every_layer` on the bottleneck alone."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                keys = [each.name for each in fields(LayerResponses)]
-                layers = {str(name): LayerResponses(*(file[f"{name}.{key}"] for key in keys))
+                layers = {str(name): LayerResponses(*(file[f"{name}.{each.name}"] for each in fields(LayerResponses)))
                           for name in file.get("layers", ())}
                 pairs = [tuple(map(str, pair)) for pair in file.get("pairs", ())]
                 found = cls(file["l2"], [str(each) for each in file["paths"]], int(file["contents"]), layers, pairs)
@@ -113,9 +112,7 @@ class Responses:
 def choose_pictures(config) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
     """Up to `prune_images` pictures of each folder to measure, by the name of its flag, and up to `pairs` pairs of
     others, set aside to see what a cut changes that they had no part in: at most a quarter of a folder or one picture,
-    none where it has no other.
-
-    config: a PruneConfig. Always the same ones of the same folders. Raises UserError for folders without pictures.
+    none where it has no other. Always the same ones of the same folders. Raises UserError for folders without pictures.
     """
     measured, aside = {}, []
     for name in FOLDERS:
@@ -136,10 +133,8 @@ def choose_pictures(config) -> tuple[dict[str, list[Path]], list[tuple[str, str]
 
 
 def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every picture that can be used: its path, and its pixels, (1, 3, H, W), uint8; the others are noted.
-
-    name: of the folder's flag. Raises UserError when over 10% of the pictures fail.
-    """
+    """Every picture that can be used: its path, and its pixels, (1, 3, H, W), uint8; the others are noted. name: of the
+    folder's flag. Raises UserError when over 10% of the pictures fail."""
     failed = FailedPictures(getattr(config, name), f"--{name}", len(paths))
     with ThreadPoolExecutor() as pool, progress_bar(len(paths), f"measure {name}", "picture") as bar:
         for start in range(0, len(paths), DECODED_AT_ONCE):
@@ -147,11 +142,9 @@ def _load(paths: list[Path], config, name: str) -> Iterator[tuple[str, Tensor]]:
             for path, loading in [(path, pool.submit(load_input, path, config, name)) for path in chunk]:
                 bar.update()
                 try:
-                    picture = loading.result()
+                    yield str(path), loading.result()
                 except UserError as error:
                     failed.add(path, str(error))
-                    continue
-                yield str(path), picture
     note(failed.summary())
 
 
@@ -162,50 +155,44 @@ def measure_responses(network: StyleTransferNetwork, config, pictures: dict[str,
     that can be cut, those of the decoder while it paints content i in style i, the shorter list starting over, so that
     every picture occurs.
 
-    config: a PruneConfig. pictures, pairs: of `choose_pictures`. Raises UserError when over 10% of the pictures of a
-    folder fail.
+    pictures, pairs: of `choose_pictures`. Raises UserError when over 10% of the pictures of a folder fail.
     """
-    rows, paths = ({name: [] for name in FOLDERS} for _ in range(2))
-    codes, waiting, decoder_rows, means = [], {}, [], []
-    contents = len(pictures["content_dir"])
+    summaries = {name: {} for name in FOLDERS}  # by picture
+    codes, painted, contents = [], [], len(pictures["content_dir"])
 
     def paint(levels: list[Tensor], styles: Iterable[tuple[Tensor, Tensor]]) -> None:
         for code in styles:
             aligned = align(levels, *code, config.style_strength)
-            means.append(aligned[0].mean(dim=(0, 2, 3)))
-            decoder_rows.append(_summarise(network.decoder.features(*aligned)[:-1]))
+            painted.append(_summarise([aligned[0], *network.decoder.features(*aligned)[:-1]]))
 
     for name in reversed(FOLDERS):  # each content is painted in styles that are encoded already
         for number, (path, picture) in enumerate(_load(pictures[name], config, name)):
             features = _encode(network, picture, config.every_layer)
-            rows[name].append(_summarise(features))
-            paths[name].append(path)
-            levels = [features[conv] for conv in network.config.level_convs] if config.every_layer else features
-            if name == "style_dir":
-                waiting[number] = level_statistics(levels)
-                codes.append(waiting[number])
-            elif config.every_layer:
-                own = [waiting.pop(style) for style in range(number, len(codes), contents)]
-                paint(levels, own or [codes[number % len(codes)]])
-    if config.every_layer:
-        paint(levels, waiting.values())  # in place of contents that cannot be used, the last one
+            summaries[name][path] = _summarise(features)
+            if config.every_layer:
+                levels = [features[conv] for conv in network.config.level_convs]
+                if name == "style_dir":
+                    codes.append(level_statistics(levels))
+                else:
+                    paint(levels, codes[number::contents] or [codes[number % len(codes)]])
+    for unusable in range(number + 1, contents) if config.every_layer else ():
+        paint(levels, codes[unusable::contents])  # in place of contents that cannot be used, the last one
 
-    of_pictures = rows["content_dir"] + rows["style_dir"]
-    encoder, decoder = ([torch.stack(conv) for conv in zip(*each)] for each in (of_pictures, decoder_rows))  # (n, 4, C)
+    of_pictures = [summary for name in FOLDERS for summary in summaries[name].values()]
+    encoder, decoder = ([torch.stack(conv) for conv in zip(*each)] for each in (of_pictures, painted))  # (n, 4, C)
+    content_paths, style_paths = paths = [[*summaries[name]] for name in FOLDERS]
     layers = {}
     if config.every_layer:
-        mean_of = [found[:, 3].mean(dim=0) for found in encoder + decoder]
-        mean_of[len(encoder) - 1] = torch.stack(means).mean(dim=0)  # the bottleneck's: of the decoder's input
-        most = max(map(len, paths.values()))
+        means = [found[:, 3].mean(dim=0) for found in encoder[:-1] + decoder]  # the bottleneck's: behind AdaIN
+        most = max(map(len, paths))
         numbers = [place * most // IMPORTANCE_PROBES for place in range(IMPORTANCE_PROBES)]  # evenly spread
-        probes = ([load_input(Path(each[number % len(each)]), config, name) for name, each in paths.items()]
+        probes = ([load_input(Path(each[number % len(each)]), config, name) for name, each in zip(FOLDERS, paths)]
                   for number in numbers)
-        importance = _estimate_importance(network, probes, mean_of, config.style_strength)
-        for layer, found, *more in zip(conv_layers(network.config, size=0), encoder + decoder, mean_of, importance):
+        importance = _estimate_importance(network, probes, means, config.style_strength)
+        for layer, found, *more in zip(conv_layers(network.config, size=0), encoder + decoder[1:], means, importance):
             values = found[:, 0], found[:, 1].amin(dim=0), found[:, 2].amax(dim=0), *more
             layers[layer.name] = LayerResponses(*(each.cpu().numpy() for each in values))
-    return Responses(encoder[-1][:, 0].cpu().numpy(), paths["content_dir"] + paths["style_dir"],
-                     len(paths["content_dir"]), layers, pairs)
+    return Responses(encoder[-1][:, 0].cpu().numpy(), content_paths + style_paths, len(content_paths), layers, pairs)
 
 
 def _encode(network: StyleTransferNetwork, pictures: Tensor, every_layer: bool = True) -> list[Tensor]:

@@ -11,12 +11,13 @@ from utils import UserError
 
 FRACTION_STEPS = 1000  # fractions of the channels that magnitude pruning tries
 
+Widths = dict[str, int]  # by conv, in forward order
 Cuts = dict[str, list[int]]  # channels by conv, in the order in which they go
 Constants = dict[str, dict[int, float]]  # what takes the place of cut channels, as `surgery.cut_channels` takes it
 
 
 def select(network: StyleTransferNetwork, responses: Responses, config) -> tuple[Cuts, Constants]:
-    """What a PruneConfig asks for: channels of every layer, or of the bottleneck alone."""
+    """What the config asks for: channels of every layer, or of the bottleneck alone."""
     if not config.every_layer:
         return {bottleneck_conv(network.config): select_in_bottleneck(responses, config)}, {}
     if config.prune_rank == "magnitude":
@@ -31,11 +32,8 @@ def rounded_width(width: int, before: int, multiple: int) -> int:
 
 def select_in_bottleneck(responses: Responses, config) -> list[int]:
     """The bottleneck channels to cut, weakest first: those named, the N weakest, or those that are off for every
-    picture.
-
-    config: a PruneConfig. The strongest of them stay where the width that is left is to be a multiple of `round_to`.
-    Raises UserError when nothing would be left.
-    """
+    picture. The strongest of them stay where the width that is left is to be a multiple of `round_to`. Raises UserError
+    when nothing would be left."""
     width = responses.l2.shape[1]
     if config.prune_channels is not None:
         channels = config.prune_channels
@@ -50,22 +48,21 @@ def select_in_bottleneck(responses: Responses, config) -> list[int]:
     return [channel for channel in responses.weakest_first.tolist() if channel in channels][:number]
 
 
-def least_widths(layers: list[ConvLayer], multiple: int) -> list[int]:
+def least_widths(layers: list[ConvLayer], multiple: int) -> Widths:
     """The widths that a budget never goes below; the picture keeps its three colours."""
-    return [layer.width if layer.kind == "output" else rounded_width(least_kept(layer.width), layer.width, multiple)
-            for layer in layers]
+    return {layer.name: layer.width if layer.kind == "output"
+            else rounded_width(least_kept(layer.width), layer.width, multiple) for layer in layers}
 
 
-def macs_of_widths(layers: list[ConvLayer], widths: list[int]) -> int:
+def macs_of_widths(layers: list[ConvLayer], widths: Widths) -> int:
     """The multiply-adds of these layers with other widths."""
-    widths_in = [layers[0].width_in, *widths[:-1]]
     return sum(replace(layer, width_in=width_in, width=width).macs
-               for layer, width_in, width in zip(layers, widths_in, widths))
+               for layer, width_in, width in zip(layers, (layers[0].width_in, *widths.values()), widths.values()))
 
 
 def most_macs(network: NetworkConfig, config) -> float:
-    """The multiply-adds that `prune_macs` of a PruneConfig allows; infinite where it is not given. Raises UserError
-    when no cut would meet it."""
+    """The multiply-adds that `prune_macs` allows; infinite where it is not given. Raises UserError when no cut would
+    meet it."""
     if config.prune_macs is None:
         return math.inf
     layers = conv_layers(network, config.report_size)
@@ -78,7 +75,7 @@ def most_macs(network: NetworkConfig, config) -> float:
 
 
 def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses], config) -> tuple[Cuts, Constants]:
-    """The channels to cut from every conv but the last. config: a PruneConfig.
+    """The channels to cut from every conv but the last.
 
     First those go that are off, and those that are constant, but for those of an encoder that pads with zeros, before
     the bottleneck (see `surgery.cut_channels`): both exactly, for everything measured. With `prune_macs`, the least
@@ -87,78 +84,72 @@ def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses]
     `round_to` where the width before is not less: of the channels that would go, the most important stay.
     """
     layers, multiple = conv_layers(network, config.report_size), config.round_to
-    kinds = []  # of every channel: what goes first is the least
+    kinds = {}  # of every channel: what goes first is the least
     for layer in layers[:-1]:
         found, kind = responses[layer.name], np.zeros(layer.width, int)
         if layer.kind != "encoder" or network.padding == "reflect":
             kind[found.constant] = -1
         kind[found.off] = -2
-        kinds.append(kind)
-    groups, widths, orders, importance = cut_together(network), [layer.width for layer in layers], {}, []
-    for group in groups:
-        found = [responses[layers[number].name] for number in group]
-        kind, lost = np.max([kinds[number] for number in group], axis=0), sum(each.importance for each in found)
+        kinds[layer.name] = kind
+    widths, orders, importance = {layer.name: layer.width for layer in layers}, {}, {}
+    for group in cut_together(network):
+        found = [responses[name] for name in group]
+        kind, lost = np.max([kinds[name] for name in group], axis=0), sum(each.importance for each in found)
         l2 = sum(each.l2.sum(axis=0, dtype=np.float64) for each in found)
         order = np.lexsort((l2, lost, kind))
-        importance.append(lost[order])
-        for number in group:
-            orders[number] = order
-            widths[number] = rounded_width(max(1, np.count_nonzero(kind == 0)), widths[number], multiple)
-    widths = _cut_to_budget(layers, widths, groups, importance, most_macs(network, config), multiple)
+        orders |= dict.fromkeys(group, order)
+        importance[group] = lost[order]
+        widths |= dict.fromkeys(group, rounded_width(max(1, np.count_nonzero(kind == 0)), len(kind), multiple))
+    widths = _cut_to_budget(layers, widths, importance, most_macs(network, config), multiple)
     cuts, constants = {}, {}
-    for number, layer in enumerate(layers[:-1]):
-        cuts[layer.name] = channels = orders[number][: layer.width - widths[number]].tolist()
-        found = responses[layer.name]
-        values = np.where(kinds[number] == -1, found.largest, found.mean)
-        constants[layer.name] = {channel: float(values[channel]) for channel in channels if values[channel]}
+    for name, kind in kinds.items():
+        cuts[name] = channels = orders[name][: len(kind) - widths[name]].tolist()
+        values = np.where(kind == -1, responses[name].largest, responses[name].mean)
+        constants[name] = {channel: float(values[channel]) for channel in channels if values[channel]}
     return cuts, constants
 
 
-def cut_together(network: NetworkConfig) -> list[tuple[int, ...]]:
-    """The convs but the last, counted from 0 in forward order, in groups that lose the same channels: those whose
-    features are added, every other one alone."""
-    added = dict(network.added_convs)
-    alone = set(range(len(network.widths) - 1)) - {*added, *added.values()}
-    return sorted([*added.items(), *((conv,) for conv in alone)])
+def cut_together(network: NetworkConfig) -> list[tuple[str, ...]]:
+    """The convs but the last, in groups that lose the same channels: those whose features are added, every other one
+    alone; in forward order."""
+    names = [layer.name for layer in conv_layers(network, size=0)[:-1]]
+    added = {names[first]: names[second] for first, second in network.added_convs}
+    return [(name, added[name]) if name in added else (name,) for name in names if name not in added.values()]
 
 
 def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
     """Plain magnitude pruning, to compare with: each layer keeps the same fraction of its channels, the largest that
-    meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1).
-
-    config: a PruneConfig. Nothing takes the place of a cut channel.
-    """
+    meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1). Nothing
+    takes the place of a cut channel."""
     layers, multiple = conv_layers(network.config, config.report_size), config.round_to
     least, most = least_widths(layers, multiple), most_macs(network.config, config)
     for kept in range(FRACTION_STEPS, -1, -1):
-        widths = [max(floor, layer.width * kept // FRACTION_STEPS // multiple * multiple)
-                  for layer, floor in zip(layers[:-1], least)]
-        if macs_of_widths(layers, [*widths, layers[-1].width]) <= most:
+        widths = {layer.name: max(least[layer.name], layer.width * kept // FRACTION_STEPS // multiple * multiple)
+                  for layer in layers}
+        if macs_of_widths(layers, widths) <= most:
             break
     cuts = {}
     for group in cut_together(network.config):
-        names = [layers[number].name for number in group]
-        norms = sum(network.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3)) for name in names)
-        channels = norms.argsort(stable=True)[: len(norms) - widths[group[0]]].tolist()
-        cuts |= dict.fromkeys(names, channels)
+        norms = sum(network.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3)) for name in group)
+        cuts |= dict.fromkeys(group, norms.argsort(stable=True)[: len(norms) - widths[group[0]]].tolist())
     return cuts
 
 
-def _cut_to_budget(layers: list[ConvLayer], widths: list[int], groups: list[tuple[int, ...]],
-                   importance: list[np.ndarray], macs: float, multiple: int) -> list[int]:
+def _cut_to_budget(layers: list[ConvLayer], widths: Widths, importance: dict[tuple[str, ...], np.ndarray], macs: float,
+                   multiple: int) -> Widths:
     """The widths after cutting on, step by step, until the multiply-adds are at most `macs`.
 
-    groups: of `cut_together`; importance: of the channels of each, in the order in which they go. Each step narrows the
-    group that loses the least importance for the multiply-adds that it saves, in its own convs and in the next ones, to
-    the next multiple of `multiple`.
+    importance: by group of `cut_together`, of its channels in the order in which they go. Each step narrows the group
+    that loses the least importance for the multiply-adds that it saves, in its own convs and in the next ones, to the
+    next multiple of `multiple`.
     """
     least, total = least_widths(layers, multiple), macs_of_widths(layers, widths)
     while total > macs:
         steps = []
-        for group, lost in zip(groups, importance):
+        for group, lost in importance.items():
             width, narrower = widths[group[0]], (widths[group[0]] - 1) // multiple * multiple
             if narrower >= least[group[0]]:
-                after = [narrower if number in group else each for number, each in enumerate(widths)]
+                after = widths | dict.fromkeys(group, narrower)
                 saved = total - macs_of_widths(layers, after)
                 steps.append((lost[len(lost) - width : len(lost) - narrower].sum() / saved, after, saved))
         _, widths, saved = min(steps, key=lambda step: step[0])

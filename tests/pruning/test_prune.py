@@ -54,18 +54,18 @@ def test_zeroed_channels_paint_what_the_cut_network_paints():
     content, style = (torch.randn(1, 3, 33, side, generator=generator, dtype=torch.float64) for side in (40, 29))
     painted = paint_with_cuts(network, responses, content, style, [4, 0, 1], 0.6)
     with torch.inference_mode():
-        for channels, actual in zip(([3, 1, 2, 0], [], [3]), painted, strict=True):
+        for channels, actual in zip(([3, 1, 2, 0], [], [3]), painted.values(), strict=True):
             assert_close(actual, cut_bottleneck(network, channels)(content, style, 0.6), rtol=1e-9, atol=1e-9)
 
 
 def test_grid_shows_the_numbers_that_the_network_has(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr("pruning.report.plot_panels", lambda panels, path: shown.extend(panels))
+    shown = {}
+    monkeypatch.setattr("pruning.report.plot_panels", lambda panels, path: shown.update(panels))
     config = PruneConfig(imsize=48, cropsize=48, prune_nums=(2, 0, 6))
     responses = Responses(np.arange(12.0).reshape(2, 6), ["a", "b"], contents=1)
     paint_grid(small_network(), responses, config, tmp_path / "grid.png")
-    assert [title for title, _ in shown] == ["Content", "Style", "Prune 2 channels", "Prune 0 channels"]
-    assert {picture.size for _, picture in shown} == {(48, 48)}
+    assert [*shown] == ["Content", "Style", "Prune 2 channels", "Prune 0 channels"]
+    assert {picture.size for picture in shown.values()} == {(48, 48)}
 
 
 # ---------------------------------------------------------------------------------- one model, and several

@@ -393,8 +393,11 @@ def replacing(path: Path, durable: bool = False):
                 if durable:
                     _sync(old)
             temporary.unlink()
-        if durable:  # the rename itself is only on the disk once the folder is
-            _sync_folder(path.parent)
+        if durable:  # the rename itself is only on the disk once the folder is, of which a share may know nothing
+            with suppress(OSError), ExitStack() as block:
+                folder = os.open(path.parent, os.O_RDONLY)
+                block.callback(os.close, folder)
+                os.fsync(folder)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = str(named)  # a write does not say whose it was
@@ -412,16 +415,6 @@ def _sync(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in NOT_SYNCED:
             raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """`_sync` for a folder, of which a share may know nothing: what is in it is there, whole, all the same."""
-    with suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def write_atomically(path: Path, write: Callable, durable: bool = False) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,19 +35,14 @@ class UserError(ValueError):
     """
 
 
-def errors_in_one_line(main: Callable[..., None]) -> Callable[..., int]:
-    """The `main` of a script, with an exit code: 0, or 2 where it raises UserError, whose message goes to stderr."""
-
-    @wraps(main)
-    def run(*arguments, **named) -> int:
-        try:
-            main(*arguments, **named)
-        except UserError as error:
-            print(f"error: {error}", file=STDERR)
-            return 2
-        return 0
-
-    return run
+@contextmanager
+def errors_in_one_line():
+    """Around the `main` of a script: where it raises UserError, the message goes to stderr, and the exit code is 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=STDERR)
+        raise SystemExit(2) from error
 
 
 def lacks_memory(error: Exception) -> bool:

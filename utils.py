@@ -257,15 +257,12 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     `auto` is bfloat16 where it is faster than float32: on GPUs of compute capability 8.0 or newer, and on CPUs with AMX
     or, from AMD, with AVX512-BF16. Others take longer in it, up to 60 times (see docs/performance.md).
     """
-    if amp == "auto" and device.type == "cuda":
+    if device.type == "cuda":
         is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif amp == "auto":
-        instructions = _cpu_says("flags").split()
-        is_fast = ("amx_tile" in instructions
-                   or "avx512_bf16" in instructions and _cpu_says("vendor_id") == "AuthenticAMD")
     else:
-        is_fast = amp == "bf16"
-    return torch.bfloat16 if is_fast else None
+        flags = _cpu_says("flags").split()
+        is_fast = "amx_tile" in flags or "avx512_bf16" in flags and _cpu_says("vendor_id") == "AuthenticAMD"
+    return torch.bfloat16 if amp == "bf16" or amp == "auto" and is_fast else None
 
 
 def _cpu_says(name: str) -> str:

@@ -111,15 +111,11 @@ class TestConfig:
         return self.style_weights is not None or self.mask is not None
 
     @property
-    def names_many(self) -> bool:
-        """Whether several contents or styles, or a folder of them, are named."""
-        named = [self.input(kind)[0] for kind in (("content",) if self.combines_styles else ("content", "style"))]
-        return any(len(set(paths)) > 1 or is_searched(paths[0]) for paths in named)
-
-    @property
     def is_single(self) -> bool:
-        """Whether one picture comes out: one pair by one model at one strength."""
-        return not self.names_many and len(self.load_path) == len(self.style_strength) == 1
+        """Whether one picture comes out: of one pair, neither of a folder, by one model at one strength."""
+        kinds = ("content",) if self.combines_styles else ("content", "style")
+        names_many = any(len(set(paths)) > 1 or is_searched(paths[0]) for paths, _ in map(self.input, kinds))
+        return not names_many and len(self.load_path) == len(self.style_strength) == 1
 
     @property
     def output(self) -> Path:

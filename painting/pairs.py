@@ -194,7 +194,7 @@ def make_plan(config) -> Plan:
     sheets = []
     if len(columns) > 1 or config.pairs is not None and not config.is_single:
         sheets.append(comparison_sheet(pairs, columns))
-    if config.names_many and config.pairs is None:
+    if config.pairs is None and not config.is_single and (contents.are_many or styles.are_many):
         sheets.append(contact_sheet(pairs, columns))
     folder, files = _outputs(config, pairs, contents, styles, names)
     mask = None if config.mask is None else open_mask(config.mask)

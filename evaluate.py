@@ -134,12 +134,8 @@ class TestConfig:
         return not self.names_a_folder and self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, flags that exclude each other, or a save_path that looks like a picture
-        file of a kind that is not written."""
-        for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
-            given = getattr(self, flag)
-            if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
-                raise UserError(f"{flag} is empty; leave it out for the default")
+        """Raises UserError for flags that exclude each other, or a save_path that looks like a picture file of a kind
+        that is not written."""
         measures = self.metrics is not None
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
         has_format = re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix) and not makes_video(self)

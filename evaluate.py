@@ -118,11 +118,7 @@ class TestConfig:
         return not self.names_a_folder and self.output.suffix.lower() in OUTPUT_FORMATS
 
     def check(self) -> None:
-        """Raises UserError for an empty path, flags that exclude each other, or a picture format not written."""
-        for flag in ("content", "style", "content_dir", "style_dir", "mask", "save_path"):
-            given = getattr(self, flag)
-            if given is not None and "" in (given if isinstance(given, tuple) else (given,)):
-                raise UserError(f"{flag} is empty; leave it out for the default")
+        """Raises UserError for flags that exclude each other, or a picture format not written."""
         measures = self.metrics is not None
         # A folder may have a dot in its name: what begins with a digit (runs/v1.0) or is long is no format.
         has_format = re.fullmatch(r"\.[a-zA-Z]\w{,4}", self.output.suffix) and not makes_video(self)
@@ -141,10 +137,8 @@ class TestConfig:
         })
 
 
-def _open_meter(config: TestConfig, models: list[OpenedModel], device: torch.device) -> Meter | None:
+def _open_meter(config: TestConfig, plan: Plan, models: list[OpenedModel], device: torch.device) -> Meter:
     """What `--metrics` needs. Raises UserError when it cannot be had, or the models' losses have no common measure."""
-    if not config.measured:
-        return None
     has_losses = not set(LOSS_METRICS).isdisjoint(config.measured)
     backbone = common_backbone(models, "metrics", ", name other metrics") if has_losses else ""
     meter = Meter(config.measured, backbone, config.vgg_weights, config.style_loss, config.seed, device)
@@ -156,6 +150,10 @@ def _open_meter(config: TestConfig, models: list[OpenedModel], device: torch.dev
         trained_style = (model.checkpoint.get("train_config") or {}).get("style_loss", config.style_loss)
         if trained_style != config.style_loss:
             note(f"{model.name} was trained with --style_loss {trained_style}; measured is {config.style_loss}")
+    contents, styles = map(set, zip(*plan.pairs))
+    measured = [plan.contents.paths[number] for number in contents] + [plan.styles.paths[each] for each in styles]
+    for model in models:
+        note_learned_from(model.name, model.checkpoint, measured)
     return meter
 
 
@@ -179,16 +177,12 @@ def test(given: dict) -> int:
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
     plan = make_plan(config)
-    models, digests = open_models(config), {}
-    for model in models if config.measured else ():  # now: a run that still trains replaces its file
-        digests[model.file] = hashlib.sha256(model.file.read_bytes()).hexdigest()
+    models, digests, meter = open_models(config), {}, None
+    if config.measured:
+        for model in models:  # now: a run that still trains replaces its file
+            digests[model.file] = hashlib.sha256(model.file.read_bytes()).hexdigest()
+        meter = _open_meter(config, plan, models, device)
     stylizers = make_stylizers(config, models, device)
-    meter = _open_meter(config, models, device)
-    if meter is not None:
-        contents, styles = map(set, zip(*plan.pairs))
-        measured = [plan.contents.paths[number] for number in contents] + [plan.styles.paths[each] for each in styles]
-        for model in models:
-            note_learned_from(model.name, model.checkpoint, measured)
     outcome = PairPainter(config, plan, stylizers, meter).run()
     if not outcome.values:
         first = next(iter(outcome.unusable.values()))

@@ -53,6 +53,8 @@ rate = _number(lambda text: float(Fraction(text) if "/" in text else text), lamb
 
 def path(text: str) -> str:
     """With the home folder for ~: a shell leaves --flag=~/name as it is. Other words stay what they are."""
+    if not text:  # of a script's unset variable; the working folder, or no model at all, would be taken
+        raise argparse.ArgumentTypeError("got nothing; a value is needed, or leave the flag out")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~/"):  # a folder of that name would be made
         raise argparse.ArgumentTypeError(f"got {text}, but this process has no home folder; a path without ~ is needed")

@@ -86,10 +86,10 @@ class TrainConfig:
     gpu_no: int | None = None
     wb_mode: str = setting("auto", "auto is online where a key is set up, and offline elsewhere; it never asks",
                            "wandb", choices=("auto", "online", "offline", "disabled"))
-    wb_project: str = setting("compact_image_style_transfer", "project of the run", "wandb", metavar="TEXT")
-    wb_name: str | None = setting(None, "name of the run", "wandb", metavar="TEXT", none="chosen by wandb")
-    wb_notes: str | None = setting(None, "notes on the run", "wandb", metavar="TEXT")
-    wb_tags: tuple[str, ...] | None = setting(None, "tags of the run", "wandb", metavar="TEXT")
+    wb_project: str = setting("compact_image_style_transfer", "project of the run", "wandb", str, metavar="TEXT")
+    wb_name: str | None = setting(None, "name of the run", "wandb", str, metavar="TEXT", none="chosen by wandb")
+    wb_notes: str | None = setting(None, "notes on the run", "wandb", str, metavar="TEXT")
+    wb_tags: tuple[str, ...] | None = setting(None, "tags of the run", "wandb", str, metavar="TEXT")
 
     @property
     def learning_rates(self) -> dict[str, float]:

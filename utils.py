@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
@@ -36,19 +36,14 @@ class UserError(ValueError):
     """
 
 
-def errors_in_one_line(main: Callable[..., None]) -> Callable[..., int]:
-    """The `main` of a script, with an exit code: 0, or 2 where it raises UserError, whose message goes to stderr."""
-
-    @wraps(main)
-    def run(*arguments, **named) -> int:
-        try:
-            main(*arguments, **named)
-        except UserError as error:
-            print(f"error: {error}", file=STDERR)
-            return 2
-        return 0
-
-    return run
+@contextmanager
+def errors_in_one_line():
+    """Around the `main` of a script: where it raises UserError, the message goes to stderr, and the exit code is 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=STDERR)
+        raise SystemExit(2) from error
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -271,15 +266,12 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     `auto` is bfloat16 where it is faster than float32: on GPUs of compute capability 8.0 or newer, and on CPUs with AMX
     or, from AMD, with AVX512-BF16. Others take longer in it, up to 60 times (see docs/performance.md).
     """
-    if amp == "auto" and device.type == "cuda":
+    if device.type == "cuda":
         is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif amp == "auto":
-        instructions = _cpu_says("flags").split()
-        is_fast = ("amx_tile" in instructions
-                   or "avx512_bf16" in instructions and _cpu_says("vendor_id") == "AuthenticAMD")
     else:
-        is_fast = amp == "bf16"
-    return torch.bfloat16 if is_fast else None
+        flags = _cpu_says("flags").split()
+        is_fast = "amx_tile" in flags or "avx512_bf16" in flags and _cpu_says("vendor_id") == "AuthenticAMD"
+    return torch.bfloat16 if amp == "bf16" or amp == "auto" and is_fast else None
 
 
 def _cpu_says(name: str) -> str:
@@ -402,8 +394,11 @@ def replacing(path: Path, durable: bool = False):
                 if durable:
                     _sync(old)
             temporary.unlink()
-        if durable:  # the rename itself is only on the disk once the folder is
-            _sync_folder(path.parent)
+        if durable:  # the rename itself is only on the disk once the folder is, of which a share may know nothing
+            with suppress(OSError), ExitStack() as block:
+                folder = os.open(path.parent, os.O_RDONLY)
+                block.callback(os.close, folder)
+                os.fsync(folder)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = str(named)  # a write does not say whose it was
@@ -421,16 +416,6 @@ def _sync(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in NOT_SYNCED:
             raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """`_sync` for a folder, of which a share may know nothing: what is in it is there, whole, all the same."""
-    with suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def write_atomically(path: Path, write: Callable, durable: bool = False) -> None:

@@ -15,7 +15,6 @@ and comparison.png. Prints its table, the sums of the losses, and milliseconds a
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -113,7 +112,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@errors_in_one_line
+@errors_in_one_line()
 def main(arguments: list[str] | None = None, open_peer: Callable = open_lite) -> None:
     options = parse(arguments)
     ours = {name: Stylizer(path, device="cpu").stylize
@@ -134,4 +133,4 @@ def main(arguments: list[str] | None = None, open_peer: Callable = open_lite) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

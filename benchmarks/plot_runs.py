@@ -47,7 +47,7 @@ def plot(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
         every_axes[0].legend(frameon=False, fontsize=8)
 
 
-@errors_in_one_line
+@errors_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="folders of training runs")
@@ -59,4 +59,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

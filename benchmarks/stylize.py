@@ -13,7 +13,6 @@ and in tiles. Memory is what painting takes beside the network, the input and th
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -77,7 +76,7 @@ def measure_large(
     return {"width": width, "height": height, "seconds": spread(times), "peak_mib": memory}
 
 
-@errors_in_one_line
+@errors_in_one_line()
 def main() -> None:
     arguments = parse_arguments()
     device = resolve_device(arguments.gpu_no)
@@ -104,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ step runs on random pictures that are on the device already, the loader on the f
 import argparse
 import gc
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -183,7 +182,7 @@ def print_rates(title: str, rates: dict[str, float]) -> None:
         print(f"{name:30}{each:9.2f}{each / rates['plain']:8.2f}")
 
 
-@errors_in_one_line
+@errors_in_one_line()
 def main() -> None:
     arguments = parse_arguments()
     device = resolve_device({"cpu": -1, "cuda": 0, None: None}[arguments.device])
@@ -216,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

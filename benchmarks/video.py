@@ -10,7 +10,6 @@ other frame lies between pixels, two. Last line: JSON.
 
 import argparse
 import json
-import sys
 import time
 from contextlib import redirect_stderr
 from fractions import Fraction
@@ -98,7 +97,7 @@ def measure(arguments: argparse.Namespace, clips: dict[float, Path], model: str,
     return {"model": model, "smoothing": smoothing, "frames_per_second": spread(rates), "shimmer": shimmers}
 
 
-@errors_in_one_line
+@errors_in_one_line()
 def main() -> None:
     arguments = parse_arguments()
     report = versions(resolve_device(arguments.gpu_no)) | {"results": []}
@@ -119,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

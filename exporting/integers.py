@@ -61,9 +61,9 @@ def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:
     level, _ = logger.level, logger.setLevel(logging.ERROR)  # the package recommends what is done here already
     try:
         with tempfile.TemporaryDirectory() as folder:
-            prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("prepared", "quantized"))
-            # Of Conv, Mul and Add this makes one node.
-            quant_pre_process(onnx.load_from_string(content), prepared, skip_symbolic_shape=True)
+            plain, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("plain", "prepared", "quantized"))
+            plain.write_bytes(content)
+            quant_pre_process(plain, prepared, skip_symbolic_shape=True)  # makes one node of Conv, Mul and Add
             # The mean over the pictures of each one's range: the widest of all leaves the others too few steps.
             ranges = {"CalibMovingAverage": True, "TensorQuantOverrides": _overrides(onnx.load(prepared).graph)}
             quantize_static(

@@ -147,6 +147,17 @@ def test_a_channel_that_only_others_need_is_a_change(files, tmp_path, capsys):
         assert f"responses {aside}: " in line and not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("more, is_advised", [({}, True), ({"prune_num": 0}, False)])
+def test_advice_where_nothing_is_cut_unasked(files, tmp_path, capsys, more, is_advised):
+    config, network = make_folders(tmp_path), small_network()
+    plant(network, {bottleneck_conv(network.config): dict.fromkeys(range(network.config.bottleneck_width), 1.0)})
+    flags = files["flags"] | {"load_path": write_model(tmp_path / "model.pth", network), "report_size": 16,
+                              "content_dir": config.content_dir, "style_dir": config.style_dir}
+    assert main(words(flags | more | {"save_path": tmp_path / "out"})) == 0
+    assert report_of(tmp_path / "out")["cut_channels"] == []
+    assert ("no channel is off for every picture" in capsys.readouterr().err) is is_advised
+
+
 def test_a_folder_of_one_picture_has_none_to_compare(files, tmp_path, capsys):
     config = make_folders(tmp_path, contents=1)
     assert main(words(files["flags"] | {"content_dir": config.content_dir, "prune_num": 2, "half": True,

@@ -1,5 +1,4 @@
-"""Compacting a network while it learns: the channel and xor losses over its layers, what is left of it, and the
-steering of the channel loss's weight towards a target."""
+"""Compacting a network while it learns: the losses over its layers, what is left of it, and steering to a target."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,8 +29,7 @@ class NetworkCost:
     def __init__(self, network: NetworkConfig, layers: str, device: torch.device) -> None:
         full = conv_layers(NetworkConfig.full(network.backbone), size=network.stride)  # fractions have no size
         full_macs = sum(layer.macs for layer in full)
-        factors = [layer.macs / (layer.width_in * layer.width * full_macs) for layer in full]
-        self.factors = torch.tensor(factors, device=device)  # (convs,)
+        self.factors = torch.tensor([9 * layer.positions / full_macs for layer in full], device=device)  # (convs,)
         widths = torch.tensor((3, *network.widths), dtype=torch.float32, device=device)  # (1 + convs,)
         selected = selected_convs(network, layers)
         self.before, self.behind = widths[: 1 + selected.start], widths[1:][selected.stop :]
@@ -61,11 +59,8 @@ class CompactLosses:
         strongest `least_kept` channels of each get no gradient: with no channel on, the picture would be one colour."""
         if self.is_published:
             return norms
-        result = []
-        for norm in norms:
-            strongest = norm.detach().mean(dim=0).topk(least_kept(norm.shape[1])).indices
-            result.append(norm.index_copy(1, strongest, norm.detach()[:, strongest]))
-        return result
+        strongest = [norm.detach().mean(dim=0).topk(least_kept(norm.shape[1])).indices for norm in norms]
+        return [norm.index_copy(1, channels, norm.detach()[:, channels]) for norm, channels in zip(norms, strongest)]
 
     def epsilon_of(self, norm: Tensor) -> float | Tensor:
         """The epsilon of l0 for a layer's norms, (n, C): a number, or where it is relative to their mean, a scalar
@@ -73,8 +68,7 @@ class CompactLosses:
         return (self.epsilon * norm.detach().mean()).clamp_min(losses.L0_EPS) if self.is_relative else self.epsilon
 
     def channel_loss(self, norms: Sequence[Tensor]) -> Tensor:
-        """The share of the selected channels that are on (Kim & Choi, eq. 4), or, departing from the paper, the
-        `NetworkCost` of as many in each layer."""
+        """The share of the selected channels that are on (Kim & Choi, eq. 4), or, departing from it, what they cost."""
         on = self._by_layer(losses.channel_loss, norms)
         return on.sum() / self.channels if self.cost is None else self.cost(on)
 
@@ -88,8 +82,7 @@ class CompactLosses:
 
 
 class ChannelCensus:
-    """Which of the selected channels are still on: with any response in one of the last `memory` batches, since one
-    alone has too few pictures."""
+    """Which of the selected channels are on in any of the last `memory` batches: one alone has too few pictures."""
 
     def __init__(self, network: NetworkConfig, layers: str, memory: int, device: torch.device) -> None:
         self.layer_widths, self.memory = network.widths[selected_convs(network, layers)], memory

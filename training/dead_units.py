@@ -46,8 +46,7 @@ class DeadUnits:
 
     @torch.no_grad()
     def find(self, network: StyleTransferNetwork) -> list[Tensor]:
-        """Which units of each layer are dead, (C,), in forward order; the decoder's last layer gives the picture, and
-        is left out."""
+        """Which units of each layer are dead, (C,), in forward order; not of the decoder's last, the picture."""
         weight, is_on = next(network.parameters()), []
         for pair in zip(*(pictures.split(1) for pictures in self.pairs)):
             features = network.encoder.features(normalize(torch.cat(pair).to(weight.device)).to(weight.dtype))

@@ -25,9 +25,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 class Muon(Optimizer):
     """Filters of hidden layers, (C', C, 3, 3), learn as matrices (C', C * 9) by Nesterov momentum made orthogonal, and
-    scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982); biases, and the filters that give the picture's
-    three colours, by Adam. No weight decay. groups: of parameters, with the "lr" of each; dtype: of the iteration,
-    bfloat16 will do."""
+    scaled to the size of Adam's updates (Liu et al., arXiv 2502.16982); biases, and the filters of the picture's three
+    colours, by Adam. No weight decay. groups: of parameters, each with "lr"; dtype: to iterate in, bfloat16 will do."""
 
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
         split = []
@@ -43,8 +42,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             step = self._matrix_step if group["orthogonal"] else self._adam_step
             for weight in group["params"]:
-                if weight.grad is not None:
-                    step(weight, group["lr"])
+                step(weight, group["lr"])
 
     def _matrix_step(self, weight: Tensor, rate: float) -> None:
         state = self.state[weight]

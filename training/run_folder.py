@@ -13,12 +13,9 @@ from pathlib import Path
 import utils
 from utils import CHECKPOINT_NAME, UserError, note, numbered_checkpoints, process_rank, save_checkpoint
 
-LOCK_NAME = ".lock"
-
 
 class CheckpointFolder:
-    """The checkpoints of one run: `check_point.pth` is the newest, numbered ones lie beside it, `keep` of them (-1:
-    all)."""
+    """The checkpoints of one run: `check_point.pth` is the newest; beside it lie `keep` numbered ones, all with -1."""
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
         self.folder = Path(folder)
@@ -31,7 +28,7 @@ class CheckpointFolder:
         """The folder of `--save_path`, made where it is not there. Within the block no other run can write to it.
         Raises UserError when another run does, or when a new run would mix with one that the folder holds."""
         folder = cls(utils.make_folder(save_path, "--save_path"), keep)
-        with open(folder.folder / LOCK_NAME, "w") as lock:  # a kill lets go of it, too
+        with open(folder.folder / ".lock", "w") as lock:  # a kill lets go of it, too
             try:
                 if process_rank() == 0:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,14 +52,13 @@ class CheckpointFolder:
         for path in (folder.newest, *reversed(numbered_checkpoints(folder.folder))):
             try:
                 checkpoint = utils.load_checkpoint(path, flag="--resume")
+                if refusal:
+                    note(f"{refusal}; going on from {path.name}")
+                return checkpoint
             except UserError as error:
                 refusal = refusal or error
                 if "cannot be read" in str(error) or path.is_symlink() and not path.exists():
                     break  # a permission, or a disk that is not there: not the file
-            else:
-                if refusal:
-                    note(f"{refusal}; going on from {path.name}")
-                return checkpoint
         raise refusal
 
     @property
@@ -112,8 +108,7 @@ class WandbRun:
     """A wandb run that is never in the way: it asks nothing, and a training goes on without it."""
 
     def __init__(self, config, folder: Path, run_id: str | None) -> None:
-        """config: of a mode, whose `wb_mode` is auto, online, offline or disabled. Raises UserError when a run that was
-        asked for by `online` or `offline` cannot be had."""
+        """config: of a mode. Raises UserError when what its `wb_mode` asks for, online or offline, cannot be had."""
         self.run, self.id, self.failure, mode = None, run_id, "", config.wb_mode
         if process_rank() > 0 or "disabled" in (mode, mode == "auto" and os.environ.get("WANDB_MODE")):
             return

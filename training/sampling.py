@@ -156,8 +156,7 @@ def training_batches(pictures: TrainingPictures, positions: Iterable[int], batch
 
 
 def _as_arrays(samples: list) -> tuple:
-    """Stack a batch. Arrays go through the worker's pipe; tensors would go through /dev/shm, which is small in a
-    container."""
+    """Stack a batch. Arrays go through the worker's pipe; tensors would go through /dev/shm, small in a container."""
     *pictures, failures = zip(*samples)
     return *(torch.stack(each).numpy() for each in pictures), sum(failures, [])
 

@@ -101,13 +101,9 @@ class ForwardPass(nn.Module):
         return terms, norms["encoder"][-1].detach(), [norm.detach() for norm in selected]
 
     def _encode(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The features whose channels the losses look at, in forward order, and those that AdaIN acts on, the deepest
-        first."""
-        convs = None if self.whole_encoder else self.level_convs
-        features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]), convs=convs)
-        if convs is None:
-            return features, [features[conv] for conv in self.level_convs]
-        return features[-1:], features[::-1]
+        """The features whose channels the losses look at, in forward order, and AdaIN's, the deepest first."""
+        features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]))
+        return (features if self.whole_encoder else features[-1:]), [features[conv] for conv in self.level_convs]
 
     def _decode(self, aligned: list[Tensor]) -> list[Tensor]:
         """The features of all layers, in forward order; the last is the output."""
@@ -240,12 +236,10 @@ class TransferTrainer:
 
     def state(self) -> dict:
         """What a checkpoint needs beside the optimiser to go on; it is a model file too."""
-        state = {"optimized": self.optimized}
-        if self.census is not None:
-            state["census"] = {"selected": self.census.batches_off}
-        if self.steering is not None:
-            state["steering"] = {"log_change": self.steering.log_change}
-        return model_checkpoint(self.network, vgg_weights=self.vgg_origin, **state)
+        followed = {"census": self.census and {"selected": self.census.batches_off},
+                    "steering": self.steering and {"log_change": self.steering.log_change}}
+        return model_checkpoint(self.network, vgg_weights=self.vgg_origin, optimized=self.optimized,
+                                **{name: kept for name, kept in followed.items() if kept})
 
     def restore(self, checkpoint: dict) -> None:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts

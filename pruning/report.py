@@ -1,5 +1,4 @@
-"""What a cut changed: sizes, multiply-adds, latency, the pictures of pairs that had no part in the choice; and several
-networks beside each other."""
+"""What a cut changed, in one or several networks: sizes, multiply-adds, latency, pictures that did not choose it."""
 
 import io
 import json
@@ -36,8 +35,7 @@ def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tenso
 @torch.inference_mode()
 def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, content: Tensor, style: Tensor,
                    strength: float) -> float:
-    """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded. content,
-    style: (1, 3, H, W), uint8."""
+    """Largest difference of a colour value, 0..255, not rounded, between two networks' pictures of a `load_pair`."""
     content, style = normalize(content), normalize(style)
     first, second = (denormalize(network(content, style, strength)) for network in (before, after))
     return (first - second).abs().max().item() * 255.0
@@ -45,8 +43,7 @@ def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, co
 
 def measure_changes(before: StyleTransferNetwork, after: StyleTransferNetwork, pairs: list[tuple[str, str]],
                     config) -> list[dict]:
-    """The largest change of a colour value over the pairs, as large as the measured pictures and half as large, for
-    each strength; empty without pairs."""
+    """The `largest_change` over the pairs, at the measured size and half of it, each strength; empty without pairs."""
     device = next(before.parameters()).device
     half = replace(config, imsize=max(1, config.imsize // 2), cropsize=max(1, config.cropsize // 2))
     strengths = sorted({*STRENGTHS, config.style_strength}, reverse=True)
@@ -86,14 +83,12 @@ def measure_losses(network: StyleTransferNetwork, cut: StyleTransferNetwork, res
     """The meter's metrics over the pairs that were set aside: "metrics" of the cut network, and as "curve" those of the
     network without its n weakest channels, for each n that it has, with n as "cut"."""
     values, numbers = [], sorted(config.prune_nums or CURVE_NUMBERS)
-    with progress_bar(len(responses.pairs), "measure losses", "pair") as bar:
-        for pair in responses.pairs:
-            content, style = load_pair(pair, config, meter.device)
-            both = normalize(content), normalize(style)
-            painted = paint_with_cuts(network, responses, *both, numbers, config.style_strength)
-            outputs = [cut(*both, config.style_strength), *painted.values()]
-            values.append(meter.measure(meter.open_content(content), meter.open_style(style), outputs).cpu())
-            bar.update()
+    for pair in progress_bar(len(responses.pairs), "measure losses", "pair", iterable=responses.pairs):
+        content, style = load_pair(pair, config, meter.device)
+        both = normalize(content), normalize(style)
+        painted = paint_with_cuts(network, responses, *both, numbers, config.style_strength)
+        outputs = [cut(*both, config.style_strength), *painted.values()]
+        values.append(meter.measure(meter.open_content(content), meter.open_style(style), outputs).cpu())
     measurement = Measurement(torch.stack(values).numpy(), responses.pairs, ["cut", *map(str, painted)], meter.metrics)
     curve = [{"cut": number} | measurement.summary(place) for place, number in enumerate(painted, start=1)]
     return {"metrics": measurement.summary(0), "curve": curve}

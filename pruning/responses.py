@@ -81,8 +81,7 @@ class Responses:
     def save(self, path: Path) -> None:
         arrays = {"l2": self.l2, "l0": l0_norm(torch.from_numpy(self.l2), L0_EPS).numpy(), "contents": self.contents}
         arrays |= {name: np.array(list(getattr(self, name)), str) for name in ("paths", "pairs", "layers")}
-        for name, layer in self.layers.items():
-            arrays |= {f"{name}.{key}": array for key, array in vars(layer).items()}
+        arrays |= {f"{name}.{key}": array for name, layer in self.layers.items() for key, array in vars(layer).items()}
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     @classmethod
@@ -225,18 +224,16 @@ def _estimate_importance(network: StyleTransferNetwork, pairs: Iterable[Sequence
     """
     generator = torch.Generator().manual_seed(0)
     importance = [torch.zeros_like(mean) for mean in means]
-    with progress_bar(IMPORTANCE_PROBES, "rank channels", "pair") as bar:
-        for pair in pairs:
-            with torch.enable_grad():
-                encoded = _encode(network, torch.cat(pair))  # (2, C, H, W) each
-                content_features, style_features = zip(*(encoded[conv].split(1) for conv in network.config.level_convs))
-                aligned = align(content_features, *level_statistics(style_features), strength)
-                *painted, output = network.decoder.features(*aligned)
-                direction = torch.randn(output.shape, generator=generator).to(output.device)
-                features = [*encoded[:-1], aligned[0], *painted]
-                gradients = torch.autograd.grad((output * direction).sum(), features)
-            for total, feature, mean, gradient in zip(importance, features, means, gradients):
-                change = (gradient * (feature.detach() - mean[:, None, None])).sum(dim=(0, 2, 3))
-                total += change.square() / IMPORTANCE_PROBES
-            bar.update()
+    for pair in progress_bar(IMPORTANCE_PROBES, "rank channels", "pair", iterable=pairs):
+        with torch.enable_grad():
+            encoded = _encode(network, torch.cat(pair))  # (2, C, H, W) each
+            content_features, style_features = zip(*(encoded[conv].split(1) for conv in network.config.level_convs))
+            aligned = align(content_features, *level_statistics(style_features), strength)
+            *painted, output = network.decoder.features(*aligned)
+            direction = torch.randn(output.shape, generator=generator).to(output.device)
+            features = [*encoded[:-1], aligned[0], *painted]
+            gradients = torch.autograd.grad((output * direction).sum(), features)
+        for total, feature, mean, gradient in zip(importance, features, means, gradients):
+            change = (gradient * (feature.detach() - mean[:, None, None])).sum(dim=(0, 2, 3))
+            total += change.square() / IMPORTANCE_PROBES
     return importance

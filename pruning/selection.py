@@ -32,8 +32,7 @@ def rounded_width(width: int, before: int, multiple: int) -> int:
 
 def select_in_bottleneck(responses: Responses, config) -> list[int]:
     """The bottleneck channels to cut, weakest first: those named, the N weakest, or those that are off for every
-    picture. The strongest of them stay where the width that is left is to be a multiple of `round_to`. Raises UserError
-    when nothing would be left."""
+    picture; the strongest are spared to leave a multiple of `round_to`. Raises UserError when nothing would be left."""
     width = responses.l2.shape[1]
     if config.prune_channels is not None:
         channels = config.prune_channels
@@ -61,8 +60,7 @@ def macs_of_widths(layers: list[ConvLayer], widths: Widths) -> int:
 
 
 def most_macs(network: NetworkConfig, config) -> float:
-    """The multiply-adds that `prune_macs` allows; infinite where it is not given. Raises UserError when no cut would
-    meet it."""
+    """The multiply-adds that `prune_macs` allows, infinite without it. Raises UserError when no cut would meet it."""
     if config.prune_macs is None:
         return math.inf
     layers = conv_layers(network, config.report_size)
@@ -86,11 +84,10 @@ def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses]
     layers, multiple = conv_layers(network, config.report_size), config.round_to
     kinds = {}  # of every channel: what goes first is the least
     for layer in layers[:-1]:
-        found, kind = responses[layer.name], np.zeros(layer.width, int)
+        kinds[layer.name] = kind = np.zeros(layer.width, int)
         if layer.kind != "encoder" or network.padding == "reflect":
-            kind[found.constant] = -1
-        kind[found.off] = -2
-        kinds[layer.name] = kind
+            kind[responses[layer.name].constant] = -1
+        kind[responses[layer.name].off] = -2
     widths, orders, importance = {layer.name: layer.width for layer in layers}, {}, {}
     for group in cut_together(network):
         found = [responses[name] for name in group]
@@ -110,8 +107,7 @@ def select_channels(network: NetworkConfig, responses: dict[str, LayerResponses]
 
 
 def cut_together(network: NetworkConfig) -> list[tuple[str, ...]]:
-    """The convs but the last, in groups that lose the same channels: those whose features are added, every other one
-    alone; in forward order."""
+    """The convs but the last, in forward order, grouped where features are added, so that the same channels go."""
     names = [layer.name for layer in conv_layers(network, size=0)[:-1]]
     added = {names[first]: names[second] for first, second in network.added_convs}
     return [(name, added[name]) if name in added else (name,) for name in names if name not in added.values()]
@@ -119,8 +115,7 @@ def cut_together(network: NetworkConfig) -> list[tuple[str, ...]]:
 
 def select_by_magnitude(network: StyleTransferNetwork, config) -> Cuts:
     """Plain magnitude pruning, to compare with: each layer keeps the same fraction of its channels, the largest that
-    meets `prune_macs`, those whose filters have the largest l1 norms (Li et al., arXiv 1608.08710, sec. 3.1). Nothing
-    takes the place of a cut channel."""
+    meets `prune_macs`, those with the largest l1 norms of their filters (Li et al., arXiv 1608.08710, sec. 3.1)."""
     layers, multiple = conv_layers(network.config, config.report_size), config.round_to
     least, most = least_widths(layers, multiple), most_macs(network.config, config)
     for kept in range(FRACTION_STEPS, -1, -1):

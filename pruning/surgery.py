@@ -39,8 +39,7 @@ def cut_channels(network: StyleTransferNetwork, cuts: Mapping[str, Iterable[int]
                 state[bias] += value * state[weight][:, channel].sum(dim=(1, 2))
         state[weight] = state[weight][:, indices]
     cut.to(state[bias].dtype).load_state_dict(state)
-    cut.train(network.training)
-    return cut.to(indices.device, memory_format=torch.channels_last)
+    return cut.train(network.training).to(indices.device, memory_format=torch.channels_last)
 
 
 def cut_bottleneck(network: StyleTransferNetwork, channels: Iterable[int]) -> StyleTransferNetwork:
@@ -57,9 +56,8 @@ def _channels_that_stay(network: NetworkConfig, layers: list[ConvLayer],
     for layer in layers:
         channels = cuts.get(layer.name, [])
         place = "the bottleneck" if layer.kind == "bottleneck" else layer.name
-        for channel in channels:
-            if not 0 <= channel < layer.width:
-                raise UserError(f"channel {channel}: {place} has {layer.width} channels, 0 to {layer.width - 1}")
+        for channel in [each for each in channels if each not in range(layer.width)]:
+            raise UserError(f"channel {channel}: {place} has {layer.width} channels, 0 to {layer.width - 1}")
         if len(set(channels)) != len(channels):
             raise UserError(f"channel {max(channels, key=channels.count)} is named more than once")
         if len(channels) >= layer.width:

@@ -39,9 +39,7 @@ Painter = Callable[[Tensor, Tensor, float], Tensor]
 
 def need_packages(suffix: str) -> None:
     """Raises UserError where what files of this suffix are made and checked with is missing, or torch too old."""
-    if suffix == SAFETENSORS:
-        return
-    if torch.__version__ < GRAPH_TORCH:
+    if suffix != SAFETENSORS and torch.__version__ < GRAPH_TORCH:
         raise UserError(f"save_path: {ONNX} and {TORCH_EXPORT} files need torch {GRAPH_TORCH} or newer, this is "
                         f"{torch.__version__}; {SAFETENSORS} files do not")
     for name in ONNX_PACKAGES if suffix == ONNX else ():
@@ -67,9 +65,8 @@ def to_onnx(graph: Graph, network: StyleTransferNetwork) -> bytes:
         warnings.simplefilter("ignore")  # that inputs share an axis's name
         exported = torch.onnx.export(trace(graph), input_names=list(graph.inputs), output_names=list(graph.outputs),
                                      dynamic_shapes={name: AXES[name] for name in graph.inputs}, verbose=False)
-    model = exported.model_proto
-    model.metadata_props.add(key="config", value=json.dumps(asdict(network.config)))
-    return model.SerializeToString()
+    exported.model.metadata_props["config"] = json.dumps(asdict(network.config))
+    return exported.model_proto.SerializeToString()
 
 
 def to_torch_export(graph: Graph, network: StyleTransferNetwork) -> bytes:

@@ -56,9 +56,7 @@ class Graph(nn.Module):
         decoded = self.network.decoder(*(row.squeeze(2).reshape(feature.shape) for row, feature in zip(rows, features)))
         scale, offset = (F.pad(each, (0, 0, 0, 0, 0, self.added)) for each in (self.rgb_std, self.rgb_mean))
         picture = decoded * scale + offset  # `quantize` makes it part of the last conv
-        if self.added:
-            picture = picture[:, :3]
-        return resized(picture, *content.shape[2:]).clamp(0.0, 1.0)
+        return resized(picture[:, :3] if self.added else picture, *content.shape[2:]).clamp(0.0, 1.0)
 
 
 class StyleGraph(Graph):
@@ -78,8 +76,7 @@ class PairGraph(Graph):
 
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:
-    """The graph as torch.export has it, for a batch and pictures of any size. Raises torch's error where a size that
-    it saw would stay in it."""
+    """The graph as torch.export has it, for a batch and pictures of any size. Raises torch's error if one is fixed."""
     statistic = (2, sum(graph.network.config.level_widths), 1, 1)
     sizes = {"content": (2, 3, 37, 45), "style": (2, 3, 52, 44), "mean": statistic, "std": statistic, "strength": (1,)}
     example = tuple(torch.rand(sizes[name]) for name in graph.inputs)
@@ -92,10 +89,8 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
 def fill_up(network: StyleTransferNetwork, multiple: int) -> StyleTransferNetwork:
     """A new network that paints the same, with every width (but the picture's 3 colours) brought up to a `multiple` by
     channels that are zero: their filters are, and what they feed."""
-    config = network.config
-    widths = [-(-width // multiple) * multiple for width in config.widths[:-1]]
-    filled = StyleTransferNetwork(config.with_widths([*widths, config.widths[-1]]))
-    filled.to(next(network.parameters()).dtype)
+    widths = [-(-width // multiple) * multiple for width in network.config.widths[:-1]]
+    filled = StyleTransferNetwork(network.config.with_widths([*widths, 3])).to(next(network.parameters()).dtype)
     state = filled.state_dict()
     for name, tensor in network.state_dict().items():
         state[name].zero_()[tuple(map(slice, tensor.shape))] = tensor

@@ -44,9 +44,8 @@ def quantize_files(files: dict[Path, bytes], pairs: list[tuple[Tensor, Tensor]])
         quantized[style_path] = quantize(style_graph, codes)
         session = onnx_session(style_graph)
         codes = [dict(zip(StyleGraph.outputs, session.run(None, code))) for code in codes]
-    others = [{"content": content, "strength": np.ones(1, np.float32)} for content in contents]
-    quantized[path] = quantize(content_graph, [other | code for other, code in zip(others, codes)])
-    return quantized
+    inputs = [{"content": content, "strength": np.ones(1, np.float32)} | code for content, code in zip(contents, codes)]
+    return quantized | {path: quantize(content_graph, inputs)}
 
 
 def quantize(content: bytes, inputs: list[dict[str, np.ndarray]]) -> bytes:

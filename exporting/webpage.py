@@ -17,10 +17,9 @@ from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, Stylizer, usable
 from painting.tiling import shallower_width
 from utils import UserError, make_folder
 
-ROOT = Path(__file__).parent.parent
-WEB = ROOT / "exporting" / "page"
+WEB = Path(__file__).parent / "page"
 STYLES = DEMO_STYLE.parent
-SOURCES = ROOT / "imgs" / "SOURCES.tsv"  # of the bundled pictures, with their licences
+SOURCES = STYLES.parent / "SOURCES.tsv"  # of the bundled pictures, with their licences
 MAX_STYLES = 48
 THUMBNAIL = 160  # pixels a side
 
@@ -38,8 +37,7 @@ LARGEST_LAYERS = 4  # at a picture's full size that the runtime holds at once: i
 
 
 def max_pixels(config: NetworkConfig) -> int:
-    """How large a picture a browser paints within MEMORY: its widest layers at full size decide, and what AdaIN takes
-    of shallower levels, and gives."""
+    """How large a picture a browser paints within MEMORY, by its widest layers, and shallower levels around AdaIN."""
     widest = max(*config.encoder_widths[:2], *config.decoder_widths[-3:])
     return int(MEMORY / (4 * (LARGEST_LAYERS * widest + 2 * shallower_width(config))))
 
@@ -53,8 +51,7 @@ def check_picture(stylizer: Stylizer) -> dict:
 
 
 def find_styles(folder: str | None, output: Path) -> list[Path]:
-    """The pictures of a folder, without one the bundled styles. Raises UserError where there are none, or more than fit
-    on a page."""
+    """The pictures of a folder, or the bundled ones. Raises UserError where there are none, or too many for a page."""
     paths = find_pictures(Path(folder or STYLES), "--style_dir", output)
     if len(paths) > MAX_STYLES:
         raise UserError(f"style_dir {folder}: {len(paths)} pictures, at most {MAX_STYLES} styles fit on a page")
@@ -100,11 +97,10 @@ def page_files(network: StyleTransferNetwork, name: str, style_graph: bytes, con
     stylizer, has_sources = Stylizer(network), STYLES.resolve() in {path.parent.resolve() for path in styles}
     if has_sources:
         files[SOURCES.name] = SOURCES.read_bytes()
+    described = [describe_style(stylizer, path) for path in styles]
+    files |= {f"styles/{number}.jpg": thumbnail for number, (_, thumbnail) in enumerate(described)}
     settings = {"network": name, "photograph": DEMO_CONTENT.stem, "maxPixels": max_pixels(network.config),
-                "hasSources": has_sources, "check": check_picture(stylizer), "styles": []}
-    for number, path in enumerate(styles):
-        description, files[f"styles/{number}.jpg"] = describe_style(stylizer, path)
-        settings["styles"].append(description)
+                "hasSources": has_sources, "check": check_picture(stylizer), "styles": [each for each, _ in described]}
     return files | {"page.json": json.dumps(settings).encode()}
 
 

@@ -1,6 +1,7 @@
 """Serve a folder on this machine, so that its page may use several threads: serve.py FOLDER [PORT]"""
 
 import sys
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,7 +20,5 @@ if __name__ == "__main__":
     folder, port = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8000
     with ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=folder)) as server:
         print(f"Serving {folder} on http://127.0.0.1:{server.server_port}/", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass

@@ -35,7 +35,8 @@ def load_pair(pair: tuple[str, str], config, device: torch.device) -> list[Tenso
 @torch.inference_mode()
 def largest_change(before: StyleTransferNetwork, after: StyleTransferNetwork, content: Tensor, style: Tensor,
                    strength: float) -> float:
-    """Largest difference of a colour value, 0..255, not rounded, between two networks' pictures of a `load_pair`."""
+    """Largest difference of any colour value, 0..255, between the pictures of two networks, not rounded. content,
+    style: (1, 3, H, W), uint8."""
     content, style = normalize(content), normalize(style)
     first, second = (denormalize(network(content, style, strength)) for network in (before, after))
     return (first - second).abs().max().item() * 255.0

@@ -56,8 +56,9 @@ def _channels_that_stay(network: NetworkConfig, layers: list[ConvLayer],
     for layer in layers:
         channels = cuts.get(layer.name, [])
         place = "the bottleneck" if layer.kind == "bottleneck" else layer.name
-        for channel in [each for each in channels if each not in range(layer.width)]:
-            raise UserError(f"channel {channel}: {place} has {layer.width} channels, 0 to {layer.width - 1}")
+        for channel in channels:
+            if not 0 <= channel < layer.width:
+                raise UserError(f"channel {channel}: {place} has {layer.width} channels, 0 to {layer.width - 1}")
         if len(set(channels)) != len(channels):
             raise UserError(f"channel {max(channels, key=channels.count)} is named more than once")
         if len(channels) >= layer.width:

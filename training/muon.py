@@ -42,7 +42,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             step = self._matrix_step if group["orthogonal"] else self._adam_step
             for weight in group["params"]:
-                step(weight, group["lr"])
+                if weight.grad is not None:
+                    step(weight, group["lr"])
 
     def _matrix_step(self, weight: Tensor, rate: float) -> None:
         state = self.state[weight]

@@ -101,9 +101,13 @@ class ForwardPass(nn.Module):
         return terms, norms["encoder"][-1].detach(), [norm.detach() for norm in selected]
 
     def _encode(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The features whose channels the losses look at, in forward order, and AdaIN's, the deepest first."""
-        features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]))
-        return (features if self.whole_encoder else features[-1:]), [features[conv] for conv in self.level_convs]
+        """The features whose channels the losses look at, in forward order, and those that AdaIN acts on, the deepest
+        first."""
+        convs = None if self.whole_encoder else self.level_convs
+        features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]), convs=convs)
+        if convs is None:
+            return features, [features[conv] for conv in self.level_convs]
+        return features[-1:], features[::-1]
 
     def _decode(self, aligned: list[Tensor]) -> list[Tensor]:
         """The features of all layers, in forward order; the last is the output."""

@@ -177,23 +177,20 @@ def test(given: dict) -> int:
 
 def _stylise(config: TestConfig, device: torch.device) -> int:
     plan = make_plan(config)
-    models, digests, meter = open_models(config), {}, None
-    if config.measured:
-        for model in models:  # now: a run that still trains replaces its file
-            digests[model.file] = hashlib.sha256(model.file.read_bytes()).hexdigest()
+    models, meter = open_models(config), None
+    if config.measured:  # hashed now: a run that still trains replaces its file
+        models = [model._replace(sha256=hashlib.sha256(model.file.read_bytes()).hexdigest()) for model in models]
         meter = _open_meter(config, plan, models, device)
     stylizers = make_stylizers(config, models, device)
     outcome = PairPainter(config, plan, stylizers, meter).run()
     if not outcome.values:
-        first = next(iter(outcome.unusable.values()))
-        raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {first}")
+        raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {next(iter(outcome.unusable.values()))}")
     if process_rank() == 0:
-        _report(config, plan, outcome, models, digests, meter)
+        _report(config, plan, outcome, models, meter)
     return 1 if outcome.unusable else 0
 
 
-def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], digests: dict[Path, str],
-            meter: Meter | None) -> None:
+def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[OpenedModel], meter: Meter | None) -> None:
     """Write the sheets and metrics.json, print the table, and say what was written and what could not be used."""
     done = [pair for pair in plan.pairs if pair in outcome.values]
     left_out = len(plan.pairs) - len(done)
@@ -207,7 +204,7 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
         values = torch.stack([outcome.values[pair] for pair in done]).numpy()
         measurement = Measurement(values, done, plan.columns, meter.metrics)
         show(measurement.table())
-        metrics = _metrics(config, plan, measurement, models, digests, meter)
+        metrics = _metrics(config, plan, measurement, models, meter)
         metrics |= {"skipped": [*outcome.unusable.values()], "pairs_left_out": left_out}
         utils.write_text_atomically(plan.folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
         wrote.append(METRICS_NAME)
@@ -217,13 +214,12 @@ def _report(config: TestConfig, plan: Plan, outcome: Outcome, models: list[Opene
                           *outcome.unusable.values()]))
 
 
-def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[OpenedModel],
-             digests: dict[Path, str], meter: Meter) -> dict:
+def _metrics(config: TestConfig, plan: Plan, measurement: Measurement, models: list[OpenedModel], meter: Meter) -> dict:
     """All that was measured and how, as plain values for `metrics.json`."""
     packages = ("torch", "torchvision", "Pillow", "numpy", *["stlpips-pytorch"] * ("stlpips" in meter.metrics))
     painters = [{
         "file": str(model.file),
-        "sha256": digests[model.file],
+        "sha256": model.sha256,
         "backbone": model.network.config.backbone,
         "bottleneck_channels": model.network.config.bottleneck_width,
         "parameters": count_parameters(model.network),

@@ -116,10 +116,9 @@ def match_colors(style: Tensor, content: Tensor) -> Tensor:
     to_white = vectors * inverse @ vectors.T
     values, vectors = torch.linalg.eigh(content_covariance)
     matrix = vectors * values.clamp(min=0.0).sqrt() @ vectors.T @ to_white
-    matched = torch.empty(style.shape, dtype=torch.uint8, device=style.device)
-    for there, here in zip(*(picture.flatten(2)[0].split(CHUNK, dim=1) for picture in (matched, style))):
-        there.copy_((matrix @ (here.double() - style_mean) + content_mean).round().clamp(0.0, 255.0))
-    return matched
+    parts = [(matrix @ (part.double() - style_mean) + content_mean).round().clamp(0.0, 255.0).byte()
+             for part in style.flatten(2)[0].split(CHUNK, dim=1)]
+    return torch.cat(parts, dim=1).reshape(style.shape)
 
 
 def _color_moments(picture: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 
 from PIL import Image
@@ -38,15 +38,6 @@ class Outcome:
 Content = tuple[Tensor, Image.Image | None, list[TiledPicture]]  # pixels, alpha, and its way through each network
 
 
-@dataclass(frozen=True)
-class _Style:
-    """A style, encoded."""
-
-    pictures: list[Tensor]  # (1, 3, H, W), uint8, each; none where they are to be decoded again
-    codes: list[Style | MaskedStyle]  # for every model; none where each content colours the pictures first
-    measured: list  # what the meter takes of it
-
-
 class PairPainter:
     """Paints the pairs of a plan by every model at every strength, and measures them where there is a meter."""
 
@@ -55,7 +46,6 @@ class PairPainter:
         self.config, self.plan, self.stylizers, self.meter = config, plan, stylizers, meter
         self.outcome = Outcome()
         self.shown = {key for sheet in plan.sheets for row in sheet.rows for key in row}
-        self.cell = max((sheet.cell for sheet in plan.sheets), default=0)
         self.threads, self.least_side = min(usable_cores(), MOST_THREADS), MIN_SIDE if meter else 1
 
     def run(self) -> Outcome:
@@ -67,14 +57,18 @@ class PairPainter:
         """
         every, rank, processes = self.plan.pairs, utils.process_rank(), utils.process_count()
         pairs = every[len(every) * rank // processes : len(every) * (rank + 1) // processes]
-        self.pairs = {content: [*own] for content, own in groupby(pairs, key=lambda pair: pair[0])}
-        self.encoded: dict[int, _Style] = {}
+        # Of a style by its number: its code for every model, none where each content colours its pictures first; these
+        # pictures, (1, 3, H, W), uint8, each, where they are not to be decoded again; and what the meter takes of it.
+        self.codes: dict[int, list[Style | MaskedStyle]] = {}
+        self.kept: dict[int, list[Tensor]] = {}
+        self.of_styles: dict[int, list | None] = {}
         self.being_written = deque()
         pictures = len(pairs) * len(self.stylizers) * len(self.config.style_strength)
         with ThreadPoolExecutor(self.threads) as self.pool, progress_bar(pictures, "stylise", "picture") as self.bar:
             self._each(self.plan.styles, sorted({style for _, style in pairs}), self._load_style, self._encode_style)
-            contents = [*self.pairs] if self.encoded else []
-            self._each(self.plan.contents, contents, self._load_content, self._paint_content)
+            self.pairs = {content: [pair for pair in own if pair[1] in self.codes]
+                          for content, own in groupby(pairs, key=lambda pair: pair[0]) if self.codes}
+            self._each(self.plan.contents, [*self.pairs], self._load_content, self._paint_content)
             for each in self.being_written:
                 each.result()
         for outcome in gather(self.outcome):
@@ -83,8 +77,7 @@ class PairPainter:
         return self.outcome
 
     def _each(self, pictures: Pictures, numbers: list[int], read: Callable, work: Callable) -> None:
-        """Do the `work` for each number with what `read` makes of it in a thread, a few ahead, and leave out what
-        cannot be used; a picture that was named alone ends the run."""
+        """Do the `work` for each number with what `read` makes of it in a thread, a few ahead."""
         coming = deque(self.pool.submit(read, number) for number in numbers[: self.threads])
         for place, number in enumerate(numbers):
             coming += [self.pool.submit(read, later) for later in numbers[place + self.threads :][:1]]
@@ -116,13 +109,12 @@ class PairPainter:
 
     def _encode_style(self, number: int, pictures: list[Tensor]) -> None:
         self._show(("style", number), pictures[0])
-        codes = [] if self.config.preserve_color == "histogram" else self._codes(pictures)
-        measured = self.meter.open_style(pictures[0]) if self.meter else []
-        kept = sum(each.nbytes for style in self.encoded.values() for each in style.pictures)
-        is_kept = not codes and kept + sum(each.nbytes for each in pictures) <= KEPT_STYLES
-        self.encoded[number] = _Style(pictures if is_kept else [], codes, measured)
+        self.of_styles[number] = self.meter and self.meter.open_style(pictures[0])
+        self.codes[number] = [] if self.config.preserve_color == "histogram" else self._encode(pictures)
+        if not self.codes[number] and sum(each.nbytes for each in chain(pictures, *self.kept.values())) <= KEPT_STYLES:
+            self.kept[number] = pictures
 
-    def _codes(self, pictures: list[Tensor], colors_of: Tensor | None = None) -> list[Style | MaskedStyle]:
+    def _encode(self, pictures: list[Tensor], colors_of: Tensor | None = None) -> list[Style | MaskedStyle]:
         """The style that these pictures are or make together, for every model."""
         return [stylizer.combine(pictures, self.config.style_weights, self.plan.mask, colors_of)
                 for stylizer in self.stylizers.values()]
@@ -130,23 +122,20 @@ class PairPainter:
     def _paint_content(self, number: int, content: Content) -> None:
         """Paint all pairs of a content."""
         self._show(("content", number), content[0])
-        measured = self.meter.open_content(content[0]) if self.meter else None
+        measured = self.meter and self.meter.open_content(content[0])
         for pair in self.pairs[number]:
-            if pair[1] in self.encoded:
-                style = self.encoded[pair[1]]
-                outputs = self._paint_pair(pair, content, style)
-                self.outcome.values[pair] = \
-                    self.meter.measure(measured, style.measured, outputs).cpu() if self.meter else None
+            outputs, style = self._paint_pair(pair, content), self.of_styles[pair[1]]
+            self.outcome.values[pair] = self.meter and self.meter.measure(measured, style, outputs).cpu()
 
-    def _paint_pair(self, pair: Pair, content: Content, style: _Style) -> list[Tensor]:
+    def _paint_pair(self, pair: Pair, content: Content) -> list[Tensor]:
         """Paint what is not there yet of a pair, and have it written. Returns what is measured, that of others, too."""
         picture, alpha, opened = content
-        codes, outputs = style.codes, []
+        codes, outputs = self.codes[pair[1]], []
         painters = product(enumerate(self.stylizers), self.config.style_strength)
         for column, (((number, model), strength), path) in enumerate(zip(painters, self.plan.files[pair])):
             painted = read_written(path) if self.config.skip_existing else None
             if painted is None:
-                codes = codes or self._codes(style.pictures or self._load_style(pair[1]), picture)
+                codes = codes or self._encode(self.kept.get(pair[1]) or self._load_style(pair[1]), picture)
                 painted, output = self._paint(model, opened[number], codes[number], strength)
                 outputs.append(output)
                 self._write(painted, path, alpha)
@@ -169,10 +158,9 @@ class PairPainter:
         """The painted picture, and the output that it is of where there is a meter."""
         stylizer, keeps_colors = self.stylizers[model], self.config.preserve_color == "luma"
         try:
-            if self.meter is None:
-                return stylizer.paint_picture(content, style, strength, keeps_colors=keeps_colors), None
-            output = stylizer.paint(content, style, strength, keeps_colors=keeps_colors)
-            return to_pil(denormalize(output)), output
+            paint = stylizer.paint if self.meter else stylizer.paint_picture
+            painted = paint(content, style, strength, keeps_colors=keeps_colors)
+            return (to_pil(denormalize(painted)), painted) if self.meter else (painted, None)
         except UserError as error:  # not finite
             raise UserError(f"load_path {model}: {error}") from error
 
@@ -187,5 +175,5 @@ class PairPainter:
         """Keep a small copy of a picture that a sheet shows."""
         if key in self.shown:
             picture = to_pil_image(picture[0]) if isinstance(picture, Tensor) else picture.copy()
-            picture.thumbnail((self.cell, self.cell))
+            picture.thumbnail((max(sheet.cell for sheet in self.plan.sheets),) * 2)
             self.outcome.shown[key] = picture

@@ -38,10 +38,6 @@ class Pictures:
     def paths(self) -> list[Path]:
         return [*chain.from_iterable(self.groups)]
 
-    def combined(self) -> "Pictures":
-        """All of them as one style, of number 0 and with all their names."""
-        return replace(self, groups=[tuple(self.paths)], names=["+".join(self.names)], are_many=False)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,16 +59,14 @@ def find_inputs(named: Sequence[str], flag: str, holdout: float) -> Pictures:
 
     Raises UserError as `find_measured` does.
     """
-    stems, folders = {}, {}
+    folders = {each: find_measured(each, f"--{flag}", holdout) for each in map(Path, named) if is_searched(each)}
+    stems = {}
     for each in map(Path, named):
-        if not is_searched(each):
-            stems.setdefault(each, each.stem)
-            continue
-        folders[each] = find_measured(each, f"--{flag}", holdout)
-        for path in folders[each]:
-            stems.setdefault(path, "-".join(path.relative_to(each).with_suffix("").parts))
-    groups, are_many = [(path,) for path in stems], len(stems) > 1 or bool(folders)
-    return Pictures(flag, groups, distinct([*stems.values()]), folders, are_many)
+        for path in folders.get(each, [each]):
+            parts = path.relative_to(each).with_suffix("").parts if each in folders else [path.stem]
+            stems.setdefault(path, "-".join(parts))
+    are_many = len(stems) > 1 or bool(folders)
+    return Pictures(flag, [(path,) for path in stems], distinct([*stems.values()]), folders, are_many)
 
 
 def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
@@ -86,10 +80,7 @@ def distinct(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
 
 
 def note_learned_from(name: str, checkpoint: dict, paths: Sequence[Path]) -> None:
-    """Say how many of the pictures to measure a model has learned from, as far as its file knows.
-
-    name: of the model; checkpoint: what its file holds, the settings of its training among it; paths: of the pictures.
-    """
+    """Say how many of the pictures to measure a model has learned from, as far as its file, the `checkpoint`, knows."""
     config = checkpoint.get("train_config") or {}
     folders = {os.path.realpath(config[flag]) for flag in ("content_dir", "style_dir") if config.get(flag)}
     within = [path for path in paths if not folders.isdisjoint(map(str, Path(os.path.realpath(path)).parents))]
@@ -106,8 +97,7 @@ def choose_pairs(contents: int, styles: int, number: int | None, seed: int) -> l
     Drawn pairs use every picture as often as any other of its kind, or once more. Raises UserError when there
     are not that many pairs.
     """
-    if number is None:
-        return [(content, style) for content in range(contents) for style in range(styles)]
+    number = contents * styles if number is None else number
     if number > contents * styles:
         raise UserError(f"pairs {number}: {contents} content and {styles} style pictures make "
                         f"{contents * styles} pairs")
@@ -145,10 +135,9 @@ def check_outputs(config, written: Sequence[Path], pictures: Sequence[Pictures] 
     for file in written:
         if os.path.realpath(file) in read:
             raise UserError(f"save_path: {file} would overwrite {read[os.path.realpath(file)]}; name another")
-    for folder in {file.parent for file in written}:
-        for each in pictures:
-            for root, found in each.folders.items():
-                refuse_within(folder, root, f"--{each.flag}", found)
+    for folder, each in product({file.parent for file in written}, pictures):
+        for root, found in each.folders.items():
+            refuse_within(folder, root, f"--{each.flag}", found)
 
 
 def find_painted(given: str, pairs: Sequence[Pair], contents: Pictures, styles: Pictures) -> dict[Pair, Path]:
@@ -178,7 +167,7 @@ def make_plan(config) -> Plan:
     contents, styles = (find_inputs(*config.input(kind), config.holdout) for kind in ("content", "style"))
     if config.style_weights is not None or config.mask is not None:
         check_styles(len(styles.paths), config.style_weights, config.mask)
-        styles = styles.combined()
+        styles = replace(styles, groups=[tuple(styles.paths)], names=["+".join(styles.names)], are_many=False)
     pairs = choose_pairs(len(contents.groups), len(styles.groups), config.pairs, config.seed)
     others = {each.partition("=")[0]: find_painted(each, pairs, contents, styles) for each in config.painted or ()}
     names = model_names(config.load_path)

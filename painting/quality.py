@@ -86,8 +86,7 @@ class Meter:
         self.metrics, self.style_kind, self.device = metrics, style_kind, device
         self.vgg_origin, self.loss_network = None, lambda image: []  # without loss metrics there are no features
         if "stlpips" in metrics:
-            wanted_by = "metrics stlpips (the others need no package)"
-            stlpips = import_extra("stlpips_pytorch.stlpips", "metrics", wanted_by)
+            stlpips = import_extra("stlpips_pytorch.stlpips", "metrics", "metrics stlpips (the others need no package)")
             # Ghildyal & Liu, ECCV 2022, arXiv 2207.13686, with the weights its package carries.
             network = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
             self.stlpips = network.eval().requires_grad_(False).to(device)
@@ -132,13 +131,13 @@ class Meter:
 
 
 @lru_cache
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t for which Student's distribution with `freedom` >= 1 degrees has `confidence` between -t and t."""
+def t_quantile(freedom: int) -> float:
+    """The t for which Student's distribution with `freedom` >= 1 degrees has CONFIDENCE between -t and t."""
     # With x = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1): finite ends, a smooth integrand.
     angle = np.linspace(0.0, np.pi / 2, 200_001)
     density = np.cos(angle) ** (freedom - 1)
     share = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(freedom) * math.tan(np.interp(confidence, share / share[-1], angle))
+    return math.sqrt(freedom) * math.tan(np.interp(CONFIDENCE, share / share[-1], angle))
 
 
 def summarize(values: np.ndarray, pairs: list[tuple[int, int]]) -> dict:
@@ -149,7 +148,7 @@ def summarize(values: np.ndarray, pairs: list[tuple[int, int]]) -> dict:
     2011): by content + by style - by pair, each that of cluster sums. Where every picture is in one pair, this is the
     common t interval. A kind with one picture counts as given: the interval says nothing about others of that kind.
     """
-    clusters = [[content for content, _ in pairs], [style for _, style in pairs], list(range(len(pairs)))]
+    clusters = [*zip(*pairs), range(len(pairs))]
     mean = float(np.mean(values))
     by_content, by_style, by_pair = (_cluster_variance(values - mean, numbers) for numbers in clusters)
     # The difference can fall below its parts, even below zero, when contents and styles offset each other.

@@ -49,16 +49,13 @@ class MotionTracker:
         cv2.setNumThreads(1)  # reading, painting and writing share the cores already
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._before = self._grey_before = None
-        self._moved = np.zeros(2)  # rows and columns that the picture moved since the cut
-        self._grid = np.zeros(2)  # and that the grid did, whole pixels
 
     def follow(self, pixels: np.ndarray) -> Motion:
         """pixels: (H, W, 3), uint8, always of one size. Returns how they came from those of the call before."""
         grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-        source = followed = None
-        if self._before is not None and min(grey.shape) >= _LEAST_SIDE:
-            source, followed = self._compare(pixels, grey)
-        if source is None:
+        can_follow = self._before is not None and min(grey.shape) >= _LEAST_SIDE
+        source, followed = self._compare(pixels, grey) if can_follow else (None, None)
+        if source is None:  # from here on: rows and columns that the picture moved, and that the grid did, whole pixels
             self._moved, self._grid = np.zeros(2), np.zeros(2)
         self._before, self._grey_before = pixels, grey
         return Motion(tuple(int(rows_or_columns) for rows_or_columns in -self._grid % self._stride), source, followed)

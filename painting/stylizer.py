@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from data import PictureError, denormalize, load_alpha, look_at, normalize, prepare_picture, to_pil
-from network import StyleTransferNetwork, align
+from network import StyleTransferNetwork
 from painting.control import PRESERVED, MaskedStyle, Style, check_mask, check_styles, keep_colors, match_colors, mix
 from painting.tiling import TILES, TiledPicture, cut, least_tile, memory_needed
 from utils import UserError, free_memory, lacks_memory, note
@@ -36,6 +35,7 @@ class OpenedModel(NamedTuple):
     file: Path
     network: StyleTransferNetwork
     checkpoint: dict
+    sha256: str | None = None  # of the file, where it is to be told
 
 
 def open_models(config) -> list[OpenedModel]:
@@ -141,7 +141,7 @@ class Stylizer:
         the network's device.
         """
         content = self.open(content)
-        painted = torch.empty(content.pixels.shape, dtype=next(self.network.parameters()).dtype, device=self.device)
+        painted = content.like.new_empty(content.pixels.shape)
         for rows, columns, tile in self._painted(content, style, strength, keeps_colors):
             cut(painted, rows, columns).copy_(tile)
         return painted
@@ -177,10 +177,9 @@ class Stylizer:
             alpha = load_alpha(content) if isinstance(content, (str, Path, Image.Image)) else None
         content = self.open(content)
         styles = style if isinstance(style, (list, tuple)) else [style]
-        changed = {"style_size": style_size is not None, "preserve_color histogram": preserve_color == "histogram"}
-        for name, is_changed in changed.items():
-            if is_changed and any(isinstance(each, Style) for each in styles):
-                raise UserError(f"{name}: a style that is encoded already cannot be changed; a picture is needed")
+        change = "style_size" if style_size else "preserve_color histogram" if preserve_color == "histogram" else None
+        if change and any(isinstance(each, Style) for each in styles):
+            raise UserError(f"{change}: a style that is encoded already cannot be changed; a picture is needed")
         check_styles(len(styles), style_weights, mask)
         mask = None if mask is None else open_mask(mask)
         check_mask(mask, content.pixels)
@@ -229,19 +228,7 @@ class Stylizer:
     def _painted(self, content: TiledPicture, style: Style | MaskedStyle, strength: float,
                  keeps_colors: bool) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile of `content` painted, see `TiledPicture.paint`."""
-        styles, weights = style.regions(tuple(content.pixels.shape[2:]), self.network.config.stride)
-        statistics = content.statistics(weights)
-
-        def align_regions(features: list[Tensor], rows: range, columns: range) -> list[Tensor]:
-            parts = [align(features, each.mean, each.std, strength, of_content)
-                     for each, of_content in zip(styles, statistics)]
-            if not weights:
-                return parts[0]
-            shares = [cut(weight, rows, columns) for weight in weights]
-            return [sum(part * F.interpolate(share, part.shape[2:]) for part, share in zip(of_level, shares))
-                    for of_level in zip(*parts)]
-
-        for rows, columns, tile in content.paint(align_regions):
+        for rows, columns, tile in content.paint(style, strength):
             if keeps_colors:
                 shown = cut(content.pixels, rows, columns).to(self.device)
                 tile = normalize(255.0 * keep_colors(shown.float() / 255.0, denormalize(tile)))

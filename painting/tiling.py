@@ -6,7 +6,7 @@ positions share, the mean and the standard deviation of the bottleneck, is merge
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data import normalize
 from loss import channel_moments
-from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork, conv_layers
+from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork, align, conv_layers
 from utils import progress_bar
 
 TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture would not fit
@@ -66,6 +66,7 @@ class TiledPicture:
         features are not kept, the encoder's halo comes to what is decoded); None: the whole picture.
         """
         self.network, self.pixels = network, pixels
+        self.like = next(network.parameters())  # features are on its device, of its type
         self.stride = network.config.stride
         self.grid = tuple(max(2, -(-side // self.stride)) for side in pixels.shape[2:])  # as `pad_to_stride`
         self.halos = halos(network.config)
@@ -88,11 +89,10 @@ class TiledPicture:
         if not weights and self.plain is not None:
             return self.plain
         moments = [[Moments() for _ in self.network.config.level_widths] for _ in weights or [None]]
-        like = next(self.network.parameters())
         shapes = [(len(self.pixels), width, self.grid[0] << level, self.grid[1] << level)
                   for level, width in enumerate(self.network.config.level_widths)]
-        fits = sum(map(math.prod, shapes)) * like.element_size() <= KEPT_FEATURES
-        kept = [like.new_empty(shape) for shape in shapes] if fits and not self.kept and len(self.tiles) > 1 else []
+        fits = sum(map(math.prod, shapes)) * self.like.element_size() <= KEPT_FEATURES
+        kept = [self.like.new_empty(each) for each in shapes] if fits and not self.kept and len(self.tiles) > 1 else []
         for rows, columns in self._progress("encode"):
             features = self.features(rows, columns)
             for of_weight, weight in zip(moments, weights or [None]):
@@ -102,20 +102,30 @@ class TiledPicture:
                 cut(whole, rows, columns, level).copy_(features[level])
         self.kept = self.kept or kept or (features if len(self.tiles) == 1 else None)
         merged = [zip(*(each.result() for each in of_weight)) for of_weight in moments]
-        statistics = [tuple(torch.cat(values, dim=1).to(like.dtype) for values in each) for each in merged]
+        statistics = [tuple(torch.cat(values, dim=1).to(self.like.dtype) for values in each) for each in merged]
         if not weights:
             self.plain = statistics
         return statistics
 
-    def paint(self,
-              align: Callable[[list[Tensor], range, range], list[Tensor]]) -> Iterator[tuple[range, range, Tensor]]:
+    def paint(self, style, strength: float) -> Iterator[tuple[range, range, Tensor]]:
         """Every tile painted: its rows and columns in the picture, and its pixels, (B, 3, h, w), ImageNet-normalised.
+        style: one of `control`."""
+        styles, weights = style.regions(tuple(self.pixels.shape[2:]), self.stride)
+        statistics = self.statistics(weights)
 
-        align: from content features, with the rows and columns of `grid` that they are from, to those to decode.
-        """
+        def aligned(rows: range, columns: range) -> list[Tensor]:
+            features = self.features(rows, columns)
+            parts = [align(features, each.mean, each.std, strength, of_content)
+                     for each, of_content in zip(styles, statistics)]
+            if not weights:
+                return parts[0]
+            shares = [cut(weight, rows, columns) for weight in weights]
+            return [sum(part * F.interpolate(share, part.shape[2:]) for part, share in zip(of_level, shares))
+                    for of_level in zip(*parts)]
+
         for tile in self._progress("paint"):
             read = self._widened(tile, self.halos[1])
-            decoded = self.network.decoder(*align(self.features(*read), *read))
+            decoded = self.network.decoder(*aligned(*read))
             shown = self._pixels_of(tile)
             yield *shown, cut(decoded, *_within(shown, self._pixels_of(read)))
             del decoded
@@ -125,8 +135,7 @@ class TiledPicture:
         if self.kept is not None:
             return [cut(kept, rows, columns, level) for level, kept in enumerate(self.kept)]
         read = self._widened((rows, columns), self.halos[0])
-        parameter = next(self.network.parameters())
-        image = normalize(cut(self.pixels, *self._pixels_of(read)).to(parameter.device)).to(parameter.dtype)
+        image = normalize(cut(self.pixels, *self._pixels_of(read)).to(self.like.device)).to(self.like.dtype)
         within = _within((rows, columns), read)
         return [cut(feature, *within, level) for level, feature in enumerate(self.network.encode(image))]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import PictureError, prepare_picture
+from data import PictureError, load_picture
 from folders import find_pictures, is_searched
 from painting.control import check_styles
 from painting.pairs import check_outputs
@@ -96,9 +96,8 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
     for frame in _decode(av, container, stream, clip, start):
         if last is None:
             size = _scaled_size(frame.width, frame.height, config, clip.source)
-            clip.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-            if frame.rotation % 180:  # what was a row is a column
-                clip.pixel_aspect = 1 / clip.pixel_aspect
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            clip.pixel_aspect = 1 / aspect if frame.rotation % 180 else aspect  # what was a row is a column
             if stream.codec_context.color_trc in (_PQ, _HLG):
                 note(f"{clip.source}: its high dynamic range is not converted: the frames are painted from pale ones")
         shown = last.time + last.duration if last else 0
@@ -115,29 +114,26 @@ def _read_frames(av, container, stream, clip: Clip, config) -> Iterator[Frame]:
 
 def _decode(av, container, stream, clip: Clip, start: Fraction) -> Iterator:
     """The frames of `stream`, PyAV's. Packets of sound, counted from `start`, in seconds, and faults go to the clip."""
-    def packets() -> Iterator:
-        try:
-            yield from container.demux()  # at the end of the file, an empty packet has the decoder give what it holds
-        except av.FFmpegError as error:
-            clip.fault = clip.fault or f"it cannot be read to its end ({error.strerror})"
-
     end = Fraction(0)
-    for packet in packets():
-        if packet.is_corrupt:
-            clip.fault = clip.fault or "a part of it is missing"
-            continue
-        if packet.dts is not None:
-            packet.pts = packet.dts if packet.pts is None else packet.pts
-            end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream.type == "audio":
-                ticks = round(start / packet.time_base)
-                packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
-                clip.sound.append(packet)
-        if packet.stream is stream:
-            try:
-                yield from stream.codec_context.decode(packet)
-            except av.FFmpegError as error:
-                clip.fault = clip.fault or f"parts of it cannot be decoded ({error.strerror})"
+    try:
+        for packet in container.demux():  # at the end of the file, an empty one has the decoder give what it holds
+            if packet.is_corrupt:
+                clip.fault = clip.fault or "a part of it is missing"
+                continue
+            if packet.dts is not None:
+                packet.pts = packet.dts if packet.pts is None else packet.pts
+                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                if packet.stream.type == "audio":
+                    ticks = round(start / packet.time_base)
+                    packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+                    clip.sound.append(packet)
+            if packet.stream is stream:
+                try:
+                    yield from stream.codec_context.decode(packet)
+                except av.FFmpegError as error:
+                    clip.fault = clip.fault or f"parts of it cannot be decoded ({error.strerror})"
+    except av.FFmpegError as error:
+        clip.fault = clip.fault or f"it cannot be read to its end ({error.strerror})"
     missing = float(start + Fraction(container.duration or 0, av.time_base) - end)
     if container.format.name.startswith(_STATE_THEIR_LENGTH) and missing > 0.1 + 1 / clip.rate:
         clip.fault = clip.fault or f"its last {missing:.1f} seconds are missing"
@@ -180,12 +176,12 @@ def open_frames(folder: Path, flag: str, config):
         size = None
         for number, path in enumerate(paths):
             try:
-                picture = prepare_picture(path, config.imsize, config.cropsize, config.max_pixels)
-                height, width = picture.shape[2:]
-                size = size or (width, height)
-                if (width, height) != size:
-                    raise PictureError(f"{path}: {width} x {height} pixels, the first frame has {size[0]} x {size[1]}")
-                yield Frame(picture[0].permute(1, 2, 0).numpy(), number, 1)
+                picture = load_picture(path, config.imsize, config.cropsize, config.max_pixels)
+                size = size or picture.size
+                if picture.size != size:
+                    raise PictureError(f"{path}: {picture.width} x {picture.height} pixels, the first frame has "
+                                       f"{size[0]} x {size[1]}")
+                yield Frame(np.asarray(picture), number, 1)
             except PictureError as error:
                 note(f"skipped {error}")
                 clip.fault = "the skipped ones cannot be used"
@@ -208,12 +204,10 @@ def paint_video(clip: Clip, target: Path, paint: Callable[[np.ndarray], np.ndarr
     av = import_extra("av", "video", f"save_path {target}")
     with ThreadPoolExecutor(2) as threads, replacing(target) as file:
         if temporal_smoothing:
-            import_extra("cv2", "video", "temporal_smoothing")
-            from painting.smoothing import Blender, MotionTracker, paint_on_grid
-
-            tracker, blender = MotionTracker(stride), Blender(temporal_smoothing)
+            smoothing = import_extra("painting.smoothing", "video", "temporal_smoothing")  # which needs OpenCV
+            tracker, blender = smoothing.MotionTracker(stride), smoothing.Blender(temporal_smoothing)
             read = _ahead(((frame, tracker.follow(frame.pixels)) for frame in clip.frames), threads)
-            painted = _ahead(((frame, motion, paint_on_grid(frame.pixels, motion, stride, paint))
+            painted = _ahead(((frame, motion, smoothing.paint_on_grid(frame.pixels, motion, stride, paint))
                               for frame, motion in read), threads)
             frames = (replace(frame, pixels=blender.blend(pixels, motion)) for frame, motion, pixels in painted)
         else:
@@ -251,42 +245,37 @@ def _write(av, frames: Iterator[Frame], clip: Clip, target: Path, path: str) -> 
                      "hold it as it is; .mkv can" if old.codec_context else
                      f"{clip.source}: a track of sound of an unknown kind is left out")
 
-        def copy_sound() -> None:
-            while clip.sound:
-                packet = clip.sound.popleft()
-                if packet.stream in sound:
-                    packet.stream = sound[packet.stream]
-                    container.mux(packet)
-
         written = 0
         with progress_bar(clip.count, "stylise", "frame") as bar:
-            for frame in chain([first], frames):
-                copy_sound()
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.pixels), format="rgb24")
-                picture = picture.reformat(format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG")
-                picture.pts, picture.time_base, picture.duration = frame.time, clip.time_base, frame.duration
+            for frame in chain([first], frames, [None]):
+                while clip.sound:
+                    packet = clip.sound.popleft()
+                    if packet.stream in sound:
+                        packet.stream = sound[packet.stream]
+                        container.mux(packet)
+                picture = None  # for which, at the end, the encoder gives what it still holds
+                if frame is not None:
+                    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame.pixels), format="rgb24")
+                    picture = picture.reformat(format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG")
+                    picture.pts, picture.time_base, picture.duration = frame.time, clip.time_base, frame.duration
+                    bar.update()
+                    written += 1
                 container.mux(stream.encode(picture))
-                bar.update()
-                written += 1
-        copy_sound()
-        container.mux(stream.encode(None))
     return written
 
 
 def _add_pictures(av, container, clip: Clip, target: Path, width: int, height: int):
     """PyAV's new stream for frames of this size."""
     _, codec, options = VIDEO_FORMATS[target.suffix.lower()]
-    stream = container.add_stream(codec, rate=clip.rate, options=options)
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    if codec == "libx264" and (width % 2 or height % 2):  # H.264 halves the colours of even sides only
-        stream.pix_fmt = "yuv444p"
+    keeps_colors = codec == "libx264" and (width % 2 or height % 2)  # H.264 halves the colours of even sides only
+    if keeps_colors:
         note(f"{target}: {width} x {height} pixels have an odd side, so colours are kept in full (yuv444p), which some "
              "players cannot show; .webm can do without")
-    context = stream.codec_context
-    context.time_base, context.sample_aspect_ratio = clip.time_base, clip.pixel_aspect
-    context.flags |= av.codec.context.Flags.frame_duration
-    context.colorspace = context.color_primaries = context.color_trc = _BT709
-    context.color_range = _LIMITED
+    stream = container.add_stream(
+        codec, rate=clip.rate, options=options, width=width, height=height, time_base=clip.time_base,
+        pix_fmt="yuv444p" if keeps_colors else "yuv420p", sample_aspect_ratio=clip.pixel_aspect, colorspace=_BT709,
+        color_primaries=_BT709, color_trc=_BT709, color_range=_LIMITED)
+    stream.codec_context.flags |= av.codec.context.Flags.frame_duration
     return stream
 
 
@@ -331,15 +320,13 @@ def stylize_video(config, device: torch.device) -> int:
     target = check_video(config)
     (stylizer,) = make_stylizers(config, open_models(config), device).values()
     (contents, content_flag), (styles, style_flag) = (config.input(kind) for kind in ("content", "style"))
-    content, (strength,) = Path(contents[0]), config.style_strength
+    content, (strength,), keeps_colors = Path(contents[0]), config.style_strength, config.preserve_color == "luma"
     of_styles = replace(config, imsize=config.style_size or config.imsize)
     style = stylizer.combine([load_input(Path(each), of_styles, style_flag) for each in styles], config.style_weights)
 
     def paint(pixels: np.ndarray) -> np.ndarray:
-        frame = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         try:
-            return np.asarray(stylizer.paint_picture(frame, style, strength,
-                                                     keeps_colors=config.preserve_color == "luma"))
+            return np.asarray(stylizer.paint_picture(pixels, style, strength, keeps_colors=keeps_colors))
         except UserError as error:  # not finite
             raise UserError(f"load_path {config.load_path[0]}: {error}") from error
 

@@ -7,7 +7,7 @@ import torch
 from data import MAX_PIXELS
 from loss import L0_EPS
 from network import PADDINGS, LossNetwork, NetworkConfig, StyleTransferNetwork, build_from_vgg, initialize
-from settings import amount, check_needed, count_or_zero, epsilon, fraction_below_1, proper_fraction, refuse, setting
+from settings import amount, check_needed, count_or_zero, epsilon, proper_fraction, refuse, setting
 from training.compaction import COMPACT_COSTS, COMPACT_LAYERS
 from training.loop import run_training
 from training.sampling import TrainingPictures
@@ -53,9 +53,6 @@ class TrainConfig:
     target_macs: float | None = setting(
         None, "adjust the weight of the channel loss, starting from --channel_loss_weight, so that the run ends at "
         "this fraction of the full network's multiply-adds", "compaction", proper_fraction)
-    decoder_leak: float = setting(
-        0.0, "share of the gradient that a ReLU of the decoder lets through where it is off, beyond the papers: units "
-        "that are off everywhere go on learning, and no place stays grey; 0.1 will do", "learning", fraction_below_1)
     amp: str = setting("auto", more="auto is bf16 on GPUs and CPUs that are fast in it, and off elsewhere")
     compile: bool = setting(False, "faster training by torch.compile, after a minute or more of compiling; on a CPU it "
                             "needs a C++ compiler", "the device")
@@ -136,10 +133,6 @@ class TrainConfig:
                 self.target_macs is not None and not self.channel_loss_weight,
             f"--compact_layers {self.compact_layers} with --{''.join(frozen[:1])}_lr 0: what is frozen stays; choose "
             "other layers, or --channel_loss_weight 0 --xor_loss_weight 0": frozen,
-            f"--decoder_leak {self.decoder_leak} with --compact_layers {self.compact_layers}: one lets units of the "
-            "decoder learn again that the other switches off": self.decoder_leak and "decoder" in parts,
-            f"--decoder_leak {self.decoder_leak} with --decoder_lr 0: a frozen decoder learns nothing":
-                self.decoder_leak and not rates["decoder"],
             f"--compact_layers {self.compact_layers} with --batch_size {self.batch_size}: the xor loss compares the "
             "outputs of 2 pictures or more": "decoder" in parts and self.batch_size * process_count() < 2,
         })

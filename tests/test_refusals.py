@@ -97,9 +97,6 @@ TRAINING = (
         ("--target_macs 0.95 --encoder_lr 0", "--compact_layers bottleneck with --encoder_lr 0"),
         ("--compact_layers decoder --batch_size 1", "--compact_layers decoder with --batch_size 1"),
         ("--compact_cost params", "argument --compact_cost"),
-        ("--decoder_leak 1", "--decoder_leak: got 1, a number from 0 to below 1"),
-        ("--decoder_leak 0.1 --decoder_lr 0", "--decoder_leak 0.1 with --decoder_lr 0"),
-        ("--decoder_leak 0.1 --compact_layers all", "--decoder_leak 0.1 with --compact_layers all"),
     )),
     *(("distill", DISTILL + flags, words) for flags, words in (
         ("--cropsize 36", "--cropsize 36: a multiple of 8"),

@@ -1,27 +1,13 @@
-"""Dead units: channels that are on nowhere, counted while a network learns, and how they go on learning."""
+"""Dead units: channels that are on nowhere, counted while a network learns."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import normalize
 from network import StyleTransferNetwork, align, level_statistics
 from utils import note
 
 MANY = 0.1  # share of the decoder's units, above which their number is said
-
-
-class LeakyGradient(nn.ReLU):
-    """A ReLU with a gradient of `leak` in place of 0 where it is off. So what is off everywhere goes on learning, and
-    so does a position where all units are off, which would stay grey."""
-
-    def __init__(self, leak: float) -> None:
-        super().__init__()
-        self.leak = leak
-
-    def forward(self, feature: Tensor) -> Tensor:
-        leaky = F.leaky_relu(feature, self.leak)
-        return leaky + (F.relu(feature) - leaky).detach()  # exactly the ReLU's values
 
 
 class DeadUnits:

@@ -13,7 +13,7 @@ from data import denormalize, normalize, save_picture, to_pil
 from folders import FailedPictures
 from network import LossNetwork, StyleTransferNetwork, align, level_statistics
 from training.compaction import COMPACT_LAYERS, ChannelCensus, CompactLosses, TargetSteering
-from training.dead_units import DeadUnits, LeakyGradient
+from training.dead_units import DeadUnits
 from training.muon import Muon
 from training.sampling import TrainingPictures, first_pictures
 from utils import UserError, autocast_dtype, gather_with_gradient, make_folder, note, process_count
@@ -53,10 +53,6 @@ class ForwardPass(nn.Module):
         for part, rate in config.learning_rates.items():
             self.formats[part] = torch.contiguous_format if is_slow and rate else torch.channels_last
             getattr(network, part).to(memory_format=self.formats[part]).requires_grad_(rate > 0)
-        layers = network.decoder.layers[0]
-        for place, layer in enumerate(layers) if config.decoder_leak else ():
-            if isinstance(layer, nn.ReLU):
-                layers[place] = LeakyGradient(config.decoder_leak)
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(dtype=amp_dtype, memory_format=torch.channels_last)
 

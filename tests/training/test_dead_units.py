@@ -1,10 +1,9 @@
 """Dead units: networks in which chosen units are dead."""
 
-import pytest
 import torch
-from helpers import convs, make_trainer, plant, random_batch, random_picture, small_network
+from helpers import convs, plant, random_picture, small_network
 
-from training.dead_units import DeadUnits, LeakyGradient
+from training.dead_units import DeadUnits
 
 
 def kill(network, chosen: dict[int, list[int]]) -> None:
@@ -51,27 +50,3 @@ def test_many_dead_units_of_the_decoder_are_said_once(capsys):
     assert sum(row["dead_units_by_layer"][9:]) >= 32
     counter.count(network)
     assert capsys.readouterr().err.count("of the decoder's 96 units are on nowhere in 3 pictures") == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_leaky_gradient_is_a_relu_but_for_its_gradient(dtype):
-    feature = torch.tensor([-2.0, 0.0, 3.0], dtype=dtype, requires_grad=True)
-    LeakyGradient(0.25)(feature).backward(torch.tensor([1.0, 2.0, 4.0], dtype=dtype))
-    assert feature.grad.tolist() == [0.25, 0.5, 4.0]
-    noise = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(LeakyGradient(0.1)(noise), noise.relu())
-
-
-def test_a_layer_that_is_off_learns_by_the_leak_alone():
-    """The decoder's last hidden layer is off everywhere: its picture is of one colour, whatever the leak. Its filters'
-    gradient is what comes from the picture, times the leak."""
-    terms, gradients = {}, {}
-    for leak in (0.0, 0.125, 0.25):
-        trainer = make_trainer(decoder_lr=1e-4, decoder_leak=leak)
-        last, output = (trainer.network.get_submodule(name) for name in convs(trainer.network)[-2:])
-        torch.nn.init.constant_(last.bias, -1e4)
-        torch.nn.init.constant_(output.bias, 1.0)
-        terms[leak], gradients[leak] = trainer.step(*random_batch()), last.weight.grad
-    assert terms[0.0] == terms[0.125] == terms[0.25]
-    assert not gradients[0.0].any() and gradients[0.125].norm() > 1e-8
-    torch.testing.assert_close(gradients[0.25], 2 * gradients[0.125])

@@ -56,7 +56,10 @@ def style_loss(features: list[Tensor], targets: list[Tensor], kind: str = "means
 
 def style_statistics(features: list[Tensor], kind: str = "meanstd") -> list[tuple[Tensor, ...]]:
     """What `style_loss` compares at each tap: mean and standard deviation, (B, C, 1, 1), or Gram matrix, (B, C, C)."""
-    return [channel_statistics(feature) if kind == "meanstd" else (gram_matrix(feature),) for feature in features]
+    if kind == "meanstd":
+        return [channel_statistics(feature) for feature in features]
+    flat = [in_full(feature).flatten(2) for feature in features]  # (B, C, H*W) each
+    return [(each @ each.transpose(1, 2) / each.shape[2],) for each in flat]  # f f^T / (H * W)
 
 
 def style_distance(statistics: list[tuple[Tensor, ...]], targets: list[tuple[Tensor, ...]]) -> Tensor:
@@ -64,12 +67,6 @@ def style_distance(statistics: list[tuple[Tensor, ...]], targets: list[tuple[Ten
     layers = len(statistics)
     distances = (F.mse_loss(own, target) for layer in zip(statistics, targets) for own, target in zip(*layer))
     return sum(distances) / layers / layers
-
-
-def gram_matrix(feature: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, C, C): f f^T / (H * W)."""
-    flat = in_full(feature).flatten(2)  # (B, C, H*W)
-    return flat @ flat.transpose(1, 2) / flat.shape[2]
 
 
 def uncorrelation_loss(feature: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -308,8 +308,6 @@ def _mended_jpeg(content: bytes) -> bytes:
 
 # ----------------------------------------------------------------------------------------- as it is shown
 
-TURNS = {number: Image.Transpose[name] for number, name in enumerate((
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
 FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 SRGB = ImageCms.createProfile("sRGB")
 # 16 x 16 x 16 colours, greys among them, by which a profile is tried.
@@ -317,11 +315,10 @@ COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64)
 
 
 def _shown(image: Image.Image) -> Image.Image:
-    """A loaded picture as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
-    turn = None
+    """A loaded picture, which is turned in place, as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
     with suppress(Exception):  # its EXIF, or where that says nothing its XMP, may be broken in any way
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    colour, alpha = _separate(image if turn is None else image.transpose(turn))
+        ImageOps.exif_transpose(image, in_place=True)
+    colour, alpha = _separate(image)
     colour = _in_srgb(colour, image.info.get("icc_profile"))
     if alpha is not None:
         colour.putalpha(alpha)

@@ -34,10 +34,8 @@ MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 # Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS")
 HEIC = re.compile(rb"(?s).{4}ftyp(hei[cx]|hev[cx]|m[is]f1)")
-ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 # Primaries and transfer function, by their numbers in ITU-T H.273, of a PNG's cICP and of an AVIF's or HEIC's nclx.
 CODED_COLOURS = re.compile(rb"(?s)\0\0\0\x04cICP(.)(.)|colrnclx\0(.)\0(.)")
-CODED = ("PNG", "AVIF", "HEIF")
 WIDE, HDR = (9, 11, 12), (16, 18)  # BT.2020 and P3; PQ and HLG
 MOST_TOLD = 10  # pictures of a folder that are named for the same reason
 
@@ -195,7 +193,7 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
         raise PictureError(f"only its preview of {image.width} x {image.height} pixels can be read (a camera's raw "
                            "file?); save it as a JPEG, PNG or plain TIFF")
     # Only of kinds that name their colours so: searching it takes milliseconds.
-    head = _read_at(image, 0, 2**20) if image.format in CODED else b""
+    head = _read_at(image, 0, 2**20) if image.format in ("PNG", "AVIF", "HEIF") else b""
     if coded := CODED_COLOURS.search(head):
         primaries, transfer = (each[0] for each in coded.groups() if each)
         if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:
@@ -203,7 +201,7 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
                         "paler than it is")
     image.load()
     with suppress(Exception):  # the frames behind may be damaged
-        if is_ours and image.format in ANIMATED and image.is_animated:
+        if is_ours and image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated:
             _tell(name, "it is animated: its first frame alone is taken")
     keys = image.info.get("transparency")
     if head and image.mode in ("1", "L", "RGB") and keys is not None:

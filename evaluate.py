@@ -172,23 +172,15 @@ def test(given: dict) -> int:
     if is_video:
         return stylize_video(config, device)
     with utils.process_group(torch.device("cpu"), PATIENCE):  # what they tell each other lies in its memory
-        return _stylise(config, device)
-
-
-def _stylise(config: TestConfig, device: torch.device) -> int:
-    plan = make_plan(config)
-    models, digests, meter = open_models(config), {}, None
-    if config.measured:
-        for model in models:  # now: a run that still trains replaces its file
-            digests[model.file] = hashlib.sha256(model.file.read_bytes()).hexdigest()
-        meter = _open_meter(config, plan, models, device)
-    stylizers = make_stylizers(config, models, device)
-    outcome = PairPainter(config, plan, stylizers, meter).run()
-    if not outcome.values:
-        first = next(iter(outcome.unusable.values()))
-        raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {first}")
-    if process_rank() == 0:
-        _report(config, plan, outcome, models, digests, meter)
+        plan, models = make_plan(config), open_models(config)
+        measured = models if config.measured else ()  # by their files as they are now: a run that trains replaces its
+        digests = {model.file: hashlib.sha256(model.file.read_bytes()).hexdigest() for model in measured}
+        meter = _open_meter(config, plan, models, device) if measured else None
+        outcome = PairPainter(config, plan, make_stylizers(config, models, device), meter).run()
+        if not outcome.values:
+            raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {[*outcome.unusable.values()][0]}")
+        if process_rank() == 0:
+            _report(config, plan, outcome, models, digests, meter)
     return 1 if outcome.unusable else 0
 
 

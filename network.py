@@ -335,9 +335,6 @@ def initialize(part: nn.Module) -> None:
         nn.init.zeros_(conv.bias)
 
 
-# -------------------------------------------------------------------------------------------------- cost
-
-
 def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -372,22 +369,16 @@ class ConvLayer:
 
 
 def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
-    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures."""
+    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures; size
+    is a multiple of the stride."""
     with torch.device("meta"):  # a network without its weights
         modules = StyleTransferNetwork(config).named_modules()
-    kinds = {len(config.encoder_widths): "bottleneck", len(config.widths): "output"}
-    layers, side = [], size
-    for name, module in modules:
-        part = name.partition(".")[0]
-        if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)):
-            side //= 2
-        elif isinstance(module, nn.Upsample):
-            side *= 2
-        elif isinstance(module, nn.Conv2d):
-            kind = kinds.get(len(layers) + 1, part)
-            positions = side * side * (2 if part == "encoder" else 1)
-            layers.append(ConvLayer(name, kind, module.in_channels, module.out_channels, positions))
-    return layers
+    convs = [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+    levels = [level for level, group in enumerate(ENCODERS[config.backbone]) for _ in group]  # poolings before each
+    kinds = ["encoder"] * len(levels[1:]) + ["bottleneck"] + ["decoder"] * len(levels[1:]) + ["output"]
+    positions = [2 * (size >> level) ** 2 for level in levels] + [(size >> level) ** 2 for level in reversed(levels)]
+    return [ConvLayer(name, kind, conv.in_channels, conv.out_channels, places)
+            for (name, conv), kind, places in zip(convs, kinds, positions)]
 
 
 def count_macs(config: NetworkConfig, size: int) -> int:

@@ -173,7 +173,7 @@ def test(given: dict) -> int:
         return stylize_video(config, device)
     with utils.process_group(torch.device("cpu"), PATIENCE):  # what they tell each other lies in its memory
         plan, models = make_plan(config), open_models(config)
-        measured = models if config.measured else ()  # by their files as they are now: a run that trains replaces its
+        measured = models if config.measured else ()  # read now: a run that still trains replaces its file
         digests = {model.file: hashlib.sha256(model.file.read_bytes()).hexdigest() for model in measured}
         meter = _open_meter(config, plan, models, device) if measured else None
         outcome = PairPainter(config, plan, make_stylizers(config, models, device), meter).run()

@@ -37,9 +37,8 @@ def _members(archive: str, _size: int, _changed: int, _process: int) -> dict[str
         raise ValueError(f"the names in it are not the {error.encoding} that it says; pack it anew") from error
     except Exception as error:  # zipfile's own errors, struct's
         raise ValueError(f"not a whole .zip archive ({error}); did its download or copy break off?") from error
-    names = {entry: _name(entry) for entry in opened.infolist()}
-    return {str(PurePosixPath(name.lstrip("/"))): (opened, entry) for entry, name in names.items()
-            if not name.endswith("/") and not stat.S_ISLNK(entry.external_attr >> 16)}
+    return {str(PurePosixPath(name.lstrip("/"))): (opened, entry) for entry in opened.infolist()
+            if not (name := _name(entry)).endswith("/") and not stat.S_ISLNK(entry.external_attr >> 16)}
 
 
 def _name(entry: ZipInfo) -> str:
@@ -73,13 +72,10 @@ def open_file(path: Path) -> BinaryIO:
     """A file, or an archive's member, to read. Raises ValueError for what is no file, empty, or too large for a
     picture, OSError for what is not there or cannot be read; others as `find`."""
     member = find(path)
-    if member is not None:
-        size = member[1].file_size
-    else:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-            raise ValueError(f"not a file, but a {'folder' if os.path.isdir(path) else 'pipe, socket or device'}")
-        size = status.st_size
+    status = None if member else os.stat(path)
+    if status and not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        raise ValueError(f"not a file, but a {'folder' if os.path.isdir(path) else 'pipe, socket or device'}")
+    size = status.st_size if status else member[1].file_size
     if not 0 < size <= LARGEST:
         raise ValueError(f"{size} bytes are too many for a picture" if size else "the file is empty")
     return member[0].open(member[1]) if member else open(path, "rb")

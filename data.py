@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -34,10 +34,8 @@ MAX_PIXELS = 500_000_000  # Painter by Numbers goes up to about 200 million
 # Kinds that Pillow tells apart but leaves to other programs, which are hardly ever there.
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS")
 HEIC = re.compile(rb"(?s).{4}ftyp(hei[cx]|hev[cx]|m[is]f1)")
-ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 # Primaries and transfer function, by their numbers in ITU-T H.273, of a PNG's cICP and of an AVIF's or HEIC's nclx.
 CODED_COLOURS = re.compile(rb"(?s)\0\0\0\x04cICP(.)(.)|colrnclx\0(.)\0(.)")
-CODED = ("PNG", "AVIF", "HEIF")
 WIDE, HDR = (9, 11, 12), (16, 18)  # BT.2020 and P3; PQ and HLG
 MOST_TOLD = 10  # pictures of a folder that are named for the same reason
 
@@ -195,7 +193,7 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
         raise PictureError(f"only its preview of {image.width} x {image.height} pixels can be read (a camera's raw "
                            "file?); save it as a JPEG, PNG or plain TIFF")
     # Only of kinds that name their colours so: searching it takes milliseconds.
-    head = _read_at(image, 0, 2**20) if image.format in CODED else b""
+    head = _read_at(image, 0, 2**20) if image.format in ("PNG", "AVIF", "HEIF") else b""
     if coded := CODED_COLOURS.search(head):
         primaries, transfer = (each[0] for each in coded.groups() if each)
         if transfer in HDR or primaries in WIDE and "icc_profile" not in image.info:
@@ -203,7 +201,7 @@ def _loaded(image: Image.Image, name: str, is_ours: bool = True) -> Image.Image:
                         "paler than it is")
     image.load()
     with suppress(Exception):  # the frames behind may be damaged
-        if is_ours and image.format in ANIMATED and image.is_animated:
+        if is_ours and image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated:
             _tell(name, "it is animated: its first frame alone is taken")
     keys = image.info.get("transparency")
     if head and image.mode in ("1", "L", "RGB") and keys is not None:
@@ -308,8 +306,6 @@ def _mended_jpeg(content: bytes) -> bytes:
 
 # ----------------------------------------------------------------------------------------- as it is shown
 
-TURNS = {number: Image.Transpose[name] for number, name in enumerate((
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
 FROM_16_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 SRGB = ImageCms.createProfile("sRGB")
 # 16 x 16 x 16 colours, greys among them, by which a profile is tried.
@@ -317,11 +313,10 @@ COLOURS = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].reshape(3, 64, 64)
 
 
 def _shown(image: Image.Image) -> Image.Image:
-    """A loaded picture as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
-    turn = None
+    """A loaded picture, which is turned in place, as RGB, or RGBA where not all of it is opaque; upright, in sRGB."""
     with suppress(Exception):  # its EXIF, or where that says nothing its XMP, may be broken in any way
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    colour, alpha = _separate(image if turn is None else image.transpose(turn))
+        ImageOps.exif_transpose(image, in_place=True)
+    colour, alpha = _separate(image)
     colour = _in_srgb(colour, image.info.get("icc_profile"))
     if alpha is not None:
         colour.putalpha(alpha)

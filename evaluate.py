@@ -172,21 +172,15 @@ def test(given: dict) -> int:
     if is_video:
         return stylize_video(config, device)
     with utils.process_group(torch.device("cpu"), PATIENCE):  # what they tell each other lies in its memory
-        return _stylise(config, device)
-
-
-def _stylise(config: TestConfig, device: torch.device) -> int:
-    plan = make_plan(config)
-    models, meter = open_models(config), None
-    if config.measured:  # hashed now: a run that still trains replaces its file
-        models = [model._replace(sha256=hashlib.sha256(model.file.read_bytes()).hexdigest()) for model in models]
-        meter = _open_meter(config, plan, models, device)
-    stylizers = make_stylizers(config, models, device)
-    outcome = PairPainter(config, plan, stylizers, meter).run()
-    if not outcome.values:
-        raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {next(iter(outcome.unusable.values()))}")
-    if process_rank() == 0:
-        _report(config, plan, outcome, models, meter)
+        plan, models, meter = make_plan(config), open_models(config), None
+        if config.measured:  # hashed now: a run that still trains replaces its file
+            models = [model._replace(sha256=hashlib.sha256(model.file.read_bytes()).hexdigest()) for model in models]
+            meter = _open_meter(config, plan, models, device)
+        outcome = PairPainter(config, plan, make_stylizers(config, models, device), meter).run()
+        if not outcome.values:
+            raise UserError(f"none of {len(plan.pairs)} pairs can be painted: {next(iter(outcome.unusable.values()))}")
+        if process_rank() == 0:
+            _report(config, plan, outcome, models, meter)
     return 1 if outcome.unusable else 0
 
 

@@ -62,8 +62,7 @@ def find_pictures(folder: Path, flag: str, output: Path | None = None) -> list[P
 def _is_hidden(name: str, hidden: set[str]) -> bool:
     """Whether a file of that path is hidden or in a folder of OTHERS_FOLDERS; then `hidden` gets what is, file or
     folder."""
-    parts = name.split("/")
-    for depth, part in enumerate(parts, 1):
+    for depth, part in enumerate(parts := name.split("/"), start=1):
         if part.startswith(".") or part.lower() in OTHERS_FOLDERS:
             hidden.add("/".join(parts[:depth]))
             return True
@@ -121,16 +120,14 @@ def split_holdout(paths: list[Path], share: float, where: str) -> tuple[list[Pat
     """Pictures to learn from, and those held out, in the order given. where: the flag and the folder that they are
     from. Raises UserError when none is to learn from."""
     held_out = [path for path in paths if is_held_out(path, share)]
-    learned = [path for path in paths if not is_held_out(path, share)]
-    if not learned:
+    if not (learned := [path for path in paths if not is_held_out(path, share)]):
         raise UserError(f"{where}: --holdout {share} would hold all its {len(paths)} pictures out")
     return learned, held_out
 
 
 def only_held_out(paths: list[Path], share: float, where: str) -> list[Path]:
     """The pictures that are held out; where: as in `split_holdout`. Raises UserError when there are none."""
-    held_out = [path for path in paths if is_held_out(path, share)]
-    if not held_out:
+    if not (held_out := [path for path in paths if is_held_out(path, share)]):
         raise UserError(f"{where}: --holdout {share} holds none of its {len(paths)} pictures out")
     return held_out
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,26 +14,21 @@ from utils import UserError
 
 ADAIN_EPS = 1e-5
 
-POOL = "pool"
-# The encoder of each backbone: the width of every conv (each followed by a ReLU), and the poolings between.
+# The encoder of each backbone: the width of every conv (each followed by a ReLU), in groups with a pooling between.
 ENCODERS = {
-    "vgg19": (64, 64, POOL, 128, 128, POOL, 256, 256, 256, 256, POOL, 512),  # to relu4_1
-    "vgg16": (64, 64, POOL, 128, 128, POOL, 256, 256, 256),  # to relu3_3
+    "vgg19": ((64, 64), (128, 128), (256, 256, 256, 256), (512,)),  # to relu4_1
+    "vgg16": ((64, 64), (128, 128), (256, 256, 256)),  # to relu3_3
 }
 # The loss network goes on to the deepest of its taps, which are indices in torchvision's `vgg.features`.
 LOSS_NETWORKS = {
     "vgg19": (ENCODERS["vgg19"], (1, 6, 11, 20)),  # relu1_1, relu2_1, relu3_1, relu4_1
     # relu1_2, relu2_2, relu3_3, relu4_3, as the paper has it; the original implementation taps relu2_1.
-    "vgg16": ((*ENCODERS["vgg16"], POOL, 512, 512, 512), (3, 8, 15, 22)),
+    "vgg16": ((*ENCODERS["vgg16"], (512, 512, 512)), (3, 8, 15, 22)),
 }
 BACKBONES = tuple(ENCODERS)
 POOLINGS = ("max", "avg", "blur")
 UPSAMPLINGS = ("nearest", "bilinear")
 PADDINGS = ("zeros", "reflect")
-
-
-def _conv_widths(layout) -> tuple[int, ...]:
-    return tuple(entry for entry in layout if entry != POOL)
 
 
 @dataclass(frozen=True)
@@ -65,15 +60,14 @@ class NetworkConfig:
                               ("padding", PADDINGS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)}: one of {', '.join(choices)} is needed")
-        convs = len(_conv_widths(ENCODERS[self.backbone]))
+        convs, levels = sum(map(len, ENCODERS[self.backbone])), len(ENCODERS[self.backbone])
         for name, widths in (("encoder", self.encoder_widths), ("decoder", self.decoder_widths)):
             if len(widths) != convs or any(not isinstance(width, int) or width < 1 for width in widths):
                 raise UserError(f"{name} widths {list(widths)}: {self.backbone} needs {convs} whole numbers >= 1")
         if self.decoder_widths[-1] != 3:
             raise UserError(f"the last decoder width is {self.decoder_widths[-1]}, 3 is needed")
-        if self.adain_levels not in range(1, 2 + ENCODERS[self.backbone].count(POOL)):
-            raise UserError(f"adain_levels {self.adain_levels}: {self.backbone} has 1 to "
-                            f"{1 + ENCODERS[self.backbone].count(POOL)}")
+        if self.adain_levels not in range(1, 1 + levels):
+            raise UserError(f"adain_levels {self.adain_levels}: {self.backbone} has 1 to {levels}")
         for first, second in self.added_convs:
             if self.widths[first] != self.widths[second]:
                 raise UserError(f"adain_levels {self.adain_levels}: {self.widths[first]} channels cannot be added to "
@@ -82,7 +76,7 @@ class NetworkConfig:
     @classmethod
     def full(cls, backbone: str = "vgg19", pooling: str = "max") -> "NetworkConfig":
         """The unpruned network: the backbone's own widths, and the decoder as their mirror image."""
-        widths = _conv_widths(ENCODERS[backbone])
+        widths = (*chain(*ENCODERS[backbone]),)
         return cls(backbone, pooling, widths, (*reversed(widths[:-1]), 3))
 
     @property
@@ -102,9 +96,8 @@ class NetworkConfig:
     @property
     def level_convs(self) -> tuple[int, ...]:
         """The convs of the encoder, counted from 0, whose features AdaIN acts on, the deepest first."""
-        layout = ENCODERS[self.backbone]
-        ends = [len(_conv_widths(layout[:index])) - 1 for index, entry in enumerate((*layout, POOL)) if entry == POOL]
-        return tuple(ends[: -1 - self.adain_levels : -1])
+        lasts = [convs - 1 for convs in accumulate(map(len, ENCODERS[self.backbone]))]
+        return tuple(lasts[: -1 - self.adain_levels : -1])
 
     @property
     def added_convs(self) -> list[tuple[int, int]]:
@@ -121,7 +114,7 @@ class NetworkConfig:
     @property
     def stride(self) -> int:
         """Side of the square of pixels that one bottleneck position covers: 8 (vgg19) or 4 (vgg16)."""
-        return 2 ** ENCODERS[self.backbone].count(POOL)
+        return 2 ** (len(ENCODERS[self.backbone]) - 1)
 
 
 class BlurPool2d(nn.Module):
@@ -143,13 +136,13 @@ def _pooling_layer(pooling: str, channels: int) -> nn.Module:
     return {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2), "blur": BlurPool2d(channels)}[pooling]
 
 
-def _encoder_layers(layout, widths: Sequence[int], pooling: str, padding: str) -> nn.Sequential:
+def _encoder_layers(groups, widths: Sequence[int], pooling: str, padding: str) -> nn.Sequential:
     """VGG layers numbered as in torchvision's `vgg.features`: conv, ReLU, ..., pooling."""
     layers, channels = [], pairwise((3, *widths))
-    for entry in layout:
-        if entry == POOL:
+    for group in groups:
+        if layers:
             layers.append(_pooling_layer(pooling, layers[-2].out_channels))
-        else:
+        for _ in group:
             layers += [nn.Conv2d(*next(channels), 3, padding=1, padding_mode=padding), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
@@ -157,10 +150,10 @@ def _encoder_layers(layout, widths: Sequence[int], pooling: str, padding: str) -
 def _decoder_layers(config: NetworkConfig) -> nn.Sequential:
     """The encoder mirrored: convs in reverse order, each pooling a x2 upsampling."""
     layers, channels = [], pairwise((config.bottleneck_width, *config.decoder_widths))
-    for entry in reversed(ENCODERS[config.backbone]):
-        if entry == POOL:
+    for group in reversed(ENCODERS[config.backbone]):
+        if layers:
             layers.append(nn.Upsample(scale_factor=2, mode=config.upsampling))
-        else:
+        for _ in group:
             layers += [nn.ReflectionPad2d(1), nn.Conv2d(*next(channels), 3), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])  # pictures are not clipped at zero: no ReLU at the end
 
@@ -188,7 +181,7 @@ def level_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, strength: float | Tensor = 1.0,
-          content_statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+          content_statistics: Sequence[Tensor] = ()) -> Tensor:
     """Adaptive instance normalisation (Huang & Belongie, arXiv 1703.06868, eq. 8), in float32 or finer.
 
     content_feature: (B, C, H, W); means and standard deviations: (B, C, 1, 1), see `channel_statistics`.
@@ -203,15 +196,12 @@ def adain(content_feature: Tensor, style_mean: Tensor, style_std: Tensor, streng
 
 
 def align(features: Sequence[Tensor], mean: Tensor, std: Tensor, strength: float | Tensor = 1.0,
-          content_statistics: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+          content_statistics: Sequence[Tensor] = ()) -> list[Tensor]:
     """`adain` of every level's feature, (B, C, H, W). mean, std, content_statistics: as of `level_statistics`."""
     widths = [feature.shape[1] for feature in features]
-    of_style = zip(mean.split(widths, dim=1), std.split(widths, dim=1))
-    if content_statistics is None:
-        return [adain(feature, *style, strength) for feature, style in zip(features, of_style)]
-    of_content = zip(*(statistic.split(widths, dim=1) for statistic in content_statistics))
-    return [adain(feature, *style, strength, content)
-            for feature, style, content in zip(features, of_style, of_content)]
+    statistics = [each.split(widths, dim=1) for each in (mean, std, *content_statistics)]
+    return [adain(feature, style_mean, style_std, strength, of_content)
+            for feature, style_mean, style_std, *of_content in zip(features, *statistics)]
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
@@ -270,8 +260,8 @@ class StyleTransferNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        layout = ENCODERS[config.backbone]
-        self.encoder = Part(_encoder_layers(layout, config.encoder_widths, config.pooling, config.padding))
+        groups = ENCODERS[config.backbone]
+        self.encoder = Part(_encoder_layers(groups, config.encoder_widths, config.pooling, config.padding))
         self.decoder = Part(_decoder_layers(config))
 
     def use(self, upsampling: str | None = None, padding: str | None = None, pooling: str | None = None,
@@ -310,8 +300,8 @@ class LossNetwork(nn.Module):
     def __init__(self, backbone: str, padding: str = "zeros", weights: dict[str, Tensor] | None = None) -> None:
         """padding: as the network that learns from it pads. weights: of `load_vgg`; None: random ones."""
         super().__init__()
-        layout, self.taps = LOSS_NETWORKS[backbone]
-        self.layers = _encoder_layers(layout, _conv_widths(layout), "max", padding)
+        groups, self.taps = LOSS_NETWORKS[backbone]
+        self.layers = _encoder_layers(groups, (*chain(*groups),), "max", padding)
         self.padding = padding
         self.requires_grad_(False)
         if weights is not None:
@@ -343,9 +333,6 @@ def initialize(part: nn.Module) -> None:
     for conv in convs:  # the last gives the picture, without a ReLU behind it
         nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is convs[-1] else "relu")
         nn.init.zeros_(conv.bias)
-
-
-# -------------------------------------------------------------------------------------------------- cost
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -382,22 +369,16 @@ class ConvLayer:
 
 
 def conv_layers(config: NetworkConfig, size: int) -> list[ConvLayer]:
-    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures."""
+    """Every conv in forward order, each one's output the input of the next, for pairs of `size` x `size` pictures; size
+    is a multiple of the stride."""
     with torch.device("meta"):  # a network without its weights
         modules = StyleTransferNetwork(config).named_modules()
-    kinds = {len(config.encoder_widths): "bottleneck", len(config.widths): "output"}
-    layers, side = [], size
-    for name, module in modules:
-        part = name.partition(".")[0]
-        if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)):
-            side //= 2
-        elif isinstance(module, nn.Upsample):
-            side *= 2
-        elif isinstance(module, nn.Conv2d):
-            kind = kinds.get(len(layers) + 1, part)
-            positions = side * side * (2 if part == "encoder" else 1)
-            layers.append(ConvLayer(name, kind, module.in_channels, module.out_channels, positions))
-    return layers
+    convs = [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
+    levels = [level for level, group in enumerate(ENCODERS[config.backbone]) for _ in group]  # poolings before each
+    kinds = ["encoder"] * len(levels[1:]) + ["bottleneck"] + ["decoder"] * len(levels[1:]) + ["output"]
+    positions = [2 * (size >> level) ** 2 for level in levels] + [(size >> level) ** 2 for level in reversed(levels)]
+    return [ConvLayer(name, kind, conv.in_channels, conv.out_channels, places)
+            for (name, conv), kind, places in zip(convs, kinds, positions)]
 
 
 def count_macs(config: NetworkConfig, size: int) -> int:

@@ -30,10 +30,7 @@ CHECKPOINT_FORMAT = 1
 
 
 class UserError(ValueError):
-    """Something the user can put right: one line with what was got, what is needed, which flag or path.
-
-    `main.py` prints the message on stderr and exits with code 2.
-    """
+    """Something the user can put right: one line with what was got, what is needed, which flag or path."""
 
 
 @contextmanager

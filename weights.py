@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
+import torchvision.models
 from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD
@@ -99,8 +100,6 @@ def _random_vgg(backbone: str, seed: int) -> dict[str, Tensor]:
 
 
 def _imagenet_vgg(backbone: str) -> tuple[dict[str, Tensor], str]:
-    import torchvision.models
-
     entry = getattr(torchvision.models, f"{backbone.upper()}_Weights").IMAGENET1K_V1
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     try:
@@ -187,8 +186,7 @@ def as_torchvision(tensors: dict) -> dict:
         return tensors
     colours = tensors["0.weight"].flatten(1), tensors["0.bias"]
     first = dict(zip(_keys([2]), for_normalised_rgb(tensors["2.weight"], tensors["2.bias"], *colours)))
-    return {f"features.{ours}": (tensors | first)[theirs]
-            for ours, theirs in zip(_keys(VGG19), _keys(ADAIN_VGG))}
+    return {f"features.{ours}": (tensors | first)[theirs] for ours, theirs in zip(_keys(VGG19), _keys(ADAIN_VGG))}
 
 
 def join_adain(decoder: dict[str, Tensor], vgg: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -199,10 +197,6 @@ def join_adain(decoder: dict[str, Tensor], vgg: dict[str, Tensor]) -> dict[str, 
             "28.bias": ((bias - RGB_MEAN) / RGB_STD).to(bias)}
     return ({name.replace("features", "encoder.layers.0"): tensor for name, tensor in vgg.items()}
             | {f"decoder.layers.0.{name}": tensor for name, tensor in (decoder | last).items()})
-
-
-def _is_adain_decoder(tensors: dict[str, Tensor]) -> bool:
-    return tensors.keys() == set(_keys(ADAIN_DECODER)) and len(tensors["28.weight"]) == len(tensors["28.bias"]) == 3
 
 
 def _load_adain(source: str, decoder: dict[str, Tensor], vgg_weights: str | None) -> dict:
@@ -242,13 +236,12 @@ def pack_safetensors(network: StyleTransferNetwork, checkpoint: dict) -> bytes:
 def find_model_file(path: Path, flag: str = "--load_path") -> Path:
     """`path` itself, or, when it is the folder of a run or a pruning, the model file in it."""
     path = Path(path)
-    if path.is_dir():
-        names = (STUDENT_NAME, CHECKPOINT_NAME, PRUNED_NAME)  # the checkpoint of a student is no model file
-        for name in names:
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{flag} {path}: the folder holds neither {' nor '.join(names)}")
-    return path
+    if not path.is_dir():
+        return path
+    names = (STUDENT_NAME, CHECKPOINT_NAME, PRUNED_NAME)  # the checkpoint of a student is no model file
+    for file in filter(Path.is_file, map(path.joinpath, names)):
+        return file
+    raise UserError(f"{flag} {path}: the folder holds neither {' nor '.join(names)}")
 
 
 def model_names(paths: Iterable[str]) -> list[str]:
@@ -280,7 +273,8 @@ def load_network(path: Path, swap_max_pool: bool = False, backbone: str | None =
         raise UserError(f"{flag} {path}: no model (a dictionary with a state_dict of tensors is needed, or the "
                         f"state_dict itself; found {found})")
     state_dict = unwrap_names(f"{flag} {path}", checkpoint["state_dict"])
-    is_adain = _is_adain_decoder(state_dict)
+    is_adain = (state_dict.keys() == set(_keys(ADAIN_DECODER))
+                and len(state_dict["28.weight"]) == len(state_dict["28.bias"]) == 3)
     if is_adain:
         checkpoint = _load_adain(f"{flag} {path}", state_dict, vgg_weights)
         state_dict = checkpoint["state_dict"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data import normalize
 from loss import channel_moments
-from network import ENCODERS, POOL, NetworkConfig, StyleTransferNetwork, align, conv_layers
+from network import ENCODERS, NetworkConfig, StyleTransferNetwork, align, conv_layers
 from utils import progress_bar
 
 TILES = (1024, 512, 256)  # pixels, what is chosen from where the whole picture would not fit
@@ -24,11 +24,10 @@ KEPT_FEATURES = 512 * 2**20  # bytes of bottleneck features that are kept; of mo
 def halos(config: NetworkConfig) -> tuple[int, int]:
     """Bottleneck positions on each side of a tile that its features depend on, and that its painted pixels do."""
     encoder = decoder = 0  # of each layer's own pixels: from the bottleneck on, one is two of those nearer to a picture
-    for entry in reversed(ENCODERS[config.backbone]):
-        if entry == POOL:  # these two look at their neighbours
+    for number, group in enumerate(reversed(ENCODERS[config.backbone])):
+        if number:  # these two look at their neighbours
             encoder, decoder = 2 * encoder + (config.pooling == "blur"), 2 * decoder + (config.upsampling == "bilinear")
-        else:  # a 3 x 3 conv sees one more
-            encoder, decoder = encoder + 1, decoder + 1
+        encoder, decoder = encoder + len(group), decoder + len(group)  # each 3 x 3 conv sees one more
     return -(-encoder // config.stride), -(-decoder // config.stride)
 
 

@@ -30,6 +30,9 @@ class TrainConfig:
                                        none=f"--lr, or {PUBLISHED_RATES['encoder']:g}")
     decoder_lr: float | None = setting(None, "learning rate of the decoder; 0 freezes it", "learning", amount,
                                        none=f"--lr, or {PUBLISHED_RATES['decoder']:g}")
+    encoder_layers: str = setting(
+        "all", "layers of the encoder that learn: all, as published, or the bottleneck alone, which takes less time, "
+        "and leaves the decoder the features that it knows", "learning", choices=("all", "bottleneck"))
     optimizer: str = setting("adam", "adam, as published, or muon (Jordan et al., 2024): updates made orthogonal",
                              "learning", choices=("adam", "muon"))
     warmup_iter: int = setting(0, "first iterations, over which the learning rates rise", "learning", count_or_zero)
@@ -124,7 +127,12 @@ class TrainConfig:
             f"--cropsize {self.cropsize}: a multiple of 8, 16 or more": self.cropsize < 16 or self.cropsize % 8,
             "--new_weights: --load_path says of which network's widths": self.new_weights and not self.load_path,
             "--encoder_lr 0 and --decoder_lr 0: both parts are frozen": not any(rates.values()),
-            "--new_weights: random weights of a frozen part would stay": self.new_weights and not all(rates.values()),
+            "--new_weights: random weights of a frozen part would stay":
+                self.new_weights and not (all(rates.values()) and self.encoder_layers == "all"),
+            f"--encoder_layers {self.encoder_layers} with --encoder_lr 0: no layer of the encoder learns":
+                self.encoder_layers != "all" and not rates["encoder"],
+            f"--encoder_layers {self.encoder_layers} with --compact_layers {self.compact_layers}: what is frozen stays":
+                self.encoder_layers != "all" and self.compact_layers in ("encoder", "all"),
             f"--swap_max_pool is --pooling avg, and --pooling {self.pooling} was given too":
                 self.swap_max_pool and self.pooling not in (None, "avg"),
             f"--compact_cost {self.compact_cost}: {' or '.join(COMPACT_COSTS)} is needed":  # of an older run

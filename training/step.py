@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 import loss as losses
 from data import denormalize, normalize, save_picture, to_pil
 from folders import FailedPictures
-from network import LossNetwork, StyleTransferNetwork, align, level_statistics
+from network import LossNetwork, StyleTransferNetwork, align, bottleneck_conv, level_statistics
 from training.compaction import COMPACT_LAYERS, ChannelCensus, CompactLosses, TargetSteering
 from training.dead_units import DeadUnits
 from training.muon import Muon
@@ -53,6 +53,9 @@ class ForwardPass(nn.Module):
         for part, rate in config.learning_rates.items():
             self.formats[part] = torch.contiguous_format if is_slow and rate else torch.channels_last
             getattr(network, part).to(memory_format=self.formats[part]).requires_grad_(rate > 0)
+        if config.encoder_layers == "bottleneck":
+            network.encoder.requires_grad_(False)
+            network.get_submodule(bottleneck_conv(network.config)).requires_grad_(True)
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(dtype=amp_dtype, memory_format=torch.channels_last)
 
@@ -135,7 +138,7 @@ class TransferTrainer:
         self.network = network.to(device).train()
         self.dtype = next(network.parameters()).dtype
         self.forward_pass = ForwardPass(network, loss_network.to(device, self.dtype), config, self.amp_dtype, device)
-        groups = [{"params": [*getattr(network, part).parameters()], "lr": rate}
+        groups = [{"params": [each for each in getattr(network, part).parameters() if each.requires_grad], "lr": rate}
                   for part, rate in config.learning_rates.items() if rate]  # without one, a part is frozen
         self.optimizer = (Muon(groups, self.amp_dtype or self.dtype) if config.optimizer == "muon"
                           else torch.optim.Adam(groups, fused=True))
@@ -245,7 +248,8 @@ class TransferTrainer:
         """Put back `state` but for the weights, which the network was built with. Raises UserError when other parts
         were trained. What the run did not count or steer before starts anew."""
         if sorted(checkpoint.get("optimized", self.optimized)) != sorted(self.optimized):  # older ones by group
-            raise UserError("--resume: --encoder_lr or --decoder_lr freezes or thaws a part; start a new run for that")
+            raise UserError("--resume: --encoder_lr, --decoder_lr or --encoder_layers freezes or thaws a part; start a "
+                            "new run for that")
         same_layers = checkpoint["train_config"].get("compact_layers") == self.config.compact_layers
         if self.census is not None and same_layers and "census" in checkpoint:
             self.census.batches_off.copy_(torch.cat([*checkpoint["census"].values()]))  # older ones have it by part

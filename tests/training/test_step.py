@@ -54,6 +54,22 @@ def test_fast_step_is_near_the_plain_step_in_lower_precision(amp, loss_error, gr
     assert 0 < error < gradient_error
 
 
+def test_the_bottleneck_alone_learns_as_it_does_among_all_layers():
+    """With `encoder_layers`: the other layers stay; its gradient and the decoder's are those of the whole step."""
+    whole, alone = (make_trainer(dtype=torch.float64, decoder_lr=1e-4, encoder_lr=1e-5, encoder_layers=layers,
+                                 **EVERY_TERM) for layers in ("all", "bottleneck"))
+    before = {name: tensor.clone() for name, tensor in alone.network.state_dict().items()}
+    for trainer in (whole, alone):
+        trainer.step(*random_batch())
+    desired = dict(whole.network.named_parameters())
+    for name, actual in alone.network.named_parameters():
+        if name.startswith(("decoder", "encoder.layers.0.19")):
+            assert_close(actual.grad, desired[name].grad, rtol=1e-9, atol=0)
+            assert not torch.equal(actual, before[name])
+        else:
+            assert actual.grad is None and torch.equal(actual, before[name]) and desired[name].grad is not None
+
+
 def test_shared_features_give_the_same_losses():
     """A frozen encoder that equals the loss network is computed once; the terms stay what they were."""
     shared, separate = (make_trainer(encoder_lr=0.0, dtype=torch.float64) for _ in range(2))

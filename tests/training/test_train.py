@@ -96,6 +96,7 @@ def test_what_a_resumed_run_keeps_and_what_may_change(small, tmp_path):
         ({"vgg_weights": "random"}, "VGG weights"), ({"encoder_lr": 1e-5}, "freezes or thaws a part"),
         # The other part has as many tensors.
         ({"encoder_lr": 1e-5, "decoder_lr": 0.0}, "freezes or thaws a part"),
+        ({"encoder_lr": 1e-5, "encoder_layers": "bottleneck"}, "freezes or thaws a part"),
     ):
         assert said in user_error(train, again | changes)
         assert path.read_bytes() == good

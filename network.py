@@ -307,14 +307,15 @@ class LossNetwork(nn.Module):
         if weights is not None:
             self.layers.load_state_dict(weights)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """image: (B, 3, H, W), ImageNet-normalised. Returns the four features, shallow to deep."""
-        features = []
+    def forward(self, image: Tensor, also: tuple[int, ...] = ()) -> list[Tensor]:
+        """image: (B, 3, H, W), ImageNet-normalised. Returns the four features, shallow to deep, and what comes out of
+        the layers `also`, by their index."""
+        features = {}
         for index, layer in enumerate(self.layers):
             image = layer(image)
-            if index in self.taps:
-                features.append(image)
-        return features
+            if index in self.taps or index in also:
+                features[index] = image
+        return [features[index] for index in (*self.taps, *also)]
 
 
 def build_from_vgg(config: NetworkConfig, vgg: dict[str, Tensor]) -> StyleTransferNetwork:

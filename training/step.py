@@ -40,12 +40,15 @@ class ForwardPass(nn.Module):
         self.parts = COMPACT_LAYERS[config.compact_layers]
         self.whole_encoder = config.compact_layers in ("encoder", "all")  # else only its last layer is looked at
         self.level_convs = network.config.level_convs
-        # Features of a frozen encoder that is the loss network's beginning are computed once.
-        encoder, vgg = network.encoder.layers[0].state_dict(), loss_network.layers.state_dict()
-        self.encoder_is_loss_network = (
-            config.learning_rates["encoder"] == 0 and not self.whole_encoder and network.config.adain_levels == 1
-            and network.config.pooling == "max" and network.config.padding == loss_network.padding
-            and encoder.keys() == vgg.keys() and all(torch.equal(encoder[name], vgg[name]) for name in vgg))
+        # What is frozen of the encoder is computed once where it is the loss network's beginning: so many layers.
+        encoder = network.encoder.layers[0]
+        frozen = encoder if config.learning_rates["encoder"] == 0 else \
+            encoder[:-2] if config.encoder_layers == "bottleneck" else encoder[:0]  # its last conv has a ReLU behind it
+        ours, vgg = frozen.state_dict(), loss_network.layers[: len(frozen)].state_dict()
+        is_shared = (not self.whole_encoder and network.config.adain_levels == 1 and network.config.pooling == "max"
+                     and network.config.padding == loss_network.padding
+                     and all(torch.equal(ours[name], vgg[name]) for name in ours))
+        self.shared_layers = len(frozen) if is_shared else 0
         # The memory format of each in which convolutions are fastest. On a CPU, the gradient of a 3 x 3 conv's weight
         # in float32 takes up to twice as long in channels_last (64 channels at 128 x 128: 172 ms against 78 ms).
         is_slow = device.type == "cpu" and amp_dtype is None
@@ -71,8 +74,10 @@ class ForwardPass(nn.Module):
         both = torch.cat([content, style])  # (2B, 3, H, W)
         with torch.autocast(**self.autocast):
             with torch.no_grad():
-                targets = self.loss_network(both.contiguous(memory_format=self.formats["loss_network"]))
-            encoder_features, levels = ([*targets[-1:]],) * 2 if self.encoder_is_loss_network else self._encode(both)
+                also = (self.shared_layers - 1,) if self.shared_layers else ()
+                targets = self.loss_network(both.contiguous(memory_format=self.formats["loss_network"]), also)
+                targets, shared = targets[: len(self.loss_network.taps)], targets[len(self.loss_network.taps) :]
+            encoder_features, levels = self._encode(both, *shared)
             content_features, style_features = zip(*(level.chunk(2) for level in levels))  # (B, C, H/stride, W/stride)
             *decoder_features, output = self._decode(align(content_features, *level_statistics(style_features)))
             output_features = self.loss_network(output.contiguous(memory_format=self.formats["loss_network"]))
@@ -99,9 +104,12 @@ class ForwardPass(nn.Module):
                     terms[name] = compute[name]()
         return terms, norms["encoder"][-1].detach(), [norm.detach() for norm in selected]
 
-    def _encode(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _encode(self, image: Tensor, shared: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The features whose channels the losses look at, in forward order, and those that AdaIN acts on, the deepest
-        first."""
+        first. shared: what the `shared_layers` make of the image, if they have done so."""
+        if shared is not None:
+            shared = shared.contiguous(memory_format=self.formats["encoder"])
+            return ([self.network.encoder.layers[0][self.shared_layers :](shared)],) * 2
         convs = None if self.whole_encoder else self.level_convs
         features = self.network.encoder.features(image.contiguous(memory_format=self.formats["encoder"]), convs=convs)
         if convs is None:

@@ -40,15 +40,6 @@ class ForwardPass(nn.Module):
         self.parts = COMPACT_LAYERS[config.compact_layers]
         self.whole_encoder = config.compact_layers in ("encoder", "all")  # else only its last layer is looked at
         self.level_convs = network.config.level_convs
-        # What is frozen of the encoder is computed once where it is the loss network's beginning: so many layers.
-        encoder = network.encoder.layers[0]
-        frozen = encoder if config.learning_rates["encoder"] == 0 else \
-            encoder[:-2] if config.encoder_layers == "bottleneck" else encoder[:0]  # its last conv has a ReLU behind it
-        ours, vgg = frozen.state_dict(), loss_network.layers[: len(frozen)].state_dict()
-        is_shared = (not self.whole_encoder and network.config.adain_levels == 1 and network.config.pooling == "max"
-                     and network.config.padding == loss_network.padding
-                     and all(torch.equal(ours[name], vgg[name]) for name in ours))
-        self.shared_layers = len(frozen) if is_shared else 0
         # The memory format of each in which convolutions are fastest. On a CPU, the gradient of a 3 x 3 conv's weight
         # in float32 takes up to twice as long in channels_last (64 channels at 128 x 128: 172 ms against 78 ms).
         is_slow = device.type == "cpu" and amp_dtype is None
@@ -59,6 +50,15 @@ class ForwardPass(nn.Module):
         if config.encoder_layers == "bottleneck":
             network.encoder.requires_grad_(False)
             network.get_submodule(bottleneck_conv(network.config)).requires_grad_(True)
+        # What is frozen of the encoder is computed once where it is the loss network's beginning: so many layers.
+        encoder = network.encoder.layers[0]
+        learning = [int(name.split(".")[0]) for name, each in encoder.named_parameters() if each.requires_grad]
+        frozen = encoder[: min(learning, default=len(encoder))]
+        ours, vgg = frozen.state_dict(), loss_network.layers[: len(frozen)].state_dict()
+        is_shared = (not self.whole_encoder and network.config.adain_levels == 1 and network.config.pooling == "max"
+                     and network.config.padding == loss_network.padding
+                     and all(torch.equal(ours[name], vgg[name]) for name in ours))
+        self.shared_layers = len(frozen) if is_shared else 0
         # Frozen weights that autocast would round anew at every use are rounded once.
         loss_network.to(dtype=amp_dtype, memory_format=torch.channels_last)
 

@@ -35,6 +35,7 @@ SETTINGS = {
                     "max_iter": 20, "shift_loss_weight": 30.0},
     # An epsilon relative to the mean over both processes' pictures.
     "relative": {"l0_eps": "relative:0.1", "compact_layers": "decoder"},
+    "frozen layers shared with VGG": {"l0_eps": 1.0, "encoder_layers": "bottleneck"},
 }
 GRADIENTS = """
 import json
@@ -49,12 +50,14 @@ def step(settings):
     # A function of its own: what takes part in the group has to be gone before the interpreter ends.
     if process_count() == 1:
         settings["compile"] = False
-    trainer = make_trainer(small_network(), dtype=torch.float64, uncorrelation_loss_weight=50.0,
+    network = None if "encoder_layers" in settings else small_network()  # None: the full one, as VGG is
+    trainer = make_trainer(network, dtype=torch.float64, uncorrelation_loss_weight=50.0,
                            channel_loss_weight=1e3, **{{"xor_loss_weight": 500.0}} | settings)
     part = 4 // process_count()
     own = slice(process_rank() * part, (process_rank() + 1) * part)
     metrics = trainer.step(*(pictures[own] for pictures in random_batch(32, 4)), all_terms=True)
-    return metrics, {{name: each.grad for name, each in trainer.network.named_parameters()}}
+    return metrics, {{name: each.grad for name, each in trainer.network.named_parameters()
+                     if each.requires_grad}}
 
 with process_group(CPU):
     results = {{name: step(settings) for name, settings in json.loads(sys.argv[2]).items()}}

@@ -1,4 +1,4 @@
-# make demo   paint the bundled pictures with the shipped models, then train, prune and paint again (CPU, minutes)
+# make demo   paint the bundled pictures with the shipped models, cut channels out and paint again (CPU, minutes)
 # make test   run all tests
 # make test-numeric  run the tests that compare computed numbers again, with the instructions of the oldest processors
 # make test-browser  run the tests of the page for the browser (needs Node.js and Chromium)

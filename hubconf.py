@@ -22,4 +22,5 @@ def _entry(name: str, about: str):
 compact = _entry("compact", "Narrow in every layer.")
 tiny = _entry("tiny", "Narrower still.")
 baseline = _entry("baseline", "Full width.")
-ch_xor_pruned = _entry("ch_xor_pruned", "Full width, without the bottleneck channels that are off for every picture.")
+ch_xor = _entry("ch_xor", "Full width; most of the bottleneck's channels are off for every picture.")
+ch_xor_pruned = _entry("ch_xor_pruned", "`ch_xor` without these channels.")

@@ -56,8 +56,7 @@ def step(settings):
     part = 4 // process_count()
     own = slice(process_rank() * part, (process_rank() + 1) * part)
     metrics = trainer.step(*(pictures[own] for pictures in random_batch(32, 4)), all_terms=True)
-    return metrics, {{name: each.grad for name, each in trainer.network.named_parameters()
-                     if each.requires_grad}}
+    return metrics, {{name: each.grad for name, each in trainer.network.named_parameters() if each.requires_grad}}
 
 with process_group(CPU):
     results = {{name: step(settings) for name, settings in json.loads(sys.argv[2]).items()}}

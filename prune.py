@@ -11,7 +11,7 @@ from data import MAX_PIXELS
 from painting.pairs import note_learned_from
 from painting.quality import MIN_SIDE, Meter
 from painting.stylizer import DEMO_CONTENT, DEMO_STYLE, OpenedModel, common_backbone, load_input, open_models
-from pruning.plots import plot_l0_maps, plot_l2_curve, plot_widths
+from pruning.plots import plot_l0_maps, plot_l2_curves, plot_widths
 from pruning.report import GRID_NUMBERS, MEASURED, build_report, format_table, paint_grid, write_comparison
 from pruning.responses import Responses, choose_pictures, measure_responses
 from pruning.selection import most_macs, select
@@ -168,7 +168,7 @@ def prune_model(model: OpenedModel, responses: Responses, meter: Meter | None, c
     dtype = torch.float16 if config.half else torch.float32
     cut = cut_channels(network, cuts, constants).to(dtype).float()  # the report is of the weights as they are written
     plot_l0_maps({model.name: responses}, folder / "l0_map.png")
-    plot_l2_curve(responses, folder / "l2_curve.png")
+    plot_l2_curves({model.name: responses}, folder / "l2_curve.png")
     paint_grid(network, responses, config, folder / "prune_grid.png")
     report = build_report(model.file, network, cut, cuts, constants, responses, meter, config)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")

@@ -47,19 +47,24 @@ def plot_l0_maps(responses: Mapping[str, Responses], path: Path) -> None:
                                  [f"content\n({found.contents})", f"style\n({styles})"])
 
 
-def plot_l2_curve(responses: Responses, path: Path) -> None:
-    """Summed l2 norm of the channels, weakest first; the order in which they are cut."""
-    order, off = responses.weakest_first, len(responses.off_for_all)
-    with saved_axes(path, 7, 4.2) as [[axes]]:
-        for name, rows, width, color in (("content", responses.l2[: responses.contents], 0.8, "C0"),
-                                         ("style", responses.l2[responses.contents :], 0.8, "C1"),
-                                         ("both", responses.l2, 1.5, "black")):
-            axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], label=name, linewidth=width, color=color)
-        if off:
-            axes.axvline(off, color="tab:red", linestyle="--", linewidth=1, label=f"{off} channels are off throughout")
-        axes.set(xlim=(0, len(order)), ylim=(0, None), xlabel="bottleneck channels, weakest first",
-                 ylabel=f"l2 norm summed over {len(responses.l2)} pictures")
-        axes.legend(frameon=False)
+def plot_l2_curves(responses: Mapping[str, Responses], path: Path) -> None:
+    """For each network, by its name: summed l2 norm of the channels, weakest first; the order in which they are cut."""
+    columns = len(responses)
+    with saved_axes(path, max(7, 4.5 * columns), 4.2, columns=columns, sharey=True) as [every_axes]:
+        for axes, (name, found) in zip(every_axes, responses.items()):
+            order, off = found.weakest_first, len(found.off_for_all)
+            for pictures, rows, width, color in (("content", found.l2[: found.contents], 0.8, "C0"),
+                                                 ("style", found.l2[found.contents :], 0.8, "C1"),
+                                                 ("both", found.l2, 1.5, "black")):
+                axes.plot(np.arange(1, len(order) + 1), rows.sum(axis=0)[order], label=pictures, linewidth=width,
+                          color=color)
+            if off:
+                axes.axvline(off, color="tab:red", linestyle="--", linewidth=1,
+                             label=f"{off} channels are off throughout")
+            axes.set(xlim=(0, len(order)), ylim=(0, None), xlabel="bottleneck channels, weakest first")
+            axes.set_title(shown_name(name), fontsize=10)
+            axes.legend(frameon=False)
+        every_axes[0].set_ylabel(f"l2 norm summed over {len(found.l2)} pictures")
 
 
 def plot_widths(report: dict, path: Path) -> None:

@@ -14,7 +14,7 @@ from data import denormalize, normalize, to_pil
 from network import StyleTransferNetwork, align, bottleneck_conv, conv_layers, level_statistics, resized
 from painting.quality import INTERVAL, METRICS, Measurement, Meter, show_summary
 from painting.stylizer import load_input
-from pruning.plots import plot_curves, plot_l0_maps, plot_panels
+from pruning.plots import plot_curves, plot_l0_maps, plot_l2_curves, plot_panels
 from pruning.responses import FOLDERS, Responses
 from pruning.selection import Constants, Cuts
 from utils import describe_device, progress_bar, time_in_turns, write_text_atomically
@@ -193,9 +193,10 @@ def _column(report: dict) -> dict[str, str]:
 
 def write_comparison(reports: dict[str, dict], responses: dict[str, Responses], meter: Meter, config,
                      folder: Path) -> None:
-    """Write l0_maps.png, curves.png, curves.json, report.json and table.md of several networks, by name, into the
-    folder. All were measured with the same pictures, and have the same pairs set aside."""
+    """Write l0_maps.png, l2_curves.png, curves.png, curves.json, report.json and table.md of several networks, by name,
+    into the folder. All were measured with the same pictures, and have the same pairs set aside."""
     plot_l0_maps(responses, folder / "l0_maps.png")
+    plot_l2_curves(responses, folder / "l2_curves.png")
     plot_curves(reports, folder / "curves.png")
     about = {"interval": INTERVAL, "pairs": next(iter(responses.values())).pairs, "imsize": config.imsize,
              "cropsize": config.cropsize, "style_strength": config.style_strength, "vgg_weights": meter.vgg_origin}

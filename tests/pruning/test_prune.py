@@ -212,7 +212,7 @@ def test_several_models_are_pruned_and_compared(files, tmp_path):
         assert {path.name for path in (tmp_path / name).iterdir()} == {
             "pruned.pth", "report.json", "responses.npz", "l0_map.png", "l2_curve.png", "prune_grid.png"}
     assert [[point["cut"] for point in points] for points in curves["networks"].values()] == [[0, 3, 6], [0, 3]]
-    assert_are_plots(tmp_path, "l0_maps", "curves")
+    assert_are_plots(tmp_path, "l0_maps", "l2_curves", "curves")
     table = (tmp_path / "table.md").read_text().splitlines()
     assert table == report["table"] and table[0] == "|  | model | other |"
     rows = {title: cells for title, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)}

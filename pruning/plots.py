@@ -61,10 +61,10 @@ def plot_l2_curves(responses: Mapping[str, Responses], path: Path) -> None:
             if off:
                 axes.axvline(off, color="tab:red", linestyle="--", linewidth=1,
                              label=f"{off} channels are off throughout")
-            axes.set(xlim=(0, len(order)), ylim=(0, None), xlabel="bottleneck channels, weakest first")
+            axes.set(xlim=(0, len(order)), xlabel="bottleneck channels, weakest first")
             axes.set_title(shown_name(name), fontsize=10)
             axes.legend(frameon=False)
-        every_axes[0].set_ylabel(f"l2 norm summed over {len(found.l2)} pictures")
+        every_axes[0].set(ylim=(0, None), ylabel=f"l2 norm summed over {len(found.l2)} pictures")  # of all: shared
 
 
 def plot_widths(report: dict, path: Path) -> None:

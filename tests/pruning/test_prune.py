@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import plant, random_picture, read_pixels, refusal, small_network, within_range, words, write_model
+from matplotlib.figure import Figure
 from PIL import Image
 from test_responses import make_folders
 from torch.testing import assert_close
@@ -17,6 +18,7 @@ from loss import content_loss
 from main import main
 from network import LossNetwork, bottleneck_conv, conv_layers, count_macs, count_parameters
 from prune import PruneConfig
+from pruning.plots import plot_l2_curves
 from pruning.report import largest_change, paint_grid, paint_with_cuts
 from pruning.responses import Responses
 from pruning.surgery import cut_bottleneck
@@ -197,6 +199,16 @@ def test_a_budget_from_kept_responses(files, measured, tmp_path, capsys):
     assert Responses.load(tmp_path / "bottleneck" / "responses.npz", small_network(width=8).config).layers
     assert "channels of decoder" not in capsys.readouterr().out
     assert not (tmp_path / "bottleneck" / "widths.png").exists()
+
+
+def test_magnitudes_of_every_network_are_in_sight(tmp_path, monkeypatch):
+    """Ten times as large in the second: the axis, which they share, is the larger one's."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_l2_curves({name: Responses(np.full((4, 5), size), [], 2) for name, size in (("a", 1.0), ("b", 10.0))},
+                   tmp_path / "l2_curves.png")
+    assert [axes.get_ylim()[0] for axes in figures[0].axes] == [0, 0]
+    assert all(axes.get_ylim()[1] >= 4 * 10 for axes in figures[0].axes)
 
 
 def test_several_models_are_pruned_and_compared(files, tmp_path):

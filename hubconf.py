@@ -22,5 +22,6 @@ def _entry(name: str, about: str):
 compact = _entry("compact", "Narrow in every layer.")
 tiny = _entry("tiny", "Narrower still.")
 baseline = _entry("baseline", "Full width.")
+uncorrelation = _entry("uncorrelation", "Full width; bottleneck channels are off, many of them for some pictures only.")
 ch_xor = _entry("ch_xor", "Full width; most of the bottleneck's channels are off for every picture.")
-ch_xor_pruned = _entry("ch_xor_pruned", "Full width, without the bottleneck channels that are off for every picture.")
+ch_xor_pruned = _entry("ch_xor_pruned", "`ch_xor` without these channels.")

@@ -257,6 +257,7 @@ def test_joined_styles_are_one_for_many_contents(flags, tmp_path, capsys):
 
 
 STORE = ROOT / "model-store"
+MODELS = ["compact", "tiny", "baseline", "uncorrelation", "ch_xor", "ch_xor_pruned"]  # of the store
 TILE = 104  # pixels: 24 x 24 of them within the halo of the bilinear VGG19
 
 
@@ -283,7 +284,7 @@ def test_tiles_are_the_whole_picture(backbone, pooling, padding, upsampling, lev
         assert_close(tiled, whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["compact", "tiny", "ch_xor_pruned", "ch_xor", "uncorrelation", "baseline"])
+@pytest.mark.parametrize("name", MODELS)
 def test_tiles_of_every_model_of_the_store(name):
     """In float32, a photograph in a painting: 0.05 of 255 at any pixel."""
     folder, outputs = ROOT / "imgs", []
@@ -441,7 +442,7 @@ def test_settings_are_of_a_copy_of_the_callers_network():
 # ------------------------------------------------------------------------------------- in others' programs
 
 
-@pytest.mark.parametrize("name", ["compact", "tiny", "baseline", "uncorrelation", "ch_xor", "ch_xor_pruned"])
+@pytest.mark.parametrize("name", MODELS)
 def test_torch_hub_gives_the_models_of_the_store(name):
     hub = torch.hub.load(str(ROOT), name, source="local", device="cpu")
     here = Stylizer(ROOT / "model-store" / f"{name}.pth", device="cpu")
